@@ -1,0 +1,10 @@
+"""pqcad_ao: diffusion UNets in four bits and half the sampling steps, as an ordinary PyTorch 2 workflow."""
+
+from pqcad_ao.config import PQCADConfig
+from pqcad_ao.plan import Plan, PlanRow
+from pqcad_ao.quantize import is_root, plan, quantize_
+from pqcad_ao.serialization import load_quantized, save_quantized
+
+__version__ = "0.1.0"
+
+__all__ = ["PQCADConfig", "Plan", "PlanRow", "is_root", "load_quantized", "plan", "quantize_", "save_quantized"]

@@ -1,0 +1,127 @@
+"""Image sets on disk as one uint8 tensor: idx.gz pairs, CIFAR-10's binary batches, or a folder of images."""
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """Read one gzipped idx file (the MNIST family's format: 2 zero bytes, type 8, rank, big-endian sizes, data)."""
+    with gzip.open(path, "rb") as file:
+        raw = file.read()
+    if len(raw) < 4 or raw[0] or raw[1] or raw[2] != 8:
+        raise ValueError(f"{path} is no idx file of unsigned bytes: it starts with {raw[:4]!r}")
+    rank = raw[3]
+    shape = np.frombuffer(raw, ">i4", rank, offset=4)
+    values = np.frombuffer(raw, np.uint8, offset=4 + 4 * rank)
+    if values.size != shape.prod():
+        raise ValueError(f"{path} promises {shape.tolist()} values and holds {values.size}: the file is damaged")
+    return values.reshape(shape)
+
+
+def _pad_to(images: Tensor, size: int) -> Tensor:
+    """Centre (N, C, H, W) images in a black square of ``size`` pixels."""
+    height, width = images.shape[-2:]
+    if height > size or width > size:
+        raise ValueError(
+            f"images of {height}x{width} do not fit into {size}x{size}; pass image_size={max(height, width)}"
+        )
+    top, left = (size - height) // 2, (size - width) // 2
+    return torch.nn.functional.pad(images, (left, size - width - left, top, size - height - top))
+
+
+def _load_idx(folder: Path, prefix: str) -> tuple[Tensor, Tensor]:
+    images = torch.from_numpy(read_idx(folder / f"{prefix}-images-idx3-ubyte.gz").copy())[:, None]
+    labels = torch.from_numpy(read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz").copy()).long()
+    return images, labels
+
+
+def _load_cifar(files: list[Path]) -> tuple[Tensor, Tensor]:
+    records = []
+    for path in files:
+        raw = np.fromfile(path, np.uint8)
+        if raw.size == 0 or raw.size % 3073:
+            raise ValueError(f"{path} is no CIFAR-10 binary batch: {raw.size} bytes is no multiple of 3073")
+        records.append(raw.reshape(-1, 3073))
+    table = torch.from_numpy(np.concatenate(records))
+    return table[:, 1:].reshape(-1, 3, 32, 32), table[:, 0].long()
+
+
+def _load_folder(folder: Path, image_size: int, channels: int) -> tuple[Tensor, Tensor | None]:
+    from PIL import Image
+
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise ValueError(
+            f"no images in {folder}: expected train-images-idx3-ubyte.gz, data_batch_1.bin (the *binary* version of "
+            f"CIFAR-10) or files ending in {', '.join(IMAGE_SUFFIXES)}"
+        )
+    images = torch.empty(len(files), channels, image_size, image_size, dtype=torch.uint8)
+    for row, path in enumerate(files):
+        with Image.open(path) as picture:
+            picture = picture.convert("L" if channels == 1 else "RGB")
+            scale = image_size / min(picture.size)
+            if scale < 1:  # shrink the short side, then cut the centre: never enlarge
+                picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.LANCZOS)
+            left, top = max(0, picture.width - image_size) // 2, max(0, picture.height - image_size) // 2
+            picture = picture.crop(
+                (left, top, left + min(image_size, picture.width), top + min(image_size, picture.height))
+            )
+            pixels = torch.from_numpy(np.array(picture, dtype=np.uint8))
+        images[row] = _pad_to(pixels[None] if channels == 1 else pixels.permute(2, 0, 1), image_size)
+    parents = sorted({p.parent for p in files})
+    if len(parents) == 1:
+        return images, None
+    index = {parent: i for i, parent in enumerate(parents)}
+    return images, torch.tensor([index[p.parent] for p in files])
+
+
+def load_images(
+    folder: str | Path, split: str = "train", *, image_size: int = 32, channels: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Load a data set into memory.
+
+    Args:
+        folder: holds ``train-images-idx3-ubyte.gz`` and its three siblings, or CIFAR-10's ``data_batch_*.bin``, or
+            images (``folder/train/CLASS/*.jpg``, ``folder/CLASS/*.jpg`` and ``folder/*.jpg`` are all understood; the
+            class is the folder's rank by name).
+        split: ``"train"`` or ``"test"``.
+        image_size: height and width of the result; smaller images are centred on black, larger ones (of a folder) shrunk.
+        channels: 1 or 3 for a folder of images (3 if None); the other formats know their own.
+
+    Returns:
+        images (N, C, image_size, image_size) uint8, and class labels (N,) int64 or None where there are none.
+
+    Raises:
+        ValueError: nothing readable there, or a damaged file.
+    """
+    folder = Path(folder)
+    if split not in ("train", "test"):
+        raise ValueError(f"split is {split!r}; allowed are 'train' and 'test'")
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder")
+    prefix = "train" if split == "train" else "t10k"
+    batches = sorted(folder.glob("data_batch_*.bin" if split == "train" else "test_batch.bin"))
+    if (folder / f"{prefix}-images-idx3-ubyte.gz").exists():
+        images, labels = _load_idx(folder, prefix)
+    elif batches:
+        images, labels = _load_cifar(batches)
+    else:
+        inner = folder / split
+        return _load_folder(inner if inner.is_dir() else folder, image_size, channels or 3)
+    return _pad_to(images, image_size), labels
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 [0, 255] to float32 [-1, 1], the range diffusers' pipelines work in."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """float [-1, 1] to uint8 [0, 255], rounding to nearest and clipping what lies outside."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,72 @@
+"""The one DDIM sampler that calibration, distillation, evaluation and the demo share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from tqdm.auto import tqdm
+
+
+def take_rows(conditioning: dict[str, Any], rows: Any) -> dict[str, Any]:
+    """The chosen rows of every tensor in a (nested) conditioning dictionary."""
+    return tree_map(lambda value: value[rows] if isinstance(value, Tensor) else value, conditioning)
+
+
+def predict(
+    unet: torch.nn.Module, x_t: Tensor, timestep: Tensor | int, conditioning: dict[str, Any] | None = None
+) -> Tensor:
+    """The network's raw prediction as a tensor, whatever wrapping its output has.
+
+    Args:
+        x_t: (B, C, H, W). timestep: int, 0-d or (B,). conditioning: further keyword arguments of ``unet.forward``.
+    """
+    output = unet(x_t, timestep, **(conditioning or {}))
+    if isinstance(output, Tensor):
+        return output
+    return output[0] if isinstance(output, tuple) else output.sample
+
+
+@torch.no_grad()
+def sample(
+    unet: torch.nn.Module,
+    scheduler,
+    noise: Tensor,
+    num_inference_steps: int,
+    *,
+    conditioning: dict[str, Any] | None = None,
+    batch_size: int = 100,
+    callback: Callable[[int, int, Tensor, Tensor], None] | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Deterministic DDIM (Song et al. 2021, eq. 12 with σ = 0) from ``noise`` (N, C, H, W) to images x_0 in [-1, 1].
+
+    Args:
+        unet: anything called as ``f(x_t, timestep, **conditioning)``.
+        scheduler: a diffusers scheduler; a fresh copy is stepped, the one given is not touched.
+        conditioning: keyword arguments with one row per image, sliced along with the batch.
+        batch_size: images per forward call.
+        callback: called as ``callback(first_row, step_index, timestep, x_t)`` before each forward call.
+        progress: show a bar.
+
+    Returns:
+        (N, C, H, W) float tensor, on the noise's device.
+    """
+    scheduler = type(scheduler).from_config(scheduler.config)
+    scheduler.set_timesteps(num_inference_steps, device=noise.device)
+    conditioning = conditioning or {}
+    images = torch.empty_like(noise)
+    total = -(-noise.shape[0] // batch_size) * len(scheduler.timesteps)
+    with tqdm(total=total, desc="sampling", disable=not progress, leave=False) as bar:
+        for first in range(0, noise.shape[0], batch_size):
+            rows = slice(first, first + batch_size)
+            x_t = noise[rows] * scheduler.init_noise_sigma
+            chosen = take_rows(conditioning, rows)
+            for index, timestep in enumerate(scheduler.timesteps):
+                if callback is not None:
+                    callback(first, index, timestep, x_t)
+                x_t = scheduler.step(predict(unet, x_t, timestep, chosen), timestep, x_t).prev_sample
+                bar.update()
+            images[rows] = x_t
+    return images

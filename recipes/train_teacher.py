@@ -1,0 +1,159 @@
+"""Train a full-precision diffusion UNet: ``python -m pqcad_ao.recipes.train_teacher --data DIR --out DIR``.
+
+DDPM training (Ho et al. 2020, algorithm 1) with a v-, epsilon- or sample-target (Salimans & Ho 2022, appendix D), an
+exponential moving average of the weights, and checkpoints from which a killed run resumes bit for bit.
+"""
+
+import argparse
+import math
+import os
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, UNet2DModel
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pqcad_ao.data import load_images, to_uint8, to_unit
+from pqcad_ao.sampling import predict, sample
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def target(scheduler: DDIMScheduler, x_0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """What the network is asked to predict, by ``scheduler.config.prediction_type``. Shapes (B, C, H, W)."""
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        return noise
+    if kind == "v_prediction":
+        return scheduler.get_velocity(x_0, noise, timesteps)
+    return x_0
+
+
+def lr_at(step: int, train: DictConfig) -> float:
+    """Linear warm-up, then a half cosine that reaches zero at ``train.steps``."""
+    if step < train.warmup:
+        return train.lr * (step + 1) / train.warmup
+    return train.lr * 0.5 * (1 + math.cos(math.pi * (step - train.warmup) / max(1, train.steps - train.warmup)))
+
+
+def save_grid(images: Tensor, path: Path, columns: int = 8) -> None:
+    """Write (N, C, H, W) images in [-1, 1] as one PNG, row by row."""
+    rows = [torch.cat(list(row), -1) for row in to_uint8(images).cpu().split(columns)]
+    picture = torch.cat([row for row in rows if row.shape[-1] == rows[0].shape[-1]], -2)
+    array = picture[0].numpy() if picture.shape[0] == 1 else picture.permute(1, 2, 0).contiguous().numpy()
+    Image.fromarray(array).save(path)
+
+
+def save_teacher(folder: Path, unet: UNet2DModel, ema: list[Tensor], scheduler: DDIMScheduler) -> None:
+    """Write the averaged weights and the scheduler in diffusers layout."""
+    averaged = UNet2DModel.from_config(unet.config)
+    with torch.no_grad():
+        for parameter, value in zip(averaged.parameters(), ema, strict=True):
+            parameter.copy_(value)
+    averaged.save_pretrained(folder / "unet")
+    scheduler.save_pretrained(folder / "scheduler")
+
+
+def train(
+    config: DictConfig, images: Tensor, out: str | Path, *, device: str = "cpu", stop_after: int | None = None
+) -> list[float]:
+    """Train and return the loss of every step done in this call.
+
+    Args:
+        config: as in ``configs/*.yaml``.
+        images: (N, C, H, W) uint8.
+        out: receives ``checkpoint.pt`` (resumed from if it is there), ``grid-STEP.png``, ``unet/`` and ``scheduler/``.
+        stop_after: leave after this step with a checkpoint written, as if interrupted.
+
+    Raises:
+        FloatingPointError: the loss is not finite; the last checkpoint is kept.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    options = config.train
+    torch.manual_seed(options.seed)
+    unet = UNet2DModel(**OmegaConf.to_container(config.unet)).to(device)
+    scheduler = DDIMScheduler(**OmegaConf.to_container(config.scheduler))
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    ema = [parameter.detach().clone() for parameter in unet.parameters()]
+    generator = torch.Generator(device).manual_seed(options.seed)
+    grid_noise = torch.randn(
+        64, unet.config.in_channels, config.data.image_size, config.data.image_size, generator=generator, device=device
+    )
+    start, checkpoint = 0, out / "checkpoint.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True, map_location=device)
+        unet.load_state_dict(state["unet"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema, start = state["ema"], state["step"]
+        generator.set_state(state["generator"].cpu())
+        torch.set_rng_state(state["rng"].cpu())  # dropout draws from the global generator
+
+    def save(step: int) -> None:
+        state = {"unet": unet.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema, "step": step}
+        torch.save(state | {"generator": generator.get_state(), "rng": torch.get_rng_state()}, out / "checkpoint.tmp")
+        os.replace(out / "checkpoint.tmp", checkpoint)  # a kill in mid-write leaves the last one whole
+        save_teacher(out, unet, ema, scheduler)
+
+    losses: list[Tensor] = []
+    last = options.steps if stop_after is None else min(stop_after, options.steps)
+    unet.train()
+    bar = tqdm(range(start, last), initial=start, total=options.steps, desc="teacher", mininterval=5)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, options)
+        rows = torch.randint(len(images), (options.batch_size,), generator=generator, device=device)
+        x_0 = to_unit(images[rows.to(images.device)].to(device))
+        if config.data.flip:
+            mirrored = torch.rand(len(x_0), generator=generator, device=device) < 0.5
+            x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(-1), x_0)
+        noise = torch.randn(x_0.shape, generator=generator, device=device)
+        timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(x_0),), generator=generator, device=device)
+        x_t = scheduler.add_noise(x_0, noise, timesteps)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=options.bf16):
+            prediction = predict(unet, x_t, timesteps)
+        loss = (prediction.float() - target(scheduler, x_0, noise, timesteps)).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), options.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(options.ema, (step + 1) / (step + 10))
+        torch._foreach_lerp_(ema, [p.detach() for p in unet.parameters()], 1 - decay)
+        losses.append(loss.detach())
+        done = step + 1
+        if done % 50 == 0 or done == last:  # one synchronisation in fifty steps
+            recent = torch.stack(losses[-50:]).mean().item()
+            if not math.isfinite(recent):
+                raise FloatingPointError(
+                    f"the loss is {recent} near step {done}; lower train.lr (now {options.lr}) and resume"
+                )
+            bar.set_postfix(loss=f"{recent:.4f}", lr=f"{lr_at(step, options):.1e}")
+        if done % options.checkpoint_every == 0 or done == last:
+            save(done)
+        if done % options.grid_every == 0 or done == options.steps:
+            averaged = (
+                UNet2DModel.from_pretrained(out / "unet").to(device) if done % options.checkpoint_every == 0 else unet
+            )
+            save_grid(sample(averaged, scheduler, grid_noise, options.grid_steps), out / f"grid-{done}.png")
+    return torch.stack(losses).tolist() if losses else []
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", required=True, help="folder with idx.gz files, CIFAR-10's binary batches, or images")
+    parser.add_argument("--out", required=True, help="where checkpoints, grids and the trained model go")
+    parser.add_argument("--config", default="fashion_mnist", help="a name in recipes/configs or a YAML file")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("overrides", nargs="*", help="such as train.steps=100 train.bf16=false")
+    args = parser.parse_args(argv)
+    path = Path(args.config) if args.config.endswith((".yaml", ".yml")) else CONFIGS / f"{args.config}.yaml"
+    config = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(args.overrides))
+    images, _ = load_images(args.data, "train", image_size=config.data.image_size, channels=config.unet.in_channels)
+    train(config, images, args.out, device=args.device)
+
+
+if __name__ == "__main__":
+    main()
