@@ -286,7 +286,8 @@ def _frechet_interval(features: Tensor, real: RealFeatures, fid: float, seed: in
 
     FID grows as the number of images falls, and a resample holds fewer distinct images than the set it is drawn from:
     raw percentiles of a few hundred images can lie wholly above the FID itself. The draws' mean is therefore moved onto
-    ``fid``, so that the interval speaks of the scatter of FID at this number of images.
+    ``fid``, so that the interval speaks of the scatter of FID at this number of images. Close to FID's floor it is
+    too wide.
     """
     generator = torch.Generator().manual_seed(seed)
     distance = _frechet_to(real.mean.double(), real.cov.double())
@@ -409,7 +410,7 @@ def _powers(reference: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"reference is {tuple(reference.shape)}, other {tuple(other.shape)}; the shapes must be equal")
     if not (reference.isfinite().all() and other.isfinite().all()):
         raise ValueError("SQNR of NaN or infinite values is not defined; look for them in reference and other")
-    reference, other = reference.detach().double().flatten(1), other.detach().double().flatten(1)
+    reference, other = (tensor.detach().double().unsqueeze(-1).flatten(1) for tensor in (reference, other))
     return reference.square().sum(1), (reference - other).square().sum(1)
 
 

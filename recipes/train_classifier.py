@@ -1,7 +1,7 @@
 """Train the feature network of FID and KID: ``python -m pqcad_ao.recipes.train_classifier --data DIR --out DIR``.
 
-Cross-entropy and AdamW with one cycle of the learning rate (Smith & Topin 2017); no augmentation, so that the features
-keep position and facing. A few minutes on one CPU thread. Afterwards it writes the features' statistics.
+Cross-entropy and AdamW, a linear warm-up and a linear decay; no augmentation, so that the features keep position and
+facing. A few minutes on one CPU thread. Afterwards it writes the features' statistics.
 """
 
 import argparse
@@ -21,6 +21,12 @@ from pqcad_ao.evaluate import FeatureClassifier, RealFeatures
 CONFIGS = Path(__file__).parent / "configs"
 
 
+def lr_at(step: int, steps: int, train: DictConfig) -> float:
+    """Linear warm-up over the first ``train.warmup`` of the steps, then linear to zero."""
+    warmup = train.warmup * steps
+    return train.lr * min((step + 1) / warmup if warmup else 1.0, (steps - step) / max(1.0, steps - warmup))
+
+
 def train(
     config: DictConfig, images: Tensor, labels: Tensor, *, device: str = "cpu"
 ) -> tuple[FeatureClassifier, list[float]]:
@@ -31,6 +37,7 @@ def train(
         images: (N, C, H, W) uint8. labels: (N,) int64.
 
     Raises:
+        ValueError: fewer images than one batch takes.
         FloatingPointError: the loss is not finite.
     """
     options = config.train
@@ -38,10 +45,9 @@ def train(
     network = FeatureClassifier(**OmegaConf.to_container(config.network)).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), lr=options.lr, weight_decay=options.weight_decay, fused=True)
     batches = len(images) // options.batch_size  # of whole size: a small last one would upset the batch statistics
+    if not batches:
+        raise ValueError(f"{len(images)} images do not fill a batch; lower train.batch_size (now {options.batch_size})")
     total = options.epochs * batches
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, options.lr, total, pct_start=options.warmup, anneal_strategy="linear", cycle_momentum=False
-    )
     generator = torch.Generator().manual_seed(options.seed)
     losses: list[Tensor] = []
     network.train()
@@ -49,6 +55,8 @@ def train(
     for epoch in range(options.epochs):
         order = torch.randperm(len(images), generator=generator)
         for rows in order.split(options.batch_size)[:batches]:
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(len(losses), total, options)
             x = to_unit(images[rows].to(device)).contiguous(memory_format=torch.channels_last)
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=options.bf16):
                 logits = network(x)
@@ -56,7 +64,6 @@ def train(
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            schedule.step()
             losses.append(loss.detach())
             bar.update()
         recent = torch.stack(losses[-batches:]).mean().item()  # one synchronisation an epoch

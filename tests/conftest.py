@@ -1,0 +1,67 @@
+"""Fixtures shared by the tests: a UNet small enough to quantize in seconds, its scheduler, and the real data."""
+
+import copy
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DModel
+
+from pqcad_ao.models import save_model
+
+
+@pytest.fixture(scope="session")
+def _tiny_unet_prototype() -> UNet2DModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return UNet2DModel(
+            sample_size=8,
+            in_channels=1,
+            out_channels=1,
+            layers_per_block=1,
+            block_out_channels=(8, 16),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            norm_num_groups=4,
+            attention_head_dim=8,
+        ).eval()
+
+
+@pytest.fixture
+def tiny_unet(_tiny_unet_prototype: UNet2DModel) -> UNet2DModel:
+    """A UNet2DModel of (8, 16) channels on 1×8×8 images, seeded weights, eval mode; every test gets its own copy."""
+    return copy.deepcopy(_tiny_unet_prototype)
+
+
+def _ddim() -> DDIMScheduler:
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+
+
+@pytest.fixture
+def scheduler() -> DDIMScheduler:
+    """The scheduler of the embedded teacher: DDIM, cosine betas, v-prediction, trailing timesteps."""
+    return _ddim()
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(_tiny_unet_prototype: UNet2DModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``tiny_unet`` and ``scheduler`` in diffusers layout; read it, do not write to it."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_model(_tiny_unet_prototype, _ddim(), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of the standard image sets (``PQCAD_DATA``, by default ``../shared/data``)."""
+    folder = Path(os.environ.get("PQCAD_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no image data at {folder}: set PQCAD_DATA to the folder that holds fashion_mnist/")
+    return folder
