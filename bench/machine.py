@@ -1,12 +1,16 @@
-"""What a measurement ran on: versions, processor, threads, load, and the memory of this process."""
+"""What a measurement ran on: versions, processor and its peak, threads, load, and the memory of this process."""
 
 import os
 import platform
+import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
+from torch import Tensor
 
 PACKAGES = ("pqcad_ao", "torch", "torchao", "diffusers", "executorch", "openvino", "nncf", "numpy")
 
@@ -111,3 +115,60 @@ def reset_peak_rss() -> bool:
     except OSError:
         return False
     return True
+
+
+def native_bf16() -> bool:
+    """Whether this processor multiplies bfloat16 itself."""
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpu()["features"])
+
+
+def peak_gmacs() -> dict[str, float]:
+    """Multiply-accumulates that this machine does now, in G/s, by type: fp32, int8, and bf16 where it has it.
+
+    The better of a 1024³ matrix product and a 3×3 convolution of 256 channels at 16×16, batch 8, best of four each.
+    """
+    size, channels, batch, side = 1024, 256, 8, 16
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(size, size, generator=generator)
+    x = torch.randn(batch, channels, side, side, generator=generator).to(memory_format=torch.channels_last)
+    w = torch.randn(channels, channels, 3, 3, generator=generator)
+    product, convolution = size**3, x.numel() * channels * 9
+    a8, w8 = ((20 * value).clamp(-128, 127).to(torch.int8) for value in (a, w))
+    x8 = (20 * x).clamp(0, 255).to(torch.uint8)
+    kernels: list[tuple[str, int, Callable[[], Tensor]]] = [
+        ("fp32", product, lambda: a @ a),
+        ("fp32", convolution, lambda: torch.conv2d(x, w, padding=1)),
+        ("int8", product, lambda: torch._int_mm(a8, a8)),
+    ]
+    if hasattr(torch.ops.onednn, "qconv2d_pointwise") and platform.machine() in ("x86_64", "AMD64"):
+        kernels.append(("int8", convolution, _int8_convolution(x8, w8)))
+    if native_bf16():
+        a16, x16, w16 = a.bfloat16(), x.bfloat16(), w.bfloat16()
+        kernels.append(("bf16", product, lambda: a16 @ a16))
+        kernels.append(("bf16", convolution, lambda: torch.conv2d(x16, w16, padding=1)))
+    peaks: dict[str, float] = {}
+    for kind, macs, call in kernels:
+        peaks[kind] = max(peaks.get(kind, 0.0), macs / min(timed(call, 4)) / 1e6)
+    return peaks
+
+
+def _int8_convolution(x: Tensor, w: Tensor) -> Callable[[], Tensor]:
+    """oneDNN's uint8 × int8 3×3 convolution as Inductor calls it. Checked with torch 2.13."""
+    scale, zero_point = torch.ones(len(w)), torch.zeros(len(w), dtype=torch.int32)
+    ones = [1, 1]  # stride, padding and dilation
+    packed = torch.ops.onednn.qconv_prepack(w, scale, 1.0, 0, ones, ones, ones, 1, list(x.shape))
+    weight = (packed, scale, zero_point, None, ones, ones, ones, 1)
+    no_epilogue: list[Any] = []
+    output = (1.0, 0, torch.float32, "none", no_epilogue, "")
+    return lambda: torch.ops.onednn.qconv2d_pointwise(x, 1.0, 0, *weight, *output)
+
+
+def timed(call: Callable[[], Any], iterations: int) -> list[float]:
+    """Milliseconds of each of ``iterations`` calls, after one that is not counted."""
+    call()
+    times = []
+    for _ in range(iterations):
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e3)
+    return times

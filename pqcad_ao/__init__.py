@@ -1,5 +1,6 @@
 """pqcad_ao: diffusion UNets in four bits and half the sampling steps, as an ordinary PyTorch 2 workflow."""
 
+import pqcad_ao.quiet  # noqa: F401  (before the imports that it quietens)
 from pqcad_ao.config import PQCADConfig
 from pqcad_ao.plan import Plan, PlanRow
 from pqcad_ao.quantize import is_root, plan, quantize_

@@ -10,8 +10,9 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
 from torch import Tensor, nn
 
+from pqcad_ao.capture import conditioning_rows, placement
 from pqcad_ao.config import PQCADConfig
-from pqcad_ao.sampling import sample, take_rows
+from pqcad_ao.sampling import evaluation_mode, sample, take_rows
 
 # Schedulers that walk the variance-preserving process of Ho et al. 2020 on integer timesteps.
 FAMILY = (DDIMScheduler, DDPMScheduler, PNDMScheduler)
@@ -46,24 +47,32 @@ def as_ddim(scheduler) -> DDIMScheduler:
     """
     if not isinstance(scheduler, FAMILY):
         raise ValueError(
-            f"scheduler is a {type(scheduler).__name__}: allowed are {', '.join(kind.__name__ for kind in FAMILY)}. If the "
-            "network was trained on a DDPM noise process, pass DDIMScheduler.from_config(scheduler.config)"
+            f"scheduler is a {type(scheduler).__name__}: allowed are {', '.join(kind.__name__ for kind in FAMILY)}. "
+            "If the network was trained on a DDPM noise process, pass DDIMScheduler.from_config(scheduler.config)"
         )
     return DDIMScheduler.from_config(scheduler.config)
 
 
 def find_scheduler(model: nn.Module) -> DDIMScheduler | None:
-    """The scheduler saved beside a network that was loaded from a diffusers folder, if there is one."""
+    """The scheduler saved beside a network that was loaded from a diffusers folder, if there is one.
+
+    Raises:
+        ValueError: the one that is there is not of the DDPM/DDIM family.
+    """
     path = getattr(getattr(model, "config", None), "_name_or_path", None)
     if not path:
         return None
-    for folder in (Path(path) / "scheduler", Path(path).parent / "scheduler"):
+    for folder in (Path(path) / "scheduler", Path(path), Path(path).parent / "scheduler"):
         file = folder / "scheduler_config.json"
         if file.is_file():
             scheduler_class = json.loads(file.read_text()).get("_class_name")
             known = {kind.__name__: kind for kind in FAMILY}
-            if scheduler_class in known:
-                return as_ddim(known[scheduler_class].from_pretrained(folder))
+            if scheduler_class not in known:
+                raise ValueError(
+                    f"the scheduler saved in {folder} is a {scheduler_class}: allowed are {', '.join(known)}. If the "
+                    f"network was trained on a DDPM noise process, pass DDIMScheduler.from_pretrained({str(folder)!r})"
+                )
+            return as_ddim(known[scheduler_class].from_pretrained(folder))
     return None
 
 
@@ -95,8 +104,8 @@ def calibration_set(
 ) -> CalibrationSet:
     """Walk the full-precision sampler and keep ``config.calibration_points`` of its inputs.
 
-    A point is a timestep drawn by the law, moved to the nearest one that the sampler visits, and the x_t that one of the
-    trajectories has there; as many trajectories are walked as give each point an x_t of its own.
+    A point is a timestep drawn by the law, moved to the nearest one that the sampler visits, and the x_t that one of
+    the trajectories has there; as many trajectories are walked as give each point an x_t of its own.
 
     Args:
         shape: (C, H, W). conditioning: rows are used in turn, one for each trajectory.
@@ -118,25 +127,22 @@ def calibration_set(
     )
     step_of_point = (drawn[:, None] - visited[None]).abs().argmin(1)
     trajectories = int(torch.bincount(step_of_point).max())
-    parameter = next(model.parameters())
-    noise = torch.randn(trajectories, *shape, generator=generator).to(parameter.device, parameter.dtype)
-    lengths = [value.shape[0] for value in (conditioning or {}).values() if isinstance(value, Tensor)]
-    cycle = torch.arange(trajectories) % (lengths[0] if lengths else 1)
-    chosen = take_rows(conditioning or {}, cycle)
+    device, dtype = placement(model)
+    noise = torch.randn(trajectories, *shape, generator=generator).to(device, dtype)
+    conditioning = conditioning or {}
+    chosen = take_rows(conditioning, torch.arange(trajectories) % conditioning_rows(conditioning))
     # the k-th point at a step takes the k-th trajectory
     rank = torch.zeros(len(drawn), dtype=torch.int64)
     for step in step_of_point.unique():
         here = step_of_point == step
         rank[here] = torch.randperm(trajectories, generator=generator)[: int(here.sum())]
-    x_t = torch.empty(len(drawn), *shape, dtype=parameter.dtype, device=parameter.device)
+    x_t = torch.empty(len(drawn), *shape, dtype=dtype, device=device)
 
     def keep(first: int, step: int, timestep: Tensor, state: Tensor) -> None:
         here = (step_of_point == step) & (rank >= first) & (rank < first + len(state))
         x_t[here.to(x_t.device)] = state[(rank[here] - first).to(state.device)]
 
-    training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         final = sample(
             model,
             scheduler,
@@ -147,12 +153,10 @@ def calibration_set(
             callback=keep,
             progress=progress,
         )
-    finally:
-        model.train(training)
     if not final.isfinite().all() or not x_t.isfinite().all():
         raise FloatingPointError(
-            "the full-precision sampler left the finite numbers while calibrating: check the network's weights and that "
-            f"the scheduler is the one it was trained with ({scheduler.config.prediction_type}, "
+            "the full-precision sampler left the finite numbers while calibrating: check the network's weights and "
+            f"that the scheduler is the one it was trained with ({scheduler.config.prediction_type}, "
             f"{scheduler.config.beta_schedule})"
         )
     return CalibrationSet(x_t, visited[step_of_point].to(x_t.device), take_rows(chosen, rank))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pqcad_ao.sampling import predict, take_rows
+from pqcad_ao.sampling import evaluation_mode, predict, take_rows
 
 GEMMS = (torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding, torch.ops.aten.linear.default)
 # Convolutions that have no quantized form here; they are found so that the plan can name them.
@@ -65,6 +65,19 @@ def weight_fqn(node: Node) -> str | None:
     return None
 
 
+def call_site(node: Node) -> str:
+    """The module in whose forward a node is computed, by its name in the network."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    path = stack[-1][0].partition("@")[0] if stack else "unet"  # a module's second call is recorded as name@1
+    return "" if path == "unet" else path.removeprefix("unet.")
+
+
+def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where a network's inputs belong: device and type of its first floating-point parameter."""
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    return parameter.device, parameter.dtype
+
+
 def sample_shape(model: nn.Module, given: tuple[int, ...] | None = None) -> tuple[int, int, int]:
     """(C, H, W) of the images a network denoises: as given, or from a diffusers config.
 
@@ -87,14 +100,18 @@ def sample_shape(model: nn.Module, given: tuple[int, ...] | None = None) -> tupl
 
 
 def check_conditioning(model: nn.Module, conditioning: dict[str, Any] | None) -> dict[str, Any]:
-    """Conditioning that a network needs and did not get is an error that names it.
+    """The conditioning on the network's device; what a network needs and did not get is an error that names it.
 
     Args:
         conditioning: keyword arguments of ``model.forward``, one row for each sample.
 
     Raises:
-        ValueError: missing, empty, or of unequal lengths.
+        ValueError: missing, empty, or of unequal lengths. TypeError: not a dictionary.
     """
+    if not isinstance(conditioning, (dict, type(None))):
+        raise TypeError(
+            f"conditioning is a {type(conditioning).__name__}: write {{'name of forward's argument': tensor}}"
+        )
     conditioning = conditioning or {}
     config = getattr(model, "config", None)
     needed = []
@@ -110,12 +127,18 @@ def check_conditioning(model: nn.Module, conditioning: dict[str, Any] | None) ->
                 f"{type(model).__name__} is conditional and conditioning has no {name!r}: pass "
                 f"conditioning={{{name!r}: tensor with one row for each sample}}"
             )
-    lengths = {leaf.shape[0] for leaf in tree_leaves(conditioning) if isinstance(leaf, Tensor)}
+    lengths = {leaf.shape[0] if leaf.dim() else 0 for leaf in tree_leaves(conditioning) if isinstance(leaf, Tensor)}
     if len(lengths) > 1 or 0 in lengths:
         raise ValueError(
             f"conditioning holds tensors of {sorted(lengths)} rows; give each the same number, at least one"
         )
-    return conditioning
+    device, _ = placement(model)
+    return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, conditioning)
+
+
+def conditioning_rows(conditioning: dict[str, Any]) -> int:
+    """How many samples a (nested) conditioning describes; 1 where it holds no tensor."""
+    return next((leaf.shape[0] for leaf in tree_leaves(conditioning) if isinstance(leaf, Tensor)), 1)
 
 
 def capture(model: nn.Module, shape: tuple[int, int, int], conditioning: dict[str, Any]) -> Capture:
@@ -126,27 +149,20 @@ def capture(model: nn.Module, shape: tuple[int, int, int], conditioning: dict[st
     Raises:
         RuntimeError: torch.export cannot capture it; the cause is chained.
     """
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    rows = torch.arange(3, device=parameter.device)
-    x_t = torch.zeros(3, *shape, device=parameter.device, dtype=parameter.dtype)
-    timesteps = torch.tensor([1, 2, 3], device=parameter.device)
-    length = next((leaf.shape[0] for leaf in tree_leaves(conditioning) if isinstance(leaf, Tensor)), 1)
-    example = take_rows(conditioning, rows % length)
+    device, dtype = placement(model)
+    x_t = torch.zeros(3, *shape, device=device, dtype=dtype)
+    timesteps = torch.tensor([1, 2, 3], device=device)
+    example = take_rows(conditioning, torch.arange(3) % conditioning_rows(conditioning))
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     dynamic = tree_map(lambda value: {0: batch} if isinstance(value, Tensor) else None, (x_t, timesteps, example))
-    flags = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluation_mode(model), torch.no_grad():
             exported = torch.export.export(Denoiser(model), (x_t, timesteps, example), dynamic_shapes=dynamic)
         graph = exported.module()
     except Exception as error:
         raise RuntimeError(
             f"torch.export cannot capture {type(model).__name__} called as f(x_t {tuple(x_t.shape)}, timesteps (3,), "
-            f"{', '.join(conditioning) or 'no conditioning'}): {str(error).splitlines()[0]}"
+            f"{', '.join(conditioning) or 'no conditioning'}): {(str(error) or repr(error)).splitlines()[0]}"
         ) from error
-    finally:
-        for module, training in flags.items():
-            module.training = training
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     return Capture(graph, placeholders[0], placeholders[1])

@@ -1,6 +1,5 @@
 """What a user may ask for: frozen-vocabulary dataclasses on torchao's ``AOBaseConfig``, checked when they are made."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,11 +48,11 @@ class PQCADConfig(AOBaseConfig):
         calibration_steps: sampling steps of the trajectories from which they are taken.
         calibration_timesteps: ``"normal"``, timesteps drawn from N(mean·T, (std·T)²) truncated to [0, T), or
             ``"uniform"``.
-        calibration_mean: mean of the normal law as a part of T.
-        calibration_std: standard deviation of the normal law as a part of T.
+        calibration_mean: mean of the normal law as a part of T, 0 to 1.
+        calibration_std: standard deviation of the normal law as a part of T, above 0 and at most 10.
         calibration_batch_size: images per forward call while calibrating, at most 63 (diffusers' upsampling takes
             another branch from 64 on, which the captured graph does not hold).
-        seed: seeds every random draw.
+        seed: seeds every random draw, 0 to 2^63 - 1.
 
     Raises:
         ValueError, TypeError: a value outside its range; the message says which and what is allowed.
@@ -82,21 +81,23 @@ class PQCADConfig(AOBaseConfig):
         if self.mode not in MODES:
             raise ValueError(f"mode={self.mode!r}: allowed are {', '.join(map(repr, MODES))}")
         if self.calibration_timesteps not in TIMESTEP_LAWS:
-            raise ValueError(
-                f"calibration_timesteps={self.calibration_timesteps!r}: allowed are {', '.join(map(repr, TIMESTEP_LAWS))}"
-            )
+            allowed = ", ".join(map(repr, TIMESTEP_LAWS))
+            raise ValueError(f"calibration_timesteps={self.calibration_timesteps!r}: allowed are {allowed}")
         for name in ("timestep_groups", "calibration_points", "calibration_steps", "calibration_batch_size"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: allowed are whole numbers from 1")
         if self.calibration_batch_size > 63:
             raise ValueError(f"calibration_batch_size={self.calibration_batch_size}: allowed are 1 to 63")
-        for name in ("calibration_mean", "calibration_std"):
+        # within these bounds the truncated law keeps a fair part of what is drawn
+        for name, most in (("calibration_mean", 1), ("calibration_std", 10)):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-                raise ValueError(f"{name}={value!r}: allowed are finite numbers from 0, as a part of T")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
+                raise ValueError(f"{name}={value!r}: allowed are numbers from 0 to {most}, as a part of T")
         if self.calibration_std == 0:
             raise ValueError("calibration_std=0 would put every calibration point on one timestep; 0.4 is the default")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed!r}: allowed are whole numbers from 0 to 2^63 - 1")
         if not isinstance(self.overrides, dict):
             raise TypeError(
                 f"overrides is a {type(self.overrides).__name__}; write {{'role or glob': {{'weight_bits': 8}}}}"
@@ -106,8 +107,7 @@ class PQCADConfig(AOBaseConfig):
                 raise TypeError(f"overrides[{key!r}]={bits!r}: write {{'weight_bits': 8, 'activation_bits': 8}} for it")
             unknown = set(bits) - {"weight_bits", "activation_bits"}
             if unknown or not bits:
-                raise ValueError(
-                    f"overrides[{key!r}] sets {sorted(unknown) or 'nothing'}: allowed are weight_bits and activation_bits"
-                )
+                given = sorted(map(str, unknown)) or "nothing"
+                raise ValueError(f"overrides[{key!r}] sets {given}: allowed are weight_bits and activation_bits")
             _check_bits("weight_bits", bits.get("weight_bits"), WEIGHT_BITS, f" in overrides[{key!r}]")
             _check_bits("activation_bits", bits.get("activation_bits"), ACTIVATION_BITS, f" in overrides[{key!r}]")

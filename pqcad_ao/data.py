@@ -1,6 +1,7 @@
 """Image sets on disk as one uint8 tensor: idx.gz pairs, CIFAR-10's binary batches, or a folder of images."""
 
 import gzip
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,18 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 def read_idx(path: Path) -> np.ndarray:
     """Read one gzipped idx file (the MNIST family's format: 2 zero bytes, type 8, rank, big-endian sizes, data)."""
-    with gzip.open(path, "rb") as file:
-        raw = file.read()
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    try:
+        with gzip.open(path, "rb") as file:
+            raw = file.read()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
     if len(raw) < 4 or raw[0] or raw[1] or raw[2] != 8:
         raise ValueError(f"{path} is no idx file of unsigned bytes: it starts with {raw[:4]!r}")
     rank = raw[3]
+    if len(raw) < 4 + 4 * rank:
+        raise ValueError(f"{path} ends within its header: the file is damaged")
     shape = np.frombuffer(raw, ">i4", rank, offset=4)
     values = np.frombuffer(raw, np.uint8, offset=4 + 4 * rank)
     if values.size != shape.prod():
@@ -36,9 +44,14 @@ def _pad_to(images: Tensor, size: int) -> Tensor:
 
 
 def _load_idx(folder: Path, prefix: str) -> tuple[Tensor, Tensor]:
-    images = torch.from_numpy(read_idx(folder / f"{prefix}-images-idx3-ubyte.gz").copy())[:, None]
+    images = torch.from_numpy(read_idx(folder / f"{prefix}-images-idx3-ubyte.gz").copy())
     labels = torch.from_numpy(read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz").copy()).long()
-    return images, labels
+    if images.dim() != 3 or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"{folder}: {prefix} images have shape {list(images.shape)}, labels {list(labels.shape)}; expected "
+            "(N, height, width) and (N,)"
+        )
+    return images[:, None], labels
 
 
 def _load_cifar(files: list[Path]) -> tuple[Tensor, Tensor]:
@@ -63,16 +76,19 @@ def _load_folder(folder: Path, image_size: int, channels: int) -> tuple[Tensor, 
         )
     images = torch.empty(len(files), channels, image_size, image_size, dtype=torch.uint8)
     for row, path in enumerate(files):
-        with Image.open(path) as picture:
-            picture = picture.convert("L" if channels == 1 else "RGB")
-            scale = image_size / min(picture.size)
-            if scale < 1:  # shrink the short side, then cut the centre: never enlarge
-                picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.LANCZOS)
-            left, top = max(0, picture.width - image_size) // 2, max(0, picture.height - image_size) // 2
-            picture = picture.crop(
-                (left, top, left + min(image_size, picture.width), top + min(image_size, picture.height))
-            )
-            pixels = torch.from_numpy(np.array(picture, dtype=np.uint8))
+        try:
+            with Image.open(path) as opened:
+                picture = opened.convert("L" if channels == 1 else "RGB")
+        except OSError as error:
+            raise ValueError(f"{path} is no readable image: {error}") from error
+        scale = image_size / min(picture.size)
+        if scale < 1:  # shrink the short side, then cut the centre: never enlarge
+            picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.LANCZOS)
+        left, top = max(0, picture.width - image_size) // 2, max(0, picture.height - image_size) // 2
+        picture = picture.crop(
+            (left, top, left + min(image_size, picture.width), top + min(image_size, picture.height))
+        )
+        pixels = torch.from_numpy(np.array(picture, dtype=np.uint8))
         images[row] = _pad_to(pixels[None] if channels == 1 else pixels.permute(2, 0, 1), image_size)
     parents = sorted({p.parent for p in files})
     if len(parents) == 1:
@@ -91,14 +107,15 @@ def load_images(
             images (``folder/train/CLASS/*.jpg``, ``folder/CLASS/*.jpg`` and ``folder/*.jpg`` are all understood; the
             class is the folder's rank by name).
         split: ``"train"`` or ``"test"``.
-        image_size: height and width of the result; smaller images are centred on black, larger ones (of a folder) shrunk.
+        image_size: height and width of the result; smaller images are centred on black, larger ones (of a folder)
+            shrunk.
         channels: 1 or 3 for a folder of images (3 if None); the other formats know their own.
 
     Returns:
         images (N, C, image_size, image_size) uint8, and class labels (N,) int64 or None where there are none.
 
     Raises:
-        ValueError: nothing readable there, or a damaged file.
+        ValueError: nothing readable there, a file that is missing or damaged, or a folder with the other split alone.
     """
     folder = Path(folder)
     if split not in ("train", "test"):
@@ -112,7 +129,9 @@ def load_images(
     elif batches:
         images, labels = _load_cifar(batches)
     else:
-        inner = folder / split
+        inner, other = folder / split, folder / ("test" if split == "train" else "train")
+        if other.is_dir() and not inner.is_dir():
+            raise ValueError(f"{folder} has {other.name}/ but no {split}/")
         return _load_folder(inner if inner.is_dir() else folder, image_size, channels or 3)
     return _pad_to(images, image_size), labels
 

@@ -1,4 +1,4 @@
-"""What stays in a quantized network: convolutions and linears with packed integer weights, and the timestep they read."""
+"""What stays in a quantized network: convolutions and linears on packed integer weights, the timestep they read."""
 
 import inspect
 from typing import Any
@@ -56,13 +56,20 @@ def bind_timestep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Non
     """Forward pre-hook of a quantized network: a scalar or per-sample timestep becomes a group for each sample."""
     sample = _call_argument(module, args, kwargs, 0)
     timesteps = _call_argument(module, args, kwargs, 1)
-    timesteps = torch.as_tensor(timesteps, device=sample.device).reshape(-1).expand(sample.shape[0])
+    if isinstance(timesteps, (int, float)):  # torch.full takes a symbolic number; as_tensor would recompile for each
+        timesteps = torch.full((1,), timesteps)
+    timesteps = torch.as_tensor(timesteps, device=sample.device).reshape(-1)
+    if timesteps.shape[0] != 1 and timesteps.shape[0] != sample.shape[0]:
+        raise ValueError(
+            f"{timesteps.shape[0]} timesteps for a batch of {sample.shape[0]}: give one for all, or one for each sample"
+        )
+    timesteps = timesteps.expand(sample.shape[0])
     state = module._pqcad_timestep
     state.group = timestep_group(timesteps, state.groups, state.num_train_timesteps)
 
 
 def release_timestep(module: nn.Module, args: tuple, output: Any) -> None:
-    """Forward hook: no group outlives the call that set it."""
+    """Forward hook: no group outlives the call that set it, a call that raised included."""
     module._pqcad_timestep.group = None
 
 
@@ -70,7 +77,7 @@ def install_timestep(module: nn.Module, timestep: Timestep) -> None:
     """Make ``module`` hand its timestep to the quantized layers that hold ``timestep``."""
     module._pqcad_timestep = timestep
     module.register_forward_pre_hook(bind_timestep, with_kwargs=True)
-    module.register_forward_hook(release_timestep)
+    module.register_forward_hook(release_timestep, always_call=True)
 
 
 class QuantizedLayer(nn.Module):
@@ -124,8 +131,8 @@ class QuantizedLayer(nn.Module):
 
     def set_grid(self, scale: Tensor, low: Tensor) -> None:
         """Store the activations' (groups, segments) scales and lowest integers."""
-        self.input_scale = scale.detach().float().clone()
-        self.input_low = low.to(torch.int16).clone()
+        self.input_scale = scale.detach().float().clone().to(self.weight.device)
+        self.input_low = low.to(torch.int16).clone().to(self.weight.device)
 
     def quantize_input(self, x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
         """x as int8 integers of its timestep's grid, and the (B, segments) scale that belongs to them."""
@@ -208,7 +215,8 @@ class QuantizedConv2d(QuantizedLayer):
         )
 
     def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, {self._bits()}"
+        shape = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        return f"{shape}, {self._bits()}"
 
 
 class QuantizedLinear(QuantizedLayer):

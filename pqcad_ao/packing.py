@@ -1,4 +1,4 @@
-"""Integers of 2 to 8 bits packed into bytes along the last dimension: a little-endian bit stream, low nibble first at 4."""
+"""Integers of 2 to 8 bits packed into bytes along the last dimension: a little-endian bit stream."""
 
 import torch
 from torch import Tensor
@@ -17,15 +17,15 @@ def pack(values: Tensor, bits: int) -> Tensor:
         bits: 2 to 8.
 
     Returns:
-        (..., ceil(K·bits/8)) uint8. Value k occupies bits k·bits to (k+1)·bits - 1 of the row, least significant first,
-        in two's complement; what is left over in the last byte is zero.
+        (..., ceil(K·bits/8)) uint8. Value k occupies bits k·bits to (k+1)·bits - 1 of the row, least significant first
+        (at 4 bits: low nibble first), in two's complement; what is left over in the last byte is zero.
 
     Raises:
         ValueError: bits or a value out of range.
     """
     _check(bits)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    if values.numel() and (values.min() < low or values.max() > high):
+    if values.numel() and not (values.min() >= low and values.max() <= high):  # NaN included
         raise ValueError(f"{bits}-bit integers lie in [{low}, {high}]; given were {values.min()} to {values.max()}")
     length = values.shape[-1]
     if bits == 8:

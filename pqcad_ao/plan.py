@@ -1,6 +1,6 @@
 """The resolved plan: what happens to every convolution and linear of a network, in how many bits, and why."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from math import prod
@@ -11,7 +11,7 @@ from tabulate import tabulate
 from torch import nn
 from torch.fx import Node
 
-from pqcad_ao.capture import BATCHED_PRODUCTS, GEMMS, OTHER_GEMMS, Capture, weight_fqn
+from pqcad_ao.capture import BATCHED_PRODUCTS, GEMMS, OTHER_GEMMS, Capture, call_site, weight_fqn
 from pqcad_ao.config import ROLES, PQCADConfig
 
 aten = torch.ops.aten
@@ -196,26 +196,54 @@ def _role(node: Node, capture: Capture, above: dict[Node, set[Node]], followed: 
     return "skip_concat" if len(_segments(node)) > 1 else "body"
 
 
-def _unsupported(node: Node, module: nn.Module | None, uses: int) -> str | None:
-    """Why a layer cannot be quantized, or None."""
+def _unsupported(
+    node: Node, fqn: str, modules: dict[str, nn.Module], calls: Counter[str], readers: dict[str, set[str]], batch: Any
+) -> str | None:
+    """Why a layer cannot be quantized, or None.
+
+    Args:
+        fqn: the layer's name. modules: every module under every name that it has. calls: of each layer in one step.
+        readers: the modules in whose forward each parameter is read. batch: the (symbolic) number of samples.
+    """
     if node.target in OTHER_GEMMS:
         return "no quantized form of this operator"
-    if module is None:
+    parameter, module = weight_fqn(node), modules.get(fqn)
+    if module is None or parameter is None:
         return "its weight belongs to no Conv2d or Linear module"
     expected = nn.Linear if node.target is aten.linear.default else nn.Conv2d
     if not isinstance(module, expected):
         return f"its weight belongs to a {type(module).__name__}, not to a {expected.__name__}"
     if type(module).forward is not expected.forward:
         return f"{type(module).__name__} overrides {expected.__name__}.forward"
-    if uses > 1:
-        return f"called {uses} times in one step: one scale would not do"
+    names = [name for name, other in modules.items() if other is module]
+    if len(names) > 1:
+        return f"one module under {len(names)} names: {', '.join(names)}"
+    if calls[fqn] > 1:
+        return f"called {calls[fqn]} times in one step: one scale would not do"
+    if readers[parameter] != {fqn}:
+        return f"its weight is read in the forward of {', '.join(sorted(readers[parameter]))}"
     if getattr(module, "padding_mode", "zeros") != "zeros":
         return f"padding_mode={module.padding_mode!r} is not zeros"
     if getattr(module, "padding", 0) == "same" and any(k % 2 == 0 for k in module.kernel_size):
         return "padding='same' with an even kernel is not symmetric"
-    if not isinstance(node.args[0].meta["val"].shape[0], torch.SymInt):
+    first = node.args[0].meta["val"].shape[0]
+    if not isinstance(first, torch.SymInt) or first.node.expr != batch.node.expr:
         return "its first dimension is not the batch"
     return None
+
+
+def _without_image(node: Node, capture: Capture, above: dict[Node, set[Node]], reason: str) -> str:
+    """Why a layer that the image does not reach gets other bits; ``reason`` holds where only the timestep does."""
+    inputs = {other for other in above[node.args[0]] if other.op == "placeholder"}
+    return reason if inputs <= {capture.timesteps} else "depends on timestep and conditioning, not on the image"
+
+
+def _layer_name(node: Node, modules: dict[str, nn.Module]) -> str:
+    """The module whose forward a convolution or linear is, else the one that holds its weight, else the node's name."""
+    site, parameter = call_site(node), weight_fqn(node)
+    if isinstance(getattr(modules.get(site), "weight", None), torch.Tensor):
+        return site
+    return parameter.rpartition(".")[0] if parameter else node.name
 
 
 def _override(fqn: str, role: str, config: PQCADConfig) -> tuple[dict[str, int | None], str]:
@@ -237,23 +265,27 @@ def resolve(capture: Capture, model: nn.Module, config: PQCADConfig, filter_fn=N
     above = _ancestors(capture)
     nodes = [node for node in capture.graph.graph.nodes if node.target in GEMMS + OTHER_GEMMS]
     followed = set(nodes)
-    uses = Counter(weight_fqn(node) for node in nodes)
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
+    calls = Counter(_layer_name(node, modules) for node in nodes)
+    readers: dict[str, set[str]] = defaultdict(set)
+    for node in capture.graph.graph.nodes:
+        for source in node.all_input_nodes:
+            if source.op == "get_attr":
+                readers[str(source.target).removeprefix("unet.")].add(call_site(node) or type(model).__name__)
+    batch = capture.x_t.meta["val"].shape[0]
     plan = Plan()
     for node in capture.graph.graph.nodes:
         if node.target in BATCHED_PRODUCTS:
-            stack = list(node.meta.get("nn_module_stack", {}).values())
-            fqn = stack[-1][0].removeprefix("unet.") if stack else node.name
+            kind, site = str(node.target).split(".")[1], call_site(node)
+            fqn = f"{site}.{kind}" if site else node.name
             shape = [int(n) for n in node.meta["val"].shape[1:]]
-            kind = str(node.target).split(".")[1]
             reason = "a product of two activations: stays in the model's floating-point type"
-            plan.rows.append(PlanRow(f"{fqn}.{kind}", kind, "attention", shape, 0, None, None, [], reason))
+            plan.rows.append(PlanRow(fqn, kind, "attention", shape, 0, None, None, [], reason))
             continue
         if node not in followed:
             continue
-        parameter = weight_fqn(node)
-        fqn = parameter.rpartition(".")[0] if parameter else node.name
-        module = modules.get(fqn) if parameter else None
+        fqn = _layer_name(node, modules)
+        module = modules.get(fqn)
         role = _role(node, capture, above, followed)
         kind = str(node.target).split(".")[1]
         weight = (
@@ -266,6 +298,8 @@ def resolve(capture: Capture, model: nn.Module, config: PQCADConfig, filter_fn=N
         default_weight, default_activation, reason = ROLE_BITS.get(
             role, ("config", "config", f"{role.replace('_', ' ')}")
         )
+        if role in ("time_embedding", "time_projection"):
+            reason = _without_image(node, capture, above, reason)
         weight_bits = config.weight_bits if default_weight == "config" else default_weight
         activation_bits = config.activation_bits if default_activation == "config" else default_activation
         if role in ("stem", "head") and config.activation_bits is None:
@@ -276,8 +310,10 @@ def resolve(capture: Capture, model: nn.Module, config: PQCADConfig, filter_fn=N
             activation_bits = asked.get("activation_bits", activation_bits)
             reason = f"overrides[{key!r}]"
         if weight_bits is None:
+            if asked.get("activation_bits") is not None:
+                reason += ": activation bits take effect only together with weight_bits"
             activation_bits = None
-        blocked = _unsupported(node, module, uses[parameter])
+        blocked = _unsupported(node, fqn, modules, calls, readers, batch)
         if blocked is None and filter_fn is not None and not filter_fn(module, fqn):
             blocked = "refused by filter_fn"
         if blocked is not None:

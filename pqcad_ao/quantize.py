@@ -14,7 +14,8 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 from tqdm.auto import tqdm
 
 from pqcad_ao.calibration import CalibrationSet, as_ddim, calibration_set, find_scheduler
-from pqcad_ao.capture import GEMMS, Capture, capture, check_conditioning, sample_shape, weight_fqn
+from pqcad_ao.capture import GEMMS, Capture, capture, check_conditioning, placement, weight_fqn
+from pqcad_ao.capture import sample_shape as find_sample_shape
 from pqcad_ao.config import PQCADConfig
 from pqcad_ao.fake_quant import ActivationFakeQuantize, WeightFakeQuantize, quantize
 from pqcad_ao.nn import QuantizedConv2d, QuantizedLayer, QuantizedLinear, Timestep, install_timestep
@@ -50,7 +51,7 @@ def plan(
 
 
 def _capture(model: nn.Module, shape: tuple[int, int, int] | None, conditioning: dict[str, Any] | None) -> Capture:
-    return capture(model, sample_shape(model, shape), check_conditioning(model, conditioning))
+    return capture(model, find_sample_shape(model, shape), check_conditioning(model, conditioning))
 
 
 def quantize_(
@@ -68,7 +69,8 @@ def quantize_(
     """Quantize a diffusion network's convolutions and linears in place, without data.
 
     The network stays what it was, a diffusers model that its pipelines accept, with the layers of the plan replaced by
-    :class:`~pqcad_ao.nn.QuantizedConv2d` and :class:`~pqcad_ao.nn.QuantizedLinear`. A call that fails leaves it as it was.
+    :class:`~pqcad_ao.nn.QuantizedConv2d` and :class:`~pqcad_ao.nn.QuantizedLinear`. A call that fails leaves it as it
+    was.
 
     Args:
         model: a diffusers ``UNet2DModel`` or ``UNet2DConditionModel``, or a module called as ``f(x_t, timesteps)``.
@@ -92,25 +94,31 @@ def quantize_(
             f"config is a {type(config).__name__}: write PQCADConfig(); for other configs use torchao's quantize_"
         )
     _check_model(model)
-    if device is not None:
-        model.to(device)
     scheduler = _scheduler(model, scheduler)
-    conditioning = check_conditioning(model, conditioning)
-    shape = globals()["sample_shape"](model, sample_shape)
-    captured = capture(model, shape, conditioning)
-    resolved = resolve(captured, model, config, filter_fn)
-    if not resolved.quantized:
-        raise ValueError(f"the plan quantizes no layer of {type(model).__name__}:\n{resolved}")
-    points = calibration_set(model, scheduler, shape, config, conditioning, progress=progress)
-    num_train_timesteps = scheduler.config.num_train_timesteps
-    prepared = prepare(captured, resolved, config, num_train_timesteps)
-    calibrate(prepared, points, config, callback=callback, progress=progress)
-    timestep = Timestep(config.timestep_groups, num_train_timesteps)
-    layers = fold(prepared, model, resolved, timestep)
-    for fqn, layer in layers.items():  # nothing above touched the model; nothing below can fail
+    shape = find_sample_shape(model, sample_shape)
+    home, _ = placement(model)
+    try:
+        if device is not None:
+            model.to(device)
+        conditioning = check_conditioning(model, conditioning)
+        captured = capture(model, shape, conditioning)
+        resolved = resolve(captured, model, config, filter_fn)
+        if not resolved.quantized:
+            raise ValueError(f"the plan quantizes no layer of {type(model).__name__}:\n{resolved}")
+        points = calibration_set(model, scheduler, shape, config, conditioning, progress=progress)
+        num_train_timesteps = scheduler.config.num_train_timesteps
+        prepared = prepare(captured, resolved, config, num_train_timesteps)
+        calibrate(prepared, points, config, callback=callback, progress=progress)
+        timestep = Timestep(config.timestep_groups, num_train_timesteps)
+        layers = fold(prepared, model, resolved, timestep)
+        attach(model, config, resolved, timestep)
+    except BaseException:
+        if device is not None:
+            model.to(home)
+        raise
+    for fqn, layer in layers.items():  # nothing above touched the model's layers; nothing below can fail
         model.set_submodule(fqn, layer)
     install_timestep(model, timestep)
-    attach(model, config, resolved, timestep)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -125,6 +133,8 @@ def _check_model(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if type(parameter) is not nn.Parameter:
             raise ValueError(f"{name} is a {type(parameter).__name__}: the network was quantized by something else")
+        if parameter.is_meta:
+            raise ValueError(f"{name} is on the meta device and holds no values; load the weights first")
         if not parameter.isfinite().all():
             raise FloatingPointError(f"{name} holds NaN or infinity; load sound weights first")
 
@@ -136,8 +146,8 @@ def _scheduler(model: nn.Module, scheduler) -> DDIMScheduler:
     if found is None:
         found = DDIMScheduler()
         warnings.warn(
-            "no scheduler was given and none is saved beside the network: calibrating on DDIMScheduler()'s noise process "
-            "(linear betas, epsilon prediction). Pass scheduler=... if the network was trained on another",
+            "no scheduler was given and none is saved beside the network: calibrating on DDIMScheduler()'s noise "
+            "process (linear betas, epsilon prediction). Pass scheduler=... if the network was trained on another",
             stacklevel=3,
         )
     return found
@@ -146,9 +156,23 @@ def _scheduler(model: nn.Module, scheduler) -> DDIMScheduler:
 def prepare(captured: Capture, resolved: Plan, config: PQCADConfig, num_train_timesteps: int) -> GraphModule:
     """Put the plan's fake quantizers into the captured graph, with the timestep wired to the activations'."""
     quantizer = PQCADQuantizer(resolved, groups=config.timestep_groups, seed=config.seed)
-    graph = prepare_qat_pt2e(captured.graph, quantizer)
+    # PT2E would merge a batch norm into the convolution before it, which here stays a module of its own
+    _retarget(captured.graph, torch.ops.aten.batch_norm.default, _batch_norm)
+    with torch.random.fork_rng(devices=[]):  # PT2E draws example inputs from the global generator
+        graph = prepare_qat_pt2e(captured.graph, quantizer)
+    _retarget(graph, _batch_norm, torch.ops.aten.batch_norm.default)
     timesteps = [node for node in graph.graph.nodes if node.op == "placeholder"][1]
     return wire_timesteps(graph, timesteps, config.timestep_groups, num_train_timesteps)
+
+
+def _batch_norm(*args: Any) -> torch.Tensor:
+    return torch.ops.aten.batch_norm.default(*args)
+
+
+def _retarget(graph: GraphModule, old: Callable, new: Callable) -> None:
+    for node in graph.graph.nodes:
+        if node.target is old:
+            node.target = new
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """The one DDIM sampler that calibration, distillation, evaluation and the demo share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +29,18 @@ def predict(
     return output[0] if isinstance(output, tuple) else output.sample
 
 
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Put every module of ``model`` into evaluation mode, and each back to what it was on leaving."""
+    flags = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags.items():
+            module.training = training
+
+
 @torch.no_grad()
 def sample(
     unet: torch.nn.Module,
@@ -43,7 +56,7 @@ def sample(
     """Deterministic DDIM (Song et al. 2021, eq. 12 with σ = 0) from ``noise`` (N, C, H, W) to images x_0 in [-1, 1].
 
     Args:
-        unet: anything called as ``f(x_t, timestep, **conditioning)``.
+        unet: anything called as ``f(x_t, timesteps, **conditioning)`` with (B,) timesteps.
         scheduler: a diffusers scheduler; a fresh copy is stepped, the one given is not touched.
         conditioning: keyword arguments with one row per image, sliced along with the batch.
         batch_size: images per forward call.
@@ -55,18 +68,21 @@ def sample(
     """
     scheduler = type(scheduler).from_config(scheduler.config)
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
+    timesteps = scheduler.timesteps
     conditioning = conditioning or {}
     images = torch.empty_like(noise)
-    total = -(-noise.shape[0] // batch_size) * len(scheduler.timesteps)
+    total = -(-noise.shape[0] // batch_size) * len(timesteps)
     with tqdm(total=total, desc="sampling", disable=not progress, leave=False) as bar:
         for first in range(0, noise.shape[0], batch_size):
             rows = slice(first, first + batch_size)
+            scheduler.set_timesteps(num_inference_steps, device=noise.device)  # some keep a history of the last batch
             x_t = noise[rows] * scheduler.init_noise_sigma
             chosen = take_rows(conditioning, rows)
-            for index, timestep in enumerate(scheduler.timesteps):
+            for index, timestep in enumerate(timesteps):
                 if callback is not None:
                     callback(first, index, timestep, x_t)
-                x_t = scheduler.step(predict(unet, x_t, timestep, chosen), timestep, x_t).prev_sample
+                prediction = predict(unet, x_t, timestep.repeat(len(x_t)), chosen)
+                x_t = scheduler.step(prediction, timestep, x_t).prev_sample
                 bar.update()
             images[rows] = x_t
     return images

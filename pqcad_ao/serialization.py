@@ -16,11 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchao.core.config import config_from_dict, config_to_dict
 
-from pqcad_ao.config import PQCADConfig
+from pqcad_ao.config import ACTIVATION_BITS, WEIGHT_BITS, PQCADConfig
 from pqcad_ao.nn import QuantizedConv2d, QuantizedLayer, QuantizedLinear, Timestep, install_timestep
-from pqcad_ao.plan import Plan
+from pqcad_ao.plan import Plan, PlanRow
 
 FORMAT = 1
+FIELDS = {"quant_method", "format", "config", "plan", "timestep_groups", "num_train_timesteps"}
 
 
 class Method(str, Enum):
@@ -52,15 +53,42 @@ def state_from_dict(values: dict[str, Any]) -> QuantizedState:
     """Invert :meth:`QuantizedState.to_dict`.
 
     Raises:
-        ValueError: made by a newer version, or incomplete.
+        ValueError: made by another version, incomplete, with unknown fields, or with values out of range.
     """
     if values.get("format") != FORMAT:
         raise ValueError(f"the checkpoint is of format {values.get('format')!r}; this pqcad_ao reads format {FORMAT}")
     try:
-        timestep = Timestep(values["timestep_groups"], values["num_train_timesteps"])
-        return QuantizedState(config_from_dict(values["config"]), Plan.from_list(values["plan"]), timestep)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"the checkpoint's quantization config is damaged: {error!r}") from error
+        unknown = values.keys() - FIELDS
+        if unknown:
+            raise ValueError(f"unknown fields {sorted(unknown)}")
+        config, plan = config_from_dict(values["config"]), Plan.from_list(values["plan"])
+        if not isinstance(config, PQCADConfig):
+            raise ValueError(f"its config is a {type(config).__name__}, not a PQCADConfig")
+        for row in plan:
+            _check_row(row)
+        counts = values["timestep_groups"], values["num_train_timesteps"]
+        if not all(_is_count(count) for count in counts):
+            raise ValueError(f"timestep_groups and num_train_timesteps are {counts}")
+        return QuantizedState(config, plan, Timestep(*counts))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        detail = error if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"the checkpoint's quantization config is damaged: {detail}") from error
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _check_row(row: PlanRow) -> None:
+    sound = (
+        isinstance(row.fqn, str)
+        and all(_is_count(n) for n in [*row.shape, *row.segments])
+        and (row.weight_bits is None or row.weight_bits in WEIGHT_BITS)
+        and (row.activation_bits is None or row.activation_bits in ACTIVATION_BITS)
+        and (row.segments or not row.quantized)
+    )
+    if not sound:
+        raise ValueError(f"{row} has values out of range")
 
 
 def quantized_state(model: nn.Module) -> QuantizedState | None:
@@ -71,17 +99,17 @@ def quantized_state(model: nn.Module) -> QuantizedState | None:
 def attach(model: nn.Module, config: PQCADConfig, plan: Plan, timestep: Timestep) -> None:
     """Make ``model`` remember how it was quantized, for ``plan(model)`` and for saving."""
     state = QuantizedState(config, plan, timestep)
-    model._pqcad_state = state
     if isinstance(model, ConfigMixin):
         quantization_config = PQCADQuantizationConfig(**state.to_dict())
         model.register_to_config(quantization_config=quantization_config)
         model.hf_quantizer = PQCADDiffusersQuantizer(quantization_config, pre_quantized=True)
         # diffusers refuses .to(dtype) where this is set; our layers keep their grids in float32 through any cast
         model.is_quantized = False
+    model._pqcad_state = state
 
 
-def insert_layers(model: nn.Module, state: QuantizedState) -> None:
-    """Replace the plan's layers of a full-precision skeleton by quantized ones with nothing in them yet.
+def make_layers(model: nn.Module, state: QuantizedState) -> dict[str, QuantizedLayer]:
+    """Quantized layers with nothing in them yet for the plan's layers of a full-precision skeleton, by name.
 
     Raises:
         ValueError: the skeleton does not have a layer of the plan, or has it in another shape.
@@ -92,18 +120,29 @@ def insert_layers(model: nn.Module, state: QuantizedState) -> None:
             original = model.get_submodule(row.fqn)
         except AttributeError as error:
             raise ValueError(
-                f"the checkpoint quantizes {row.fqn}, which {type(model).__name__} does not have: the folder's config.json "
-                "belongs to another network"
+                f"the checkpoint quantizes {row.fqn}, which {type(model).__name__} does not have: it is of another "
+                "network"
             ) from error
         kind = QuantizedConv2d if isinstance(original, nn.Conv2d) else QuantizedLinear
         if not isinstance(original, (nn.Conv2d, nn.Linear)) or list(original.weight.shape) != row.shape:
             found = f"{type(original).__name__} {list(getattr(original, 'weight', torch.empty(0)).shape)}"
             raise ValueError(f"the checkpoint has {row.fqn} as {row.kind} {row.shape}; the network has a {found}")
+        channels = original.in_channels if isinstance(original, nn.Conv2d) else original.in_features
+        if sum(row.segments) != channels:
+            raise ValueError(
+                f"the checkpoint splits {row.fqn} into {row.segments}; the network has {channels} channels"
+            )
         with torch.device(original.weight.device):
-            layers[row.fqn] = kind.like(original, row.weight_bits, row.activation_bits, row.segments, state.timestep)
+            layer = kind.like(original, row.weight_bits, row.activation_bits, row.segments, state.timestep)
+        layers[row.fqn] = layer.train(original.training)
+    return layers
+
+
+def insert_layers(model: nn.Module, layers: dict[str, QuantizedLayer], timestep: Timestep) -> None:
+    """Replace layers of ``model`` by quantized ones that read ``timestep``."""
     for fqn, layer in layers.items():
-        model.set_submodule(fqn, layer.train(model.training))
-    install_timestep(model, state.timestep)
+        model.set_submodule(fqn, layer)
+    install_timestep(model, timestep)
 
 
 class PQCADQuantizationConfig(QuantizationConfigMixin):
@@ -127,7 +166,7 @@ class PQCADDiffusersQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         self.state = state_from_dict(self.quantization_config.to_dict())
-        insert_layers(model, self.state)
+        insert_layers(model, make_layers(model, self.state), self.state.timestep)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         empty = [name for name, value in model.state_dict().items() if value.is_meta]
@@ -195,16 +234,25 @@ def save_quantized(model: nn.Module, path: str | Path) -> None:
         raise ValueError(f"this {type(model).__name__} is not quantized; call quantize_ first")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+    # copies, since safetensors refuses tensors that share memory (tied weights)
+    tensors = {
+        name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in model.state_dict().items()
+    }
     save_file(tensors, path, metadata={"format": "pt", "pqcad": json.dumps(state.to_dict())})
 
 
 def load_quantized(model: nn.Module, path: str | Path) -> nn.Module:
     """Turn a full-precision ``model`` in place into the quantized one that :func:`save_quantized` wrote.
 
+    A call that fails leaves the model as it was.
+
     Raises:
-        ValueError: the file is damaged, foreign, or of another network.
+        ValueError: the file is damaged, foreign, or of another network. FileNotFoundError: it is not there.
     """
+    if quantized_state(model) is not None:
+        raise ValueError(
+            f"this {type(model).__name__} is quantized already; load_quantized takes the full-precision one"
+        )
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -213,11 +261,25 @@ def load_quantized(model: nn.Module, path: str | Path) -> nn.Module:
         raise ValueError(f"{path} is no safetensors file: {error}") from error
     if "pqcad" not in metadata:
         raise ValueError(f"{path} was not written by pqcad_ao.save_quantized (its metadata has no 'pqcad')")
-    state = state_from_dict(json.loads(metadata["pqcad"]))
-    insert_layers(model, state)
     try:
-        model.load_state_dict(tensors, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit this {type(model).__name__}: {error}") from error
+        state = state_from_dict(json.loads(metadata["pqcad"]))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: the checkpoint's quantization config is damaged: {error}") from error
+    layers = make_layers(model, state)
+    expected = {name: value for name, value in model.state_dict().items() if name.rpartition(".")[0] not in layers}
+    for fqn, layer in layers.items():
+        expected |= {f"{fqn}.{name}": value for name, value in layer.state_dict().items()}
+    wrong = sorted(
+        name
+        for name in expected.keys() | tensors.keys()
+        if name not in expected or name not in tensors or expected[name].shape != tensors[name].shape
+    )
+    if wrong:
+        raise ValueError(
+            f"{path} does not fit this {type(model).__name__}: missing, unknown or of another shape are "
+            f"{', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}"
+        )
     attach(model, state.config, state.plan, state.timestep)
+    insert_layers(model, layers, state.timestep)
+    model.load_state_dict(tensors, strict=True)
     return model

@@ -5,6 +5,7 @@ exponential moving average of the weights, and checkpoints from which a killed r
 """
 
 import argparse
+import copy
 import math
 import os
 from pathlib import Path
@@ -47,14 +48,13 @@ def save_grid(images: Tensor, path: Path, columns: int = 8) -> None:
     Image.fromarray(array).save(path)
 
 
-def save_teacher(folder: Path, unet: UNet2DModel, ema: list[Tensor], scheduler: DDIMScheduler) -> None:
-    """Write the averaged weights and the scheduler in diffusers layout."""
-    averaged = UNet2DModel.from_config(unet.config)
+def averaged_copy(unet: UNet2DModel, ema: list[Tensor]) -> UNet2DModel:
+    """A copy of ``unet`` with the averaged weights, in evaluation mode; draws no random numbers."""
+    averaged = copy.deepcopy(unet).eval()
     with torch.no_grad():
         for parameter, value in zip(averaged.parameters(), ema, strict=True):
             parameter.copy_(value)
-    averaged.save_pretrained(folder / "unet")
-    scheduler.save_pretrained(folder / "scheduler")
+    return averaged
 
 
 def train(
@@ -69,8 +69,10 @@ def train(
         stop_after: leave after this step with a checkpoint written, as if interrupted.
 
     Raises:
-        FloatingPointError: the loss is not finite; the last checkpoint is kept.
+        FloatingPointError: the loss is not finite; the last checkpoint is kept. ValueError: no images.
     """
+    if not len(images):
+        raise ValueError("images holds no image: there is nothing to train on")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     options = config.train
@@ -91,12 +93,18 @@ def train(
         ema, start = state["ema"], state["step"]
         generator.set_state(state["generator"].cpu())
         torch.set_rng_state(state["rng"].cpu())  # dropout draws from the global generator
+        if "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), device)
 
     def save(step: int) -> None:
+        averaged_copy(unet, ema).save_pretrained(out / "unet")
+        scheduler.save_pretrained(out / "scheduler")
         state = {"unet": unet.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema, "step": step}
-        torch.save(state | {"generator": generator.get_state(), "rng": torch.get_rng_state()}, out / "checkpoint.tmp")
+        state |= {"generator": generator.get_state(), "rng": torch.get_rng_state()}
+        if torch.device(device).type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state(device)
+        torch.save(state, out / "checkpoint.tmp")
         os.replace(out / "checkpoint.tmp", checkpoint)  # a kill in mid-write leaves the last one whole
-        save_teacher(out, unet, ema, scheduler)
 
     losses: list[Tensor] = []
     last = options.steps if stop_after is None else min(stop_after, options.steps)
@@ -124,20 +132,19 @@ def train(
         torch._foreach_lerp_(ema, [p.detach() for p in unet.parameters()], 1 - decay)
         losses.append(loss.detach())
         done = step + 1
-        if done % 50 == 0 or done == last:  # one synchronisation in fifty steps
+        due = done % options.checkpoint_every == 0 or done == last
+        if done % 50 == 0 or due:  # one synchronisation in fifty steps; nothing unsound is saved
             recent = torch.stack(losses[-50:]).mean().item()
             if not math.isfinite(recent):
                 raise FloatingPointError(
                     f"the loss is {recent} near step {done}; lower train.lr (now {options.lr}) and resume"
                 )
             bar.set_postfix(loss=f"{recent:.4f}", lr=f"{lr_at(step, options):.1e}")
-        if done % options.checkpoint_every == 0 or done == last:
+        if due:
             save(done)
         if done % options.grid_every == 0 or done == options.steps:
-            averaged = (
-                UNet2DModel.from_pretrained(out / "unet").to(device) if done % options.checkpoint_every == 0 else unet
-            )
-            save_grid(sample(averaged, scheduler, grid_noise, options.grid_steps), out / f"grid-{done}.png")
+            grid = sample(averaged_copy(unet, ema), scheduler, grid_noise, options.grid_steps)
+            save_grid(grid, out / f"grid-{done}.png")
     return torch.stack(losses).tolist() if losses else []
 
 

@@ -7,8 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
+from hypothesis import settings
+from networks import cosine_scheduler, quick
 
+from pqcad_ao import quantize_
 from pqcad_ao.models import save_model
+
+# Tensors this small gain nothing from a second thread, and lose much where another program wants the core.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+
+# The same examples in every run; a profile of another name can be chosen with HYPOTHESIS_PROFILE.
+settings.register_profile("ci", derandomize=True, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 @pytest.fixture(scope="session")
@@ -34,27 +45,30 @@ def tiny_unet(_tiny_unet_prototype: UNet2DModel) -> UNet2DModel:
     return copy.deepcopy(_tiny_unet_prototype)
 
 
-def _ddim() -> DDIMScheduler:
-    return DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_schedule="squaredcos_cap_v2",
-        prediction_type="v_prediction",
-        timestep_spacing="trailing",
-        clip_sample=False,
-    )
+@pytest.fixture(scope="session")
+def _quantized_unet_prototype(_tiny_unet_prototype: UNet2DModel) -> UNet2DModel:
+    unet = copy.deepcopy(_tiny_unet_prototype)
+    quantize_(unet, quick(), scheduler=cosine_scheduler(), progress=False)
+    return unet
+
+
+@pytest.fixture
+def quantized_unet(_quantized_unet_prototype: UNet2DModel) -> UNet2DModel:
+    """``tiny_unet`` as W4A4 with four timestep groups; every test gets its own copy."""
+    return copy.deepcopy(_quantized_unet_prototype)
 
 
 @pytest.fixture
 def scheduler() -> DDIMScheduler:
     """The scheduler of the embedded teacher: DDIM, cosine betas, v-prediction, trailing timesteps."""
-    return _ddim()
+    return cosine_scheduler()
 
 
 @pytest.fixture(scope="session")
 def tiny_dir(_tiny_unet_prototype: UNet2DModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``tiny_unet`` and ``scheduler`` in diffusers layout; read it, do not write to it."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    save_model(_tiny_unet_prototype, _ddim(), folder)
+    save_model(_tiny_unet_prototype, cosine_scheduler(), folder)
     return folder
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
-from pqcad_ao.recipes import train_classifier
 from torch import Tensor
 
 from pqcad_ao.evaluate import RealFeatures, extract_features, load_classifier
+from pqcad_ao.recipes import train_classifier
 
 # ten steps in fp32, torch 2.13.0 on x86
 GOLDEN = [2.754577, 2.624662, 2.660607, 2.435675, 2.38837, 2.375971, 2.505437, 2.357609, 2.40061, 2.478584]

@@ -4,6 +4,9 @@ Activations arrive as int8 integers on their 4- or 8-bit grid, weights packed (`
 floating point: ``(Σ_s accumulator_s · input_scale_s) · weight_scale + bias``. Importing this module registers them.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -12,7 +15,8 @@ from pqcad_ao.packing import unpack
 torch.library.define(
     "pqcad::conv2d",
     "(Tensor input, Tensor weight, Tensor weight_scale, Tensor input_scale, Tensor? bias, int weight_bits, "
-    "int[] segments, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, ScalarType dtype) -> Tensor",
+    "int[] segments, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, ScalarType dtype) "
+    "-> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.define(
@@ -43,6 +47,17 @@ def exact_dtype(weight_bits: int, reduction: int) -> torch.dtype:
     return torch.float32 if reduction * 128 * 2 ** (weight_bits - 1) <= 2**24 else torch.float64
 
 
+@contextmanager
+def _exact(device: torch.device) -> Iterator[None]:
+    """Keep autocast from rounding sums to bfloat16, and cuDNN from algorithms (Winograd) whose sums are not exact."""
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        with torch.backends.cudnn.flags(enabled=False):
+            yield
+
+
 def conv2d_accumulators(
     input: Tensor,
     weight: Tensor,
@@ -58,22 +73,24 @@ def conv2d_accumulators(
     in_channels = input.shape[1] // groups
     dtype = exact_dtype(weight_bits, in_channels * kernel_size[0] * kernel_size[1])
     integers = unpack_conv_weight(weight, weight_bits, in_channels, kernel_size).to(dtype)
-    if len(segments) == 1:
-        return [torch.nn.functional.conv2d(input.to(dtype), integers, None, stride, padding, dilation, groups)]
-    return [
-        torch.nn.functional.conv2d(part.to(dtype), rows, None, stride, padding, dilation)
-        for part, rows in zip(input.split(segments, 1), integers.split(segments, 1), strict=True)
-    ]
+    with _exact(input.device):
+        if len(segments) == 1:
+            return [torch.nn.functional.conv2d(input.to(dtype), integers, None, stride, padding, dilation, groups)]
+        return [
+            torch.nn.functional.conv2d(part.to(dtype), rows, None, stride, padding, dilation)
+            for part, rows in zip(input.split(segments, 1), integers.split(segments, 1), strict=True)
+        ]
 
 
 def linear_accumulators(input: Tensor, weight: Tensor, weight_bits: int, segments: list[int]) -> list[Tensor]:
     """Integer sums, one tensor (B, ..., O) for each segment of the input features, as integer-valued floats."""
     dtype = exact_dtype(weight_bits, input.shape[-1])
     integers = unpack(weight, weight_bits, input.shape[-1]).to(dtype)
-    return [
-        torch.nn.functional.linear(part.to(dtype), rows)
-        for part, rows in zip(input.split(segments, -1), integers.split(segments, -1), strict=True)
-    ]
+    with _exact(input.device):
+        return [
+            torch.nn.functional.linear(part.to(dtype), rows)
+            for part, rows in zip(input.split(segments, -1), integers.split(segments, -1), strict=True)
+        ]
 
 
 def _rescale(
@@ -103,9 +120,8 @@ def _check(input: Tensor, input_scale: Tensor, segments: list[int], channels: in
     if sum(segments) != channels:
         raise ValueError(f"segments {list(segments)} sum to {sum(segments)}, the input has {channels} channels")
     if input_scale.shape != (input.shape[0], len(segments)):
-        raise ValueError(
-            f"input_scale has shape {tuple(input_scale.shape)}: expected (batch, segments) = {(input.shape[0], len(segments))}"
-        )
+        expected = (input.shape[0], len(segments))
+        raise ValueError(f"input_scale has shape {tuple(input_scale.shape)}: expected (batch, segments) = {expected}")
 
 
 @torch.library.impl("pqcad::conv2d", "CompositeExplicitAutograd")

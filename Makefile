@@ -1,0 +1,31 @@
+# `make demo` and `make test` are all that a fresh machine needs: each first sets up .venv, once.
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+OUT ?= demo-out
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: venv demo test test-slow lint
+
+venv: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_FLAGS) --editable '.[test]'
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/pqcad demo --out $(OUT)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

@@ -1,0 +1,356 @@
+"""The ``pqcad`` command: demo, plan, compress, sample, eval, export and bench, each a few lines around the library."""
+
+import argparse
+import dataclasses
+import shlex
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor, nn
+
+from pqcad_ao import ops
+from pqcad_ao.capture import check_conditioning, sample_shape
+from pqcad_ao.config import MODES, PQCADConfig
+from pqcad_ao.data import load_images
+from pqcad_ao.evaluate import RealFeatures, embedded_features, extract_features, fid_kid, load_classifier
+from pqcad_ao.models import NAMES, load_model, save_model
+from pqcad_ao.quantize import plan, quantize_
+from pqcad_ao.quiet import start_executorch
+from pqcad_ao.report import save_grid, write_json
+from pqcad_ao.sampling import sample
+
+MODEL_HELP = f"{', '.join(NAMES)}, or a folder of diffusers layout (unet/ and scheduler/)"
+# What bad input raises; anything else is a defect of ours and keeps its traceback.
+BAD_INPUT = (
+    ValueError,
+    TypeError,
+    OSError,
+    ArithmeticError,
+    NotImplementedError,
+    RuntimeError,
+    ImportError,
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong command line in one line, like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"pqcad: error: {message} (see {self.prog} --help)\n")
+
+
+# --------------------------------------------------------------------------------------------------- arguments
+
+
+def positive(text: str) -> int:
+    """argparse type: a whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
+
+
+def bits(text: str) -> int | None:
+    """argparse type: a number of bits, or ``float``; PQCADConfig checks the range."""
+    if text == "float":
+        return None
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of bits nor 'float'")
+    return int(text)
+
+
+def override(text: str) -> tuple[str, dict[str, int | None]]:
+    """argparse type: ``ROLE=W,A`` or ``GLOB=W,A``, each side bits or ``float``; ``ROLE=W`` leaves activations alone."""
+    key, equals, value = text.rpartition("=")
+    sides = value.split(",")
+    if not key or not equals or len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ROLE=W,A; write attention=8,8 or 'up_blocks.*=4,6'")
+    names = ("weight_bits", "activation_bits")
+    return key, {name: bits(side.strip()) for name, side in zip(names, sides, strict=False)}
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    default = PQCADConfig()
+    parser.add_argument(
+        "--weight-bits", type=bits, default=default.weight_bits, metavar="W", help="2 to 8 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--activation-bits",
+        type=bits,
+        default=default.activation_bits,
+        metavar="A",
+        help="2 to 8, or float (default: %(default)s)",
+    )
+    parser.add_argument("--mode", choices=MODES, default=default.mode, help="how (default: %(default)s)")
+    parser.add_argument(
+        "--groups",
+        type=positive,
+        default=default.timestep_groups,
+        metavar="G",
+        help="activation scales of a layer over the training timesteps (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--calibration-points",
+        type=positive,
+        default=default.calibration_points,
+        metavar="N",
+        help="noisy images that calibrate the activations (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--override",
+        type=override,
+        action="append",
+        default=[],
+        metavar="ROLE=W,A",
+        help="other bits for a role or for layers by name, such as attention=8,8 or 'up_blocks.*=4,6' or "
+        "shortcut=float; may be repeated",
+    )
+
+
+def config_from(args: argparse.Namespace) -> PQCADConfig:
+    return PQCADConfig(
+        weight_bits=args.weight_bits,
+        activation_bits=args.activation_bits,
+        mode=args.mode,
+        timestep_groups=args.groups,
+        calibration_points=args.calibration_points,
+        overrides=dict(args.override),
+        seed=args.seed,
+    )
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser, images: int) -> None:
+    parser.add_argument("--n", type=positive, default=images, help="images (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=20, help="sampling steps (default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive, default=128, help="images a call (default: %(default)s)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="pqcad", description="Diffusion UNets with 4-bit weights and 4-bit activations.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], dict[str, Any]], text: str, default_model: str | None = None
+    ) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        added.set_defaults(run=run)
+        added.add_argument("--model", default=default_model, required=default_model is None, help=MODEL_HELP)
+        added.add_argument("--seed", type=int, default=0, help="seed of every random draw (default: 0)")
+        added.add_argument("--threads", type=positive, help="threads that PyTorch computes with (default: its own)")
+        added.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
+        added.add_argument("--traceback", action="store_true", help="show an error's whole traceback")
+        return added
+
+    demo = command(
+        "demo", run_demo, "compress the embedded teacher and measure everything on the spot", default_model="demo"
+    )
+    demo.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="(default: demo-out)")
+    demo.add_argument("--images", type=positive, default=512, help="images behind each FID (default: 512)")
+    demo.add_argument("--steps", type=positive, default=20, help="sampling steps (default: 20)")
+
+    add_config_arguments(command("plan", run_plan, "print what happens to each layer and why"))
+
+    compress = command("compress", run_compress, "quantize a network and save it in diffusers layout")
+    compress.add_argument("--out", type=Path, required=True, metavar="DIR", help="receives unet/ and scheduler/")
+    add_config_arguments(compress)
+
+    sampling = command("sample", run_sample, "draw images into one picture")
+    sampling.add_argument("--out", type=Path, required=True, metavar="FILE", help="a picture, such as grid.png")
+    add_sampling_arguments(sampling, images=16)
+
+    evaluate = command("eval", run_eval, "FID and KID of sampled images")
+    add_sampling_arguments(evaluate, images=2000)
+    evaluate.add_argument(
+        "--data", type=Path, metavar="DIR", help="real images to compare with (default: the embedded statistics)"
+    )
+    evaluate.add_argument(
+        "--features",
+        type=Path,
+        metavar="FILE",
+        help="feature network written by pqcad_ao.recipes.train_classifier (default: the embedded one); needs --data",
+    )
+    evaluate.add_argument(
+        "--bootstrap", type=int, default=0, metavar="R", help="resamples behind a 95%% interval of FID (default: none)"
+    )
+
+    export = command("export", run_export, "write a .pte for ExecuTorch, checked against the eager model")
+    export.add_argument("--out", type=Path, required=True, metavar="FILE", help="such as unet.pte")
+    export.add_argument("--steps", type=positive, default=20, help="sampling steps of its schedule (default: 20)")
+    export.add_argument("--batch-size", type=positive, default=1, help="images a call (default: 1)")
+
+    from pqcad_ao.bench import compile as bench_compile
+
+    bench = commands.add_parser("bench", help="measure this project and its peers side by side")
+    kinds = bench.add_subparsers(dest="kind", required=True, metavar="KIND")
+    compile_parser = kinds.add_parser("compile", help="one UNet step under torch.compile and its peers")
+    bench_compile.add_arguments(compile_parser)
+    compile_parser.add_argument("--traceback", action="store_true", help="show an error's whole traceback")
+    compile_parser.set_defaults(run=bench_compile.run)
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------------- commands
+
+
+def load_unconditional(name_or_dir: str) -> tuple[nn.Module, Any]:
+    """A network and its scheduler, for the commands that have no way to be given conditioning."""
+    unet, scheduler = load_model(name_or_dir)
+    try:
+        check_conditioning(unet, None)
+    except ValueError as error:
+        raise NotImplementedError(
+            f"the command line samples unconditional networks only, and {type(unet).__name__} in {name_or_dir} needs "
+            "conditioning: call pqcad_ao.quantize_(unet, config, conditioning=...) in Python"
+        ) from error
+    return unet, scheduler
+
+
+def check_writable(folder: Path) -> None:
+    """Make ``folder`` and try to write there, so that a bad place is found out before the work and not after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write to {folder} ({error.strerror}): give another place") from error
+
+
+def sampled(args: argparse.Namespace, unet: nn.Module, scheduler: Any) -> Tensor:
+    """``args.n`` images (N, C, H, W) in [-1, 1] from noise that ``args.seed`` and N alone decide."""
+    generator = torch.Generator().manual_seed(args.seed)
+    noise = torch.randn(args.n, *sample_shape(unet), generator=generator)
+    return sample(unet, scheduler, noise, args.steps, batch_size=args.batch_size, progress=sys.stderr.isatty())
+
+
+def run_demo(args: argparse.Namespace) -> dict[str, Any]:
+    from pqcad_ao import demo
+
+    check_writable(args.out)
+    return demo.run(
+        args.out,
+        model=args.model,
+        images=args.images,
+        steps=args.steps,
+        seed=args.seed,
+        command=shlex.join(["pqcad", *args.argv]),
+        progress=sys.stderr.isatty(),
+    )
+
+
+def run_plan(args: argparse.Namespace) -> dict[str, Any]:
+    unet, _ = load_unconditional(args.model)
+    resolved = plan(unet, config_from(args))
+    print(resolved)
+    return {"rows": resolved.to_list(), "summary": resolved.summary()}
+
+
+def run_compress(args: argparse.Namespace) -> dict[str, Any]:
+    config = config_from(args)
+    check_writable(args.out)
+    unet, scheduler = load_unconditional(args.model)
+    begin = time.perf_counter()
+    quantize_(unet, config, scheduler=scheduler, progress=sys.stderr.isatty())
+    seconds = time.perf_counter() - begin
+    size = save_model(unet, scheduler, args.out).stat().st_size
+    resolved = plan(unet)
+    print(f"{resolved.summary()}\n{args.out}: {size:,} bytes of weights, quantized in {seconds:.0f} s")
+    return {
+        "out": str(args.out),
+        "checkpoint_bytes": size,
+        "seconds": seconds,
+        "summary": resolved.summary(),
+        "rows": resolved.to_list(),
+        "arithmetic": ops.arithmetic(),
+    }
+
+
+def run_sample(args: argparse.Namespace) -> dict[str, Any]:
+    check_writable(args.out.parent)
+    unet, scheduler = load_unconditional(args.model)
+    images = sampled(args, unet, scheduler)
+    save_grid(images, args.out)
+    print(f"{args.out}: {args.n} images in {args.steps} steps")
+    return {"out": str(args.out), "n": args.n, "steps": args.steps, "seed": args.seed}
+
+
+def run_eval(args: argparse.Namespace) -> dict[str, Any]:
+    if args.features is not None and args.data is None:
+        raise ValueError("--features FILE is a feature network without statistics of real images: give --data DIR too")
+    unet, scheduler = load_unconditional(args.model)
+    shape = sample_shape(unet)
+    network: nn.Module
+    if args.data is None:
+        network, real = embedded_features()
+    else:
+        network = load_classifier(args.features) if args.features is not None else embedded_features()[0]
+        pictures, _ = load_images(args.data, "test", image_size=shape[1], channels=shape[0])
+        real = RealFeatures.from_images(pictures, network)
+    extract_features(torch.zeros(2, *shape), network)  # images that do not fit are refused before sampling
+    found = fid_kid(sampled(args, unet, scheduler), network, real, seed=args.seed, bootstrap=args.bootstrap)
+    interval = f" [{found['fid_ci'][0]:.2f}, {found['fid_ci'][1]:.2f}]" if "fid_ci" in found else ""
+    kid = "" if found["kid"] is None else f", KID {found['kid']:.5f} ± {found['kid_std']:.5f}"
+    print(f"FID {found['fid']:.3f}{interval}{kid} ({found['n']} images, {args.steps} steps)")
+    return {**found, "steps": args.steps, "seed": args.seed, "model": args.model}
+
+
+def run_export(args: argparse.Namespace) -> dict[str, Any]:
+    from pqcad_ao.edge import export_pte
+
+    check_writable(args.out.parent)
+    unet, scheduler = load_unconditional(args.model)
+    start_executorch(torch.get_num_threads())
+    made = export_pte(
+        unet,
+        args.out,
+        scheduler=scheduler,
+        num_inference_steps=args.steps,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        progress=sys.stderr.isatty(),
+    )
+    print(made)
+    return {**dataclasses.asdict(made), "path": str(made.path), "steps": args.steps, "batch_size": args.batch_size}
+
+
+def quiet_dependencies() -> None:
+    """This process is ours: keep what our dependencies print about themselves out of the user's terminal."""
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    for category in (DeprecationWarning, FutureWarning):
+        warnings.simplefilter("ignore", category)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; 0, or 2 after one line on stderr that says what was wrong with the input."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = build_parser().parse_args(argv, argparse.Namespace(argv=argv))
+    quiet_dependencies()
+    try:
+        if args.json is not None:
+            check_writable(Path(args.json).parent)
+        if args.threads is not None:
+            torch.set_num_threads(args.threads)
+        result = args.run(args)
+        if args.json is not None:
+            write_json(args.json, result)
+    except BAD_INPUT as error:
+        if args.traceback:
+            traceback.print_exc()
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        print(f"pqcad: error: {lines[0]}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("pqcad: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

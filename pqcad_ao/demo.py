@@ -1,0 +1,229 @@
+"""The demo: a teacher goes in; pictures, a compressed model, a ``.pte`` and a summary of measurements come out."""
+
+import copy
+import shlex
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pqcad_ao import ops
+from pqcad_ao.bench.compile import Step, frozen, module_bytes
+from pqcad_ao.bench.machine import describe
+from pqcad_ao.capture import sample_shape
+from pqcad_ao.config import PQCADConfig
+from pqcad_ao.evaluate import RealFeatures, embedded_features, extract_features, fid_kid, sqnr_db, trajectory_sqnr
+from pqcad_ao.models import load_model, save_model
+from pqcad_ao.quantize import plan, quantize_
+from pqcad_ao.quiet import start_executorch
+from pqcad_ao.report import LATENCY_NAMES, save_samples, text_report, write_html, write_json
+from pqcad_ao.sampling import sample
+
+TRAJECTORY_ROWS = 16  # images whose trajectories carry the SQNR
+WARMUP_CALLS = 3
+
+
+class Stages:
+    """Prints what begins, and keeps how many seconds each stage took in ``seconds``."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say, self.start, self.seconds = say, time.perf_counter(), dict[str, float]()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        self.say(f"[{begin - self.start:6.1f} s] {name}")
+        yield
+        self.seconds[name] = time.perf_counter() - begin
+
+
+@torch.no_grad()
+def median_ms(call: Callable[[], Any], calls: int) -> float:
+    """Median wall time of ``call()`` in milliseconds, after some calls that are not counted."""
+    for _ in range(WARMUP_CALLS):
+        call()
+    times = []
+    for _ in range(calls):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return 1000 * median(times)
+
+
+def run(
+    out: str | Path,
+    *,
+    model: str = "demo",
+    config: PQCADConfig | None = None,
+    images: int = 512,
+    steps: int = 20,
+    batch_size: int = 128,
+    seed: int = 0,
+    latency_calls: int = 30,
+    pictures: int = 64,
+    features: tuple[nn.Module, RealFeatures] | None = None,
+    command: str | None = None,
+    say: Callable[[str], None] = print,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Compress a teacher, sample both, measure both, and write everything to ``out``.
+
+    Args:
+        out: folder; receives summary.json, report.html, samples.png, model/ and unet.pte.
+        model: as for :func:`~pqcad_ao.models.load_model`.
+        config: how to quantize; ``PQCADConfig(seed=seed)`` if None.
+        images: behind each FID, from the same noise for all rows. steps: of the sampler. batch_size: images a call.
+        latency_calls: timed calls behind each median. pictures: of each kind in samples.png, at most ``images``.
+        features: feature network and real statistics; the embedded ones if None.
+        command: what the user typed, for the report.
+        say: receives one line per stage.
+
+    Returns:
+        what ``summary.json`` holds. What could not be measured is absent there and named under ``skipped``.
+
+    Raises:
+        ValueError: the model does not fit the feature network, or cannot be quantized.
+        OSError: ``out`` cannot be written.
+    """
+    if images < 2 or steps < 1 or batch_size < 1 or latency_calls < 1 or pictures < 1:
+        raise ValueError(
+            f"images={images}, steps={steps}, batch_size={batch_size}, latency_calls={latency_calls}, "
+            f"pictures={pictures}: allowed are whole numbers from 1, and at least 2 images"
+        )
+    from pqcad_ao.edge import PTESampler, export_fp32_pte, export_pte  # wants executorch, which is optional
+
+    start_executorch(torch.get_num_threads())
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    config = config or PQCADConfig(seed=seed)
+    stages = Stages(say)
+
+    with stages("load the teacher"):
+        teacher, scheduler = load_model(model)
+        network, real = features or embedded_features()
+        shape = sample_shape(teacher)
+        noise = torch.randn(images, *shape, generator=torch.Generator().manual_seed(seed))
+        extract_features(noise[:2], network)  # a network for other images is refused now, not after sampling
+
+    with stages("quantize: calibrate on the teacher's own trajectories"):
+        compressed = copy.deepcopy(teacher)
+        quantize_(compressed, config, scheduler=scheduler, progress=progress)
+        resolved = plan(compressed)
+    say(f"           {resolved.summary()}")
+
+    visited: list[tuple[Tensor, Tensor]] = []
+
+    def keep(first: int, step: int, timestep: Tensor, x_t: Tensor) -> None:
+        if first == 0:
+            visited.append((x_t[:TRAJECTORY_ROWS].clone(), timestep))
+
+    draw = partial(sample, scheduler=scheduler, noise=noise, num_inference_steps=steps, batch_size=batch_size)
+    with stages(f"sample {images} images in {steps} steps, full precision"):
+        fp_full = draw(teacher, callback=keep, progress=progress)
+    with stages(f"sample {images} images in {steps} steps, compressed"):
+        ptq_full = draw(compressed, progress=progress)
+    with stages("evaluate: FID, SQNR"):
+        fid = {
+            name: fid_kid(pixels, network, real, seed=seed)["fid"]
+            for name, pixels in (("fp_full", fp_full), ("ptq_full", ptq_full))
+        }
+        sqnr = {"ptq_step": trajectory_sqnr(teacher, compressed, visited)["sqnr_db"]}
+
+    with tempfile.TemporaryDirectory() as scratch:
+        fp32_pte = Path(scratch) / "fp32.pte"
+        with stages("save the compressed model"):
+            fp32_checkpoint = save_model(teacher, scheduler, Path(scratch) / "model").stat().st_size
+            checkpoint = save_model(compressed, scheduler, out / "model").stat().st_size
+        with stages("export unet.pte, checked against the eager model, and its fp32 counterpart"):
+            exported = export_pte(
+                compressed, out / "unet.pte", scheduler=scheduler, num_inference_steps=steps, progress=progress
+            )
+            fp32_exported = export_fp32_pte(teacher, fp32_pte)
+        shown = min(pictures, images)
+        with stages(f"sample {shown} images with unet.pte"):
+            sampler = PTESampler(out / "unet.pte")
+            pte_full = sampler.sample(noise[:shown], progress=progress)
+        sqnr["pte_vs_eager"] = min(exported.sqnr_db.values())
+        sqnr["pte_images"] = sqnr_db(ptq_full[:shown], pte_full)
+        x_t, timestep = noise[:1], visited[0][1]
+        fp32_step = load_step(fp32_pte)
+        forms = {
+            "fp32_eager": lambda: partial(teacher, x_t, timestep),
+            "fp32_compile": lambda: partial(frozen(Step(copy.deepcopy(teacher)), (x_t, timestep)), x_t, timestep),
+            "compressed_compile": lambda: partial(torch.compile(compressed, fullgraph=True), x_t, timestep),
+            "pte_fp32": lambda: partial(fp32_step, [x_t, timestep.reshape(1)]),
+            "pte": lambda: partial(sampler.predict, x_t, 0),
+        }
+        latency, skipped = measure_latency(forms, latency_calls, stages)
+
+    summary: dict[str, Any] = {
+        "steps": {"full": steps},
+        "fid": fid,
+        "fid_n": images,
+        "bytes": {
+            "fp32_checkpoint": fp32_checkpoint,
+            "checkpoint": checkpoint,
+            "fp32_pte": fp32_exported.bytes,
+            "pte": exported.bytes,
+            "resident_weights": module_bytes(compressed),
+        },
+        "latency_ms": latency,
+        "latency_batch": 1,
+        "sqnr_db": sqnr,
+        "arithmetic": ops.arithmetic(),
+        "pte_arithmetic": dict(Counter(exported.arithmetic.values()).most_common()),
+        "plan_summary": resolved.summary(),
+        "model": str(model),
+        "seed": seed,
+        "command": command or shlex.join(sys.argv),
+        **describe(torch.get_num_threads()),
+        "stages_s": stages.seconds,
+    }
+    if skipped:
+        summary["skipped"] = skipped
+    bits = f"W{config.weight_bits}A{config.activation_bits or ' float'}"
+    panels = {
+        f"full precision, {steps} steps\nFID {fid['fp_full']:.1f}": fp_full[:shown],
+        f"{bits}, {steps} steps\nFID {fid['ptq_full']:.1f}": ptq_full[:shown],
+        f"{bits} as unet.pte, {steps} steps\n{sqnr['pte_images']:.0f} dB SQNR against the middle": pte_full,
+    }
+    save_samples(panels, out / "samples.png")
+    write_json(out / "summary.json", summary)
+    write_html(out / "report.html", summary, resolved.to_list(), [out / "samples.png"])
+    say("\n" + text_report(summary) + f"\n\narithmetic: {summary['arithmetic']}")
+    say(f"\n{sum(stages.seconds.values()):.0f} s. Open {out / 'report.html'}")
+    return summary
+
+
+def load_step(path: Path) -> Callable[[list[Tensor]], Any]:
+    """The ``forward`` of a .pte in ExecuTorch's Python runtime."""
+    from executorch.runtime import Runtime
+
+    return Runtime.get().load_program(path).load_method("forward").execute
+
+
+def measure_latency(
+    forms: Mapping[str, Callable[[], Callable[[], Any]]], calls: int, stages: Stages
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Median milliseconds of each form, and why a form has none.
+
+    Args:
+        forms: name to a function that makes the call to be timed ready, which may take long.
+    """
+    latency, skipped = {}, {}
+    for name, build in forms.items():
+        with stages(f"time one step: {LATENCY_NAMES[name]}"):
+            try:
+                latency[name] = median_ms(build(), calls)
+            except torch._dynamo.exc.TorchDynamoException as error:  # Inductor without a C++ compiler, say
+                skipped[f"latency_ms.{name}"] = str(error).strip().splitlines()[0]
+    return latency, skipped

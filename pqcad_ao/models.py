@@ -1,0 +1,102 @@
+"""Finding a network and its scheduler, by name or in a folder of diffusers layout, and writing such a folder."""
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DConditionModel, UNet2DModel
+from omegaconf import OmegaConf
+from torch import nn
+
+from pqcad_ao.calibration import FAMILY, as_ddim
+
+NAMES = ("demo", "ddpm-cifar10")
+UNETS: dict[str, Any] = {kind.__name__: kind for kind in (UNet2DModel, UNet2DConditionModel)}
+SCHEDULERS: dict[str, Any] = {kind.__name__: kind for kind in FAMILY}
+
+
+def assets_dir() -> Path:
+    """The folder of data files that are part of this package."""
+    return Path(__file__).parent / "assets"
+
+
+def load_model(name_or_dir: str | Path) -> tuple[nn.Module, DDIMScheduler]:
+    """A UNet in evaluation mode, and the DDIM sampler of the noise process it was trained on.
+
+    Args:
+        name_or_dir: ``"demo"``, the embedded Fashion-MNIST teacher; ``"ddpm-cifar10"``, the published configuration
+            with seeded random weights, for speed and size and never for quality; or a folder: DIR with ``unet/`` and
+            ``scheduler/``, or DIR with ``config.json`` and the scheduler's ``scheduler_config.json`` in it or in a
+            ``scheduler/`` in or beside it. The network may be a quantized one.
+
+    Raises:
+        ValueError: no such name or folder, not of that layout, or damaged.
+    """
+    if name_or_dir == "ddpm-cifar10":
+        return _random_cifar10()
+    folder = assets_dir() / "fashion_mnist" if name_or_dir == "demo" else Path(name_or_dir)
+    if not folder.is_dir():
+        raise ValueError(
+            f"no model {str(name_or_dir)!r}: allowed are {', '.join(map(repr, NAMES))} or a folder that holds unet/ "
+            "and scheduler/"
+        )
+    unet_dir = next((d for d in (folder / "unet", folder) if (d / "config.json").is_file()), None)
+    if unet_dir is None:
+        raise ValueError(
+            f"{folder} holds no diffusers UNet: expected unet/config.json with its weights, or config.json itself"
+        )
+    places = (folder / "scheduler", folder, folder.parent / "scheduler")
+    scheduler_dir = next((d for d in places if (d / "scheduler_config.json").is_file()), None)
+    if scheduler_dir is None:
+        raise ValueError(
+            f"no scheduler for the network in {unet_dir}: put the one it was trained with beside it, with "
+            f"scheduler.save_pretrained({str(unet_dir.parent / 'scheduler')!r})"
+        )
+    unet_class = _class_of(unet_dir / "config.json", UNETS)
+    scheduler = _class_of(scheduler_dir / "scheduler_config.json", SCHEDULERS).from_pretrained(scheduler_dir)
+    try:
+        unet, report = unet_class.from_pretrained(
+            unet_dir, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        raise ValueError(f"{unet_dir} cannot be read as a {unet_class.__name__}: {error}") from error
+    if report["missing_keys"]:
+        raise ValueError(f"{unet_dir} is damaged: its weights lack {', '.join(sorted(report['missing_keys'])[:3])} ...")
+    return unet.eval(), as_ddim(scheduler)
+
+
+def _class_of(config: Path, allowed: dict[str, Any]) -> Any:
+    """The class that a diffusers config file names."""
+    try:
+        name = json.loads(config.read_text()).get("_class_name")
+    except (json.JSONDecodeError, AttributeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{config} is no diffusers configuration: {error}") from error
+    if name not in allowed:
+        raise ValueError(f"{config} names the class {name}: allowed are {', '.join(allowed)}")
+    return allowed[name]
+
+
+def _random_cifar10() -> tuple[nn.Module, DDIMScheduler]:
+    text = (resources.files("pqcad_ao.recipes") / "configs" / "cifar10.yaml").read_text()
+    config: Any = OmegaConf.to_container(OmegaConf.create(text))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet: Any = UNet2DModel(**config["unet"])
+    return unet.eval(), DDIMScheduler(**config["scheduler"])
+
+
+def save_model(unet: nn.Module, scheduler: DDIMScheduler, folder: str | Path) -> Path:
+    """Write ``unet/``, ``scheduler/`` and ``model_index.json``, which ``DDIMPipeline.from_pretrained(folder)`` reads.
+
+    Returns the file that holds the weights.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    pipeline: Any = DDIMPipeline(unet, scheduler)
+    pipeline.save_pretrained(folder)
+    return folder / "unet" / "diffusion_pytorch_model.safetensors"

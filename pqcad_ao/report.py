@@ -1,0 +1,249 @@
+"""Pictures, JSON and the HTML report, made from tensors and plain dictionaries; no model code in here."""
+
+import base64
+import html
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tabulate import tabulate
+from torch import Tensor
+
+from pqcad_ao.data import to_uint8
+
+ROW_NAMES = {
+    "fp_full": "full precision (fp32)",
+    "ptq_full": "W4A4, fixed-bit calibration",
+}
+BYTE_NAMES = {
+    "fp32_checkpoint": "checkpoint, fp32 (safetensors)",
+    "checkpoint": "checkpoint, compressed (safetensors)",
+    "fp32_pte": "unet.pte, fp32",
+    "pte": "unet.pte, compressed",
+    "resident_weights": "weights in memory, compressed",
+}
+LATENCY_NAMES = {
+    "fp32_eager": "PyTorch eager, fp32",
+    "fp32_compile": "torch.compile, fp32",
+    "compressed_compile": "torch.compile, compressed",
+    "pte_fp32": "ExecuTorch, fp32",
+    "pte": "ExecuTorch, compressed",
+}
+SQNR_NAMES = {
+    "ptq_step": "one step: compressed against full precision, over trajectories",
+    "pte_vs_eager": "one step: unet.pte against the eager compressed model, worst of the checked timesteps",
+    "pte_images": "finished pictures: unet.pte against the eager compressed model",
+}
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.1rem; margin: 2rem 0 .4rem; }
+p { max-width: 46rem; } img { max-width: 100%; image-rendering: pixelated; }
+table { border-collapse: collapse; font-size: .9rem; } .wide { overflow-x: auto; }
+th, td { padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
+th { white-space: nowrap; } .numbers :is(th, td):not(:first-child) { text-align: right; }
+code, pre { font: .85rem/1.5 ui-monospace, monospace; } pre { background: #f5f5f5; padding: .6rem; overflow-x: auto; }
+.note { color: #555; font-size: .9rem; }
+.plan td { font-size: .8rem; } .plan td:not(:last-child) { white-space: nowrap; }
+"""
+
+
+def finite(value: Any) -> Any:
+    """``value`` with every NaN and infinity replaced by None, which JSON can hold."""
+    if isinstance(value, dict):
+        return {str(key): finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: str | Path, values: dict[str, Any]) -> None:
+    """Write strict JSON (infinities become null), making the folder if it is not there."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(finite(values), indent=2, allow_nan=False) + "\n")
+
+
+def grid(images: Tensor, columns: int) -> Tensor:
+    """(N, C, H, W) images to one (C, rows·(H+1)+1, columns·(W+1)+1) uint8 picture on white, one pixel between them.
+
+    Args:
+        images: uint8 in [0, 255], or floating point in [-1, 1].
+        columns: images in a row; the last row may be short.
+    """
+    if images.ndim != 4 or not len(images):
+        raise ValueError(f"images are {tuple(images.shape)}: expected (N, C, H, W) with N at least 1")
+    pixels = (images if images.dtype == torch.uint8 else to_uint8(images)).cpu()
+    count, channels, height, width = pixels.shape
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    picture = torch.full((channels, rows * (height + 1) + 1, columns * (width + 1) + 1), 255, dtype=torch.uint8)
+    for index, image in enumerate(pixels):
+        top, left = index // columns * (height + 1) + 1, index % columns * (width + 1) + 1
+        picture[:, top : top + height, left : left + width] = image
+    return picture
+
+
+def save_grid(images: Tensor, path: str | Path, columns: int = 8) -> None:
+    """Write (N, C, H, W) images (as for :func:`grid`; C is 1 or 3) as one picture; the suffix says the format."""
+    picture = grid(images, columns)
+    array = picture[0].numpy() if picture.shape[0] == 1 else picture.permute(1, 2, 0).contiguous().numpy()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+def save_samples(panels: dict[str, Tensor], path: str | Path, *, columns: int = 8, title: str = "") -> None:
+    """Draw grids of images side by side, each under its label; the same place in each is the same seed.
+
+    Args:
+        panels: label to (N, C, H, W) images (as for :func:`grid`), as many in each.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure  # not pyplot: no global state, no display
+
+    pictures = {label: grid(images, columns) for label, images in panels.items()}
+    _, height, width = next(iter(pictures.values())).shape
+    side = 4.2  # inches
+    figure = Figure(figsize=(side * len(pictures), side * height / width + 0.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(pictures), squeeze=False)[0]
+    for axis, (label, picture) in zip(axes, pictures.items(), strict=True):
+        array = picture.permute(1, 2, 0).numpy()
+        axis.imshow(array.repeat(3, 2) if array.shape[2] == 1 else array, interpolation="nearest")
+        axis.set_title(label, fontsize=10)
+        axis.axis("off")
+    if title:
+        figure.suptitle(title, fontsize=11)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.05)
+
+
+def quality_table(summary: dict[str, Any]) -> list[list[Any]]:
+    """Rows: name, steps, FID, images."""
+    steps = summary["steps"]
+    return [
+        [ROW_NAMES.get(name, name), steps.get(name.rpartition("_")[2], ""), f"{fid:.2f}", summary["fid_n"]]
+        for name, fid in summary["fid"].items()
+    ]
+
+
+def bytes_table(summary: dict[str, Any]) -> list[list[Any]]:
+    """Rows: name, bytes, and the part of the fp32 form of the same thing where there is one."""
+    sizes = summary["bytes"]
+    whole = {"checkpoint": "fp32_checkpoint", "pte": "fp32_pte", "resident_weights": "fp32_checkpoint"}
+    rows = []
+    for name, size in sizes.items():
+        full = sizes.get(whole.get(name, ""))
+        rows.append([BYTE_NAMES.get(name, name), f"{size:,}", f"1/{full / size:.1f}" if full else ""])
+    return rows
+
+
+def latency_table(summary: dict[str, Any]) -> list[list[Any]]:
+    """Rows: name, milliseconds."""
+    return [[LATENCY_NAMES.get(name, name), f"{value:.2f}"] for name, value in summary["latency_ms"].items()]
+
+
+def sqnr_table(summary: dict[str, Any]) -> list[list[Any]]:
+    """Rows: what is compared, decibels."""
+    return [
+        [SQNR_NAMES.get(name, name), f"{value:.1f}" if math.isfinite(value) else "equal"]
+        for name, value in summary["sqnr_db"].items()
+    ]
+
+
+def text_report(summary: dict[str, Any]) -> str:
+    """The measured tables for a terminal."""
+    tables = [
+        (quality_table(summary), ("quality", "steps", "FID", "images")),
+        (bytes_table(summary), ("size", "bytes", "of fp32")),
+        (latency_table(summary), (_latency_heading(summary), "ms")),
+        (sqnr_table(summary), ("SQNR", "dB")),
+    ]
+    return "\n\n".join(
+        tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * (len(headers) - 1)))
+        for rows, headers in tables
+    )
+
+
+def _latency_heading(summary: dict[str, Any]) -> str:
+    threads = summary["threads"]
+    return f"one UNet step, batch {summary['latency_batch']}, {threads} thread{'s' if threads > 1 else ''}, median"
+
+
+def _table(rows: list[list[Any]], headers: tuple[str, ...], kind: str = "") -> str:
+    table = tabulate([[str(cell) for cell in row] for row in rows], headers, tablefmt="html", disable_numparse=True)
+    return f'<div class="wide {kind}">{table}</div>'
+
+
+def _inline(path: str | Path) -> str:
+    encoded = base64.b64encode(Path(path).read_bytes()).decode()
+    return f'<img alt="{html.escape(Path(path).stem)}" src="data:image/png;base64,{encoded}">'
+
+
+def _plan_row(row: dict[str, Any]) -> list[Any]:
+    split = "+".join(map(str, row["segments"])) if len(row["segments"]) > 1 else ""
+    bits = [row[key] or "float" for key in ("weight_bits", "activation_bits")]
+    shape = "x".join(map(str, row["shape"]))
+    return [row["fqn"], row["kind"], row["role"], shape, *bits, split, row["reason"]]
+
+
+def write_html(
+    path: str | Path, summary: dict[str, Any], plan: list[dict[str, Any]], pictures: list[str | Path]
+) -> None:
+    """One HTML file with everything in it: pictures (PNG) inlined, nothing fetched from anywhere.
+
+    Args:
+        summary: as in ``summary.json``: ``steps``, ``fid``, ``fid_n``, ``bytes``, ``latency_ms``, ``latency_batch``,
+            ``threads``, ``sqnr_db``, ``arithmetic``, ``pte_arithmetic``, ``plan_summary``, ``command``, ``versions``,
+            ``cpu``, ``seed``, ``stages_s``, and ``skipped`` (what was not measured, and why).
+        plan: rows as of ``Plan.to_list``.
+    """
+    e = html.escape
+    parts = [
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>pqcad_ao demo</title>',
+        f"<style>{STYLE}</style></head><body>",
+        "<h1>pqcad_ao demo</h1>",
+        '<p class="note">Every number on this page was measured in the run whose command stands at its end.</p>',
+        "<h2>Samples</h2>",
+        *(_inline(picture) for picture in pictures),
+        '<p class="note">The same place in each grid starts from the same noise.</p>',
+        "<h2>Quality</h2>",
+        _table(quality_table(summary), ("network", "steps", "FID", "images"), "numbers"),
+        '<p class="note">FID under the embedded feature network: it compares rows of this table, at '
+        f"{summary['fid_n']} images each, and nothing outside it.</p>",
+        _table(sqnr_table(summary), ("signal to quantization noise", "dB"), "numbers"),
+        "<h2>Size</h2>",
+        _table(bytes_table(summary), ("", "bytes", "of fp32"), "numbers"),
+        "<h2>Speed</h2>",
+        _table(latency_table(summary), (_latency_heading(summary), "ms"), "numbers"),
+        f"<p>What the machine multiplies in the compressed model under PyTorch: {e(summary['arithmetic'])}.</p>",
+        "<p>In unet.pte:</p>",
+        _table([[text, count] for text, count in summary["pte_arithmetic"].items()], ("", "layers"), "numbers"),
+    ]
+    if summary.get("skipped"):
+        skipped = [[name, reason] for name, reason in summary["skipped"].items()]
+        parts += ["<p>Not measured in this run:</p>", _table(skipped, ("", "reason"))]
+    parts += [
+        "<h2>Plan</h2>",
+        f"<p>{e(summary['plan_summary'])}</p>",
+        _table(
+            [_plan_row(row) for row in plan], ("layer", "kind", "role", "shape", "W", "A", "split", "reason"), "plan"
+        ),
+        "<h2>Run</h2>",
+        f"<pre>{e(summary['command'])}</pre>",
+        _table(_run_table(summary), ("", "")),
+        "</body></html>\n",
+    ]
+    Path(path).write_text("\n".join(parts), encoding="utf-8")
+
+
+def _run_table(summary: dict[str, Any]) -> list[list[Any]]:
+    cpu = summary["cpu"]
+    rows = [["seed", summary["seed"]], ["threads", summary["threads"]]]
+    rows.append(["processor", f"{cpu['name']}, {cpu['cores']} cores; {' '.join(cpu['features'])}"])
+    rows += [[name, version or "not installed"] for name, version in summary["versions"].items()]
+    rows += [[f"time: {stage}", f"{seconds:.1f} s"] for stage, seconds in summary["stages_s"].items()]
+    return rows

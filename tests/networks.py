@@ -1,0 +1,79 @@
+"""Networks, configurations and comparisons that several test files use."""
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pqcad_ao import PQCADConfig
+
+SHAPE = (1, 8, 8)  # what every network here denoises
+QUICK = {"calibration_points": 16, "calibration_steps": 4, "calibration_batch_size": 8, "timestep_groups": 4}
+
+
+def quick(**options) -> PQCADConfig:
+    """A configuration that calibrates in a second."""
+    return PQCADConfig(**{**QUICK, **options})
+
+
+def cosine_scheduler() -> DDIMScheduler:
+    """The embedded teacher's scheduler: DDIM, cosine betas, v-prediction, trailing timesteps."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+
+
+def sqnr(reference: Tensor, value: Tensor) -> float:
+    """Signal to noise in dB; infinite where both are the same."""
+    noise = (value.double() - reference.double()).square().mean()
+    return float("inf") if noise == 0 else float(10 * torch.log10(reference.double().square().mean() / noise))
+
+
+class Plain(nn.Module):
+    """A denoiser ``f(x, t)`` that is no diffusers model: 8 channels, a hook for one more layer in the middle."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first = nn.Conv2d(1, 8, 3, padding=1)
+        self.time = nn.Linear(1, 8)
+        self.last = nn.Conv2d(8, 1, 3, padding=1)
+        self.build()
+        self.eval()
+
+    def build(self) -> None:
+        """Make the layers of :meth:`middle`."""
+
+    def middle(self, h: Tensor) -> Tensor:
+        return h
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        t = torch.as_tensor(t, device=x.device).reshape(-1, 1).to(x.dtype) / 1000
+        h = self.first(x) + self.time(t)[:, :, None, None]
+        return self.last(F.silu(self.middle(h)))
+
+
+class Small(Plain):
+    """What a diffusion UNet has, in miniature: down, attention's linears, up, a skip concatenation, a shortcut."""
+
+    def build(self) -> None:
+        self.down = nn.Conv2d(8, 12, 3, stride=2, padding=1)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(12, 12, bias=False) for _ in range(3))
+        self.to_out = nn.Linear(12, 12)
+        self.up = nn.Conv2d(12, 8, 3, padding=1)
+        self.norm = nn.GroupNorm(4, 16)
+        self.join = nn.Conv2d(16, 8, 3, padding=1)
+        self.shortcut = nn.Conv2d(16, 8, 1)
+
+    def middle(self, h: Tensor) -> Tensor:
+        inner = F.silu(self.down(h))
+        tokens = inner.flatten(2).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
+        inner = inner + self.to_out(mixed).transpose(1, 2).reshape(inner.shape)
+        inner = self.up(F.interpolate(inner, scale_factor=2.0, mode="nearest"))
+        both = torch.cat([inner, 3 * h], 1)
+        return self.join(F.silu(self.norm(both))) + self.shortcut(both)

@@ -1,0 +1,257 @@
+"""The step benchmark's contract: rows, skipped rows, JSON, messages. Nothing here asserts a time."""
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
+
+from pqcad_ao.bench import compile as bench
+from pqcad_ao.bench import machine
+from pqcad_ao.models import save_model
+
+COMMON = {"batches": (2,), "rounds": 2, "iterations": 2, "threads": 1, "progress": False}
+MEASURED = {
+    "ms": float,
+    "ms_min": float,
+    "ms_max": float,
+    "runs": int,
+    "compile_s": float,
+    "resident_weight_bytes": int,
+    "peak_rss_bytes": int,
+    "base_rss_bytes": int,
+    "ratio_vs_torch_eager_fp32": float,
+    "gmacs": float,
+    "arithmetic": str,
+    "backend": str,
+    "idle_cpu_s": float,
+}
+
+
+def _check_row(row):
+    for key, kind in MEASURED.items():
+        assert type(row[key]) is kind, key
+    assert row["ms_min"] <= row["ms"] <= row["ms_max"]
+    assert row["runs"] == COMMON["rounds"] * COMMON["iterations"]
+    assert row["ratio_min"] <= row["ratio_vs_torch_eager_fp32"] <= row["ratio_max"]
+    assert 0 < row["resident_weight_bytes"] < row["base_rss_bytes"] < row["peak_rss_bytes"]
+
+
+def _rows(result):
+    return {row["name"]: row for row in result["rows"]}
+
+
+def test_result_of_a_run(tiny_dir, tmp_path, monkeypatch):
+    """One run for all of the contract, as every worker imports torch."""
+    monkeypatch.setitem(bench.ROWS, "openvino_int8", bench.Row(bench.build_openvino_int8, ("no_such_package",)))
+    path, picture = tmp_path / "result.json", tmp_path / "result.png"
+    names = ["openvino_int8", "openvino_fp32"]
+    result = bench.bench_compile(str(tiny_dir), rows=names, json_path=path, plot_path=picture, seed=3, **COMMON)
+    assert json.loads(path.read_text()) == result
+    assert picture.stat().st_size > 0
+    assert {"versions", "threads", "cpu", "seed", "model", "loadavg", "rows", "roofline"} <= result.keys()
+    assert (result["seed"], result["threads"], result["model"]) == (3, 1, str(tiny_dir))
+    assert result["versions"]["torch"] == torch.__version__
+    assert [(row["name"], row["batch"]) for row in result["rows"]] == [
+        (bench.REFERENCE, 2),
+        *((n, 2) for n in names[::-1]),
+    ]
+
+    reference, rival, skipped = result["rows"]
+    _check_row(reference)
+    assert reference["ratio_vs_torch_eager_fp32"] == 1
+    assert reference["sqnr_db_vs_fp32"] is None
+    unet = UNet2DModel.from_pretrained(tiny_dir / "unet")
+    assert reference["resident_weight_bytes"] == 4 * sum(parameter.numel() for parameter in unet.parameters())
+    assert result["parameters"] * 4 == reference["resident_weight_bytes"]
+    if importlib.util.find_spec("openvino"):
+        _check_row(rival)
+        assert rival["sqnr_db_vs_fp32"] > 60
+    assert "no_such_package" in skipped["skipped"]
+    assert "ms" not in skipped
+
+    (roofline,) = result["roofline"]
+    assert roofline["ms_at_peak_fp32"] == pytest.approx(roofline["gmac"] / roofline["peak_gmacs_fp32"] * 1e3)
+    text = bench.table(result)
+    assert bench.REFERENCE in text
+    assert "skipped openvino_int8" in text
+
+
+SQNR_FLOOR = {
+    "torch_compile_fp32": 60,
+    "torch_compile_bf16": 20,
+    "torchao_int8": 10,
+    "openvino_fp32": 60,
+    "openvino_bf16": 15,
+    "openvino_int8": 10,
+    "pqcad_w4a4": 0,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_every_row(tiny_dir):
+    pytest.importorskip("nncf")
+    result = bench.bench_compile(str(tiny_dir), **COMMON)
+    rows = _rows(result)
+    assert list(rows) == list(bench.ROWS)
+    for name, row in rows.items():
+        assert "skipped" not in row, row
+        _check_row(row)
+        if name != bench.REFERENCE:
+            assert row["sqnr_db_vs_fp32"] > SQNR_FLOOR[name], name
+    float_bytes = rows[bench.REFERENCE]["resident_weight_bytes"]
+    sizes = {name: row["resident_weight_bytes"] / float_bytes for name, row in rows.items()}
+    assert sizes["torch_compile_bf16"] == pytest.approx(0.5, rel=0.01)
+    assert sizes["torchao_int8"] < 0.5
+    assert sizes["openvino_int8"] < 0.5
+    assert sizes["pqcad_w4a4"] < 0.5
+
+
+def _worker_spec(name, folder, model):
+    return {"name": name, "model": str(model), "seed": 0, "threads": 1, "batch": 2, "folder": str(folder)}
+
+
+def test_worker_that_fails_gives_the_reason(tiny_dir, tmp_path):
+    with (
+        bench.Worker(_worker_spec(bench.REFERENCE, tmp_path, tiny_dir)) as worker,
+        pytest.raises(bench.Failed, match=r"FileNotFoundError: .*inputs\.pt"),
+    ):
+        worker.receive()
+    assert not psutil.pid_exists(worker.process.pid)
+
+
+def test_worker_that_dies_is_reported(tiny_dir, tmp_path):
+    with bench.Worker(_worker_spec(bench.REFERENCE, tmp_path, tiny_dir)) as worker:
+        worker.process.kill()
+        with pytest.raises(bench.Failed, match="ended with code -9"):
+            worker.receive()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        pytest.param({"rows": ["torch_eager_fp32", "tensorrt"]}, r"'tensorrt'.*allowed are torch_eager_fp32", id="row"),
+        pytest.param({"model": "sdxl"}, r"'sdxl'.*'ddpm-cifar10'", id="model"),
+        pytest.param({"batches": (1, 0)}, r"batches=\[1, 0\].*from 1", id="batch"),
+        pytest.param({"batches": ()}, r"batches=\[\].*from 1", id="no-batch"),
+        pytest.param({"rounds": 0}, "rounds=0.*from 1", id="rounds"),
+        pytest.param({"iterations": 1.5}, r"iterations=1\.5.*from 1", id="iterations"),
+        pytest.param({"threads": 0}, "threads=0.*from 1", id="threads"),
+    ],
+)
+def test_bad_input(changes, message):
+    with pytest.raises(ValueError, match=message):
+        bench.bench_compile(**{"model": "ddpm-cifar10"} | changes)
+
+
+def test_folder_without_a_full_precision_unet(tmp_path, quantized_unet, scheduler):
+    with pytest.raises(ValueError, match="holds no diffusers UNet"):
+        bench.bench_compile(str(tmp_path))
+    save_model(quantized_unet, scheduler, tmp_path)
+    with pytest.raises(ValueError, match="is quantized: give the full-precision network"):
+        bench.bench_compile(str(tmp_path))
+
+
+def test_command_line_fails_in_one_line(capsys):
+    assert bench.main(["--model", "nowhere", "--batches", "1,2"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: no model 'nowhere'")
+
+
+def test_inputs_come_from_trajectories(tiny_dir):
+    unet, scheduler = bench.float_model(str(tiny_dir))
+    assert scheduler.config.prediction_type == "v_prediction"
+    inputs = bench.trajectory_inputs(unet, scheduler, 2, seed=0)
+    assert len(inputs["calibration"]) == bench.CALIBRATION_IMAGES / 2
+    assert len(inputs["check"]) == bench.CHECK_BATCHES
+    assert len({int(timesteps[0]) for _, timesteps in inputs["check"]}) == bench.CHECK_BATCHES
+    assert len({int(timesteps[0]) for _, timesteps in inputs["calibration"]}) == bench.TRAJECTORY_STEPS
+    for x_t, timesteps in inputs["check"]:
+        assert x_t.shape == (2, 1, 8, 8)
+        assert timesteps.shape == (2,)
+        assert timesteps.dtype == torch.int64
+    again = bench.trajectory_inputs(unet, scheduler, 2, seed=0)
+    assert torch.equal(again["check"][0][0], inputs["check"][0][0])
+    assert not torch.equal(inputs["calibration"][0][0], inputs["check"][0][0])
+
+
+def test_conditional_network_gets_text_states():
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=12,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    ).eval()
+    inputs = bench.trajectory_inputs(unet, DDIMScheduler(), 2, seed=0)
+    assert inputs["names"] == ["encoder_hidden_states"]
+    x_t, timesteps, states = inputs["check"][0]
+    assert states.shape == (2, bench.TEXT_TOKENS, 12)
+    with torch.no_grad():
+        prediction = bench.Step(unet, inputs["names"])(x_t, timesteps, states)
+        assert torch.equal(prediction, unet(x_t, timesteps, states).sample)
+
+
+def test_gmac_counts_a_convolution():
+    conv = torch.nn.Conv2d(3, 5, 3, padding=1, bias=False)
+    assert bench.gmac_per_step(conv, (torch.zeros(2, 3, 4, 4),)) == pytest.approx(2 * 16 * 5 * 27 / 1e9)
+
+
+def test_shared_storage_counts_once():
+    weight = torch.zeros(10)
+    assert bench.tensor_bytes([weight, weight[2:4], torch.zeros(3, dtype=torch.int8)]) == 43
+
+
+def test_sqnr():
+    signal = [torch.tensor([3.0, 4.0])]
+    assert bench.sqnr_db(signal, [torch.tensor([3.0, 4.5])]) == pytest.approx(20)
+    assert bench.sqnr_db(signal, signal) == math.inf
+
+
+def test_peak_memory_of_a_child_is_its_own():
+    ballast = torch.ones(100_000_000)
+    # by its path, so that it brings torch and not the whole package
+    program = f"import runpy; module = runpy.run_path({machine.__file__!r}); print(module['peak_rss_bytes']())"
+    peak = int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
+    assert peak < machine.rss_bytes()
+    assert machine.peak_rss_bytes() > ballast.nbytes
+
+
+def test_peak_memory_can_start_anew():
+    del_me = torch.ones(60_000_000)
+    high = machine.peak_rss_bytes()
+    del del_me
+    if not machine.reset_peak_rss():
+        pytest.skip("this system does not reset a process's peak")
+    assert machine.peak_rss_bytes() < high - 100e6
+
+
+def test_peaks_of_the_machine():
+    found = machine.peak_gmacs()
+    assert {"fp32", "int8"} <= found.keys()
+    assert all(rate > 0 for rate in found.values())
+
+
+def test_description_of_the_machine():
+    found = machine.describe(2)
+    json.dumps(found)
+    assert found["threads"] == 2
+    assert found["versions"]["diffusers"]
+    assert machine.versions(("no-such-package",))["no-such-package"] is None
+    assert machine.check_threads(None) == machine.available_cores()
+
+
+def test_timed_counts_calls():
+    calls = []
+    assert len(machine.timed(lambda: calls.append(time.perf_counter()), 3)) == 3
+    assert len(calls) == 4

@@ -1,0 +1,200 @@
+"""C_QC: the law of its timesteps, and that every x_t really is a trajectory's at its timestep."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, UNet2DModel
+from hypothesis import given
+from hypothesis import strategies as st
+from networks import SHAPE, Small, cosine_scheduler, quick
+from torch import nn
+
+from pqcad_ao.calibration import CalibrationSet, as_ddim, calibration_set, draw_timesteps, find_scheduler
+from pqcad_ao.capture import capture
+from pqcad_ao.plan import resolve
+from pqcad_ao.quantize import calibrate, prepare
+from pqcad_ao.sampling import sample
+
+# The law
+
+
+@given(
+    st.integers(1, 300),
+    st.integers(1, 2000),
+    st.sampled_from(["normal", "uniform"]),
+    st.floats(0, 1),
+    st.floats(1e-3, 10),
+    st.integers(0, 100),
+)
+def test_draws_are_whole_truncated_and_repeatable(count, num_train_timesteps, law, mean, std, seed):
+    def draw():
+        generator = torch.Generator().manual_seed(seed)
+        return draw_timesteps(count, num_train_timesteps, law, mean=mean, std=std, generator=generator)
+
+    drawn = draw()
+    assert drawn.shape == (count,)
+    assert drawn.dtype == torch.int64
+    assert drawn.min() >= 0
+    assert drawn.max() < num_train_timesteps
+    assert torch.equal(draw(), drawn)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.4, 0.4), (0.5, 0.1), (1.0, 0.3), (0.0, 0.2)])
+def test_the_normal_law_has_the_truncated_normals_histogram(mean, std):
+    generator = torch.Generator().manual_seed(0)
+    drawn = draw_timesteps(40_000, 1000, "normal", mean=mean, std=std, generator=generator)
+
+    def cdf(x):
+        return 0.5 * (1 + math.erf((x - mean) / (std * math.sqrt(2))))
+
+    edges = [k / 10 for k in range(11)]
+    expected = torch.tensor([cdf(b) - cdf(a) for a, b in pairwise(edges)]) / (cdf(1) - cdf(0))
+    histogram = torch.histc(drawn.float(), 10, 0, 1000) / len(drawn)
+    assert (histogram - expected).abs().max() < 0.01
+
+
+def test_the_uniform_law_is_uniform():
+    drawn = draw_timesteps(40_000, 1000, "uniform", mean=0.4, std=0.4, generator=torch.Generator().manual_seed(0))
+    assert (torch.histc(drawn.float(), 10, 0, 1000) / len(drawn) - 0.1).abs().max() < 0.01
+
+
+# The set
+
+
+@pytest.mark.parametrize("law", ["normal", "uniform"])
+def test_every_point_lies_on_a_trajectory_of_the_network(tiny_unet, scheduler, law):
+    """Walked again from the same noise: each x_t is a trajectory's state at its timestep, and none is used twice."""
+    config = quick(calibration_points=40, calibration_steps=5, calibration_timesteps=law)
+    points = calibration_set(tiny_unet, scheduler, SHAPE, config)
+    assert points.x_t.shape == (40, *SHAPE)
+    assert points.timesteps.shape == (40,)
+    states, first_noise = {}, []
+
+    def keep(first, step, timestep, x_t):
+        if step == 0:
+            first_noise.append(x_t)
+        states.setdefault(int(timestep), []).append(x_t)
+
+    generator = torch.Generator().manual_seed(config.seed)
+    drawn = draw_timesteps(40, 1000, law, mean=0.4, std=0.4, generator=generator)
+    scheduler.set_timesteps(5)
+    nearest = scheduler.timesteps[(drawn[:, None] - scheduler.timesteps[None]).abs().argmin(1)]
+    assert torch.equal(points.timesteps, nearest)
+    trajectories = int(torch.bincount(nearest).max())
+    noise = torch.randn(trajectories, *SHAPE, generator=generator)
+    sample(tiny_unet, scheduler, noise, 5, batch_size=config.calibration_batch_size, callback=keep)
+    used = set()
+    for x_t, timestep in zip(points.x_t, points.timesteps.tolist(), strict=True):
+        walked = torch.cat(states[timestep])
+        (matches,) = (walked == x_t).flatten(1).all(1).nonzero(as_tuple=True)
+        assert len(matches) == 1
+        used.add((timestep, int(matches)))
+    assert len(used) == 40
+
+
+def test_the_set_is_decided_by_its_seed(tiny_unet, scheduler):
+    first, again, other = (calibration_set(tiny_unet, scheduler, SHAPE, quick(seed=seed)) for seed in (0, 0, 1))
+    assert torch.equal(first.x_t, again.x_t)
+    assert torch.equal(first.timesteps, again.timesteps)
+    assert not torch.equal(first.x_t, other.x_t)
+
+
+def test_one_point(tiny_unet, scheduler):
+    points = calibration_set(tiny_unet, scheduler, SHAPE, quick(calibration_points=1))
+    assert len(points) == 1
+    assert points.x_t.isfinite().all()
+
+
+def test_the_network_is_walked_in_evaluation_mode_and_put_back(scheduler):
+    model = Small().train()
+    model.norm.eval()
+    calls = []
+    model.down.register_forward_hook(lambda module, *_: calls.append(module.training))
+    calibration_set(model, scheduler, SHAPE, quick())
+    assert calls
+    assert not any(calls)
+    assert (model.training, model.down.training, model.norm.training) == (True, True, False)
+
+
+def test_batches_cover_every_point_once():
+    x_t, timesteps = torch.randn(7, *SHAPE), torch.arange(7)
+    points = CalibrationSet(x_t, timesteps, {"label": torch.arange(7), "nested": {"more": torch.arange(7)}})
+    batches = list(points.batches(3))
+    assert [len(x) for x, _, _ in batches] == [3, 3, 1]
+    assert torch.equal(torch.cat([x for x, _, _ in batches]), x_t)
+    assert torch.cat([t for _, t, _ in batches]).tolist() == list(range(7))
+    assert torch.cat([c["nested"]["more"] for _, _, c in batches]).tolist() == list(range(7))
+
+
+def test_conditioning_belongs_to_its_trajectory(scheduler):
+    """The network writes its label into the image, so a point's x_t tells which label walked there."""
+
+    class Writing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(1))
+
+        def forward(self, x, t, nested):
+            return self.gain * nested["label"][:, None, None, None].expand_as(x)
+
+    scheduler = DDIMScheduler(prediction_type="sample", timestep_spacing="trailing", clip_sample=False)
+    nested = {"nested": {"label": torch.tensor([-30.0, 0.0, 30.0])}}
+    config = quick(calibration_points=30, calibration_mean=0.0, calibration_std=0.2)
+    points = calibration_set(Writing(), scheduler, SHAPE, config, nested)
+    label = points.conditioning["nested"]["label"]
+    assert label.unique().tolist() == [-30, 0, 30]
+    late = points.timesteps < 300
+    assert late.sum() > 10
+    assert ((points.x_t.mean((1, 2, 3)) / 10).round().sign()[late] == label.sign()[late]).all()
+
+
+def test_a_trajectory_that_explodes_is_an_error(tiny_unet, scheduler):
+    with torch.no_grad():
+        tiny_unet.conv_out.weight.fill_(1e38)
+    with pytest.raises(FloatingPointError, match=r"left the finite numbers .* \(v_prediction, squaredcos_cap_v2\)"):
+        calibration_set(tiny_unet, scheduler, SHAPE, quick())
+
+
+def test_nan_inside_the_network_is_an_error_that_names_the_layer():
+    model, config = Small(), quick()
+    captured = capture(model, SHAPE, {})
+    graph = prepare(captured, resolve(captured, model, config), config, 1000)
+    x_t = torch.randn(8, *SHAPE)
+    x_t[3, 0, 2, 2] = float("nan")
+    points = CalibrationSet(x_t, torch.arange(8), {})
+    with pytest.raises(FloatingPointError, match="NaN or infinite activations at the input of first while"):
+        calibrate(graph, points, config, progress=False)
+
+
+# Schedulers
+
+
+@pytest.mark.parametrize("kind", [DDIMScheduler, DDPMScheduler, PNDMScheduler])
+def test_the_family_keeps_its_noise_process(kind):
+    scheduler = kind(num_train_timesteps=500, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+    ddim = as_ddim(scheduler)
+    assert type(ddim) is DDIMScheduler
+    assert ddim is not scheduler
+    assert torch.equal(ddim.alphas_cumprod, scheduler.alphas_cumprod)
+    assert ddim.config.prediction_type == "v_prediction"
+    assert ddim.config.num_train_timesteps == 500
+
+
+@pytest.mark.parametrize("other", [DPMSolverMultistepScheduler(), object(), "ddim", DDIMScheduler])
+def test_other_schedulers_are_errors(other):
+    with pytest.raises(ValueError, match=r"allowed are DDIMScheduler, DDPMScheduler, PNDMScheduler\. If the network"):
+        as_ddim(other)
+
+
+def test_finding_the_scheduler_beside_a_network(tiny_unet, tmp_path):
+    assert find_scheduler(tiny_unet) is None
+    assert find_scheduler(Small()) is None
+    for unet_dir, scheduler_dir in (("a/unet", "a/scheduler"), ("b", "b/scheduler"), ("c", "c")):
+        tiny_unet.save_pretrained(tmp_path / unet_dir)
+        cosine_scheduler().save_pretrained(tmp_path / scheduler_dir)
+        found = find_scheduler(UNet2DModel.from_pretrained(tmp_path / unet_dir))
+        assert found is not None
+        assert found.config.prediction_type == "v_prediction"
+        assert torch.equal(found.alphas_cumprod, cosine_scheduler().alphas_cumprod)

@@ -1,0 +1,256 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from PIL import Image
+
+from pqcad_ao import cli
+from pqcad_ao.config import PQCADConfig
+from pqcad_ao.evaluate import FeatureClassifier
+from pqcad_ao.models import load_model, save_model
+from pqcad_ao.nn import QuantizedConv2d
+from pqcad_ao.sampling import predict
+
+QUICK = ["--calibration-points", "16", "--groups", "4"]
+
+
+@pytest.fixture
+def model_dir(tiny_dir: Path, tmp_path: Path) -> Path:
+    """A copy of ``tiny_dir`` that a test may damage."""
+    return Path(shutil.copytree(tiny_dir, tmp_path / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def compressed_dir(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "compressed"
+    assert cli.main(["compress", "--model", str(tiny_dir), "--out", str(out), *QUICK]) == 0
+    return out
+
+
+def run_json(tmp_path: Path, *argv: object) -> dict:
+    """The JSON result of a command that must succeed."""
+    file = tmp_path / "result.json"
+    assert cli.main([*map(str, argv), "--json", str(file)]) == 0
+    return json.loads(file.read_text())
+
+
+def error_line(capsys: pytest.CaptureFixture, *argv: object) -> str:
+    """The one line on stderr of a command that must fail with exit code 2."""
+    capsys.readouterr()
+    try:
+        code = cli.main([*map(str, argv)])
+    except SystemExit as stop:
+        code = stop.code
+    lines = capsys.readouterr().err.splitlines()
+    assert code == 2
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("pqcad: error: ")
+    return lines[0]
+
+
+def test_plan_prints_and_writes_every_layer(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    found = run_json(
+        tmp_path, "plan", "--model", model_dir, "--override", "attention=8,8", "--override", "conv_*=float"
+    )
+    rows = {row["fqn"]: row for row in found["rows"]}
+    assert rows["conv_in"]["weight_bits"] is None
+    assert rows["mid_block.attentions.0.to_q"]["activation_bits"] == 8
+    assert rows["mid_block.resnets.0.conv1"]["weight_bits"] == 4
+    printed = capsys.readouterr().out
+    assert all(fqn in printed for fqn in rows)
+    assert found["summary"] in printed
+
+
+def test_compress_writes_a_pipeline_that_computes_the_same_bits(
+    model_dir: Path, compressed_dir: Path, capsys: pytest.CaptureFixture
+):
+    unet, scheduler = load_model(compressed_dir)
+    assert isinstance(unet.mid_block.resnets[0].conv1, QuantizedConv2d)
+    loaded = DDIMPipeline.from_pretrained(compressed_dir)
+    assert loaded.scheduler.config.timestep_spacing == "trailing"
+    x_t = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.tensor([1, 500, 999])
+    with torch.no_grad():
+        assert torch.equal(predict(loaded.unet, x_t, timesteps), predict(unet, x_t, timesteps))
+        full, _ = load_model(model_dir)
+        assert not torch.equal(predict(full, x_t, timesteps), predict(unet, x_t, timesteps))
+
+    def pictures(pipeline: DDIMPipeline) -> np.ndarray:
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(1)
+        return pipeline(batch_size=2, generator=generator, num_inference_steps=4, output_type="np").images
+
+    assert np.array_equal(pictures(loaded), pictures(DDIMPipeline(unet, scheduler)))
+
+
+def test_compress_reports_what_it_wrote(model_dir: Path, tmp_path: Path):
+    out = tmp_path / "w6"
+    found = run_json(tmp_path, "compress", "--model", model_dir, "--out", out, "--weight-bits", "6", *QUICK)
+    weights = out / "unet" / "diffusion_pytorch_model.safetensors"
+    assert found["checkpoint_bytes"] == weights.stat().st_size
+    assert {row["weight_bits"] for row in found["rows"] if row["role"] == "body"} == {6}
+    assert found["arithmetic"]
+    assert cli.main(["plan", "--model", str(out)]) == 0  # of a quantized network: what was done
+
+
+def test_sample_is_the_same_for_the_same_seed(compressed_dir: Path, tmp_path: Path):
+    sample = ["sample", "--model", compressed_dir, "--n", 5, "--steps", 2]
+    found = run_json(tmp_path, *sample, "--out", tmp_path / "a.png", "--seed", 3, "--batch-size", 2)
+    assert (found["n"], found["steps"], found["seed"]) == (5, 2, 3)
+    run_json(tmp_path, *sample, "--out", tmp_path / "b.png", "--seed", 3)
+    run_json(tmp_path, *sample, "--out", tmp_path / "c.png", "--seed", 4)
+    a, b, c = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in "abc")
+    assert np.array_equal(a, b)
+    assert not np.array_equal(a, c)
+
+
+def test_eval_against_a_folder_of_images(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    torch.manual_seed(0)
+    FeatureClassifier(in_channels=1, image_size=8, channels=(4, 4)).save(tmp_path / "features.safetensors")
+    (tmp_path / "real").mkdir()
+    for index, image in enumerate(torch.randint(256, (20, 8, 8), dtype=torch.uint8)):
+        Image.fromarray(image.numpy()).save(tmp_path / "real" / f"{index}.png")
+    given = ["--data", tmp_path / "real", "--features", tmp_path / "features.safetensors"]
+    found = run_json(tmp_path, "eval", "--model", model_dir, "--n", 24, "--steps", 2, *given, "--bootstrap", 20)
+    assert found["fid"] > 0
+    assert found["n"] == 24
+    assert found["fid_ci"][0] <= found["fid"] <= found["fid_ci"][1]
+    assert f"FID {found['fid']:.3f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "required: COMMAND"),
+        (["plan"], "required: --model"),
+        (["paint"], "invalid choice: 'paint'"),
+        (["plan", "--model", "nowhere"], "no model 'nowhere'"),
+        (["plan", "--model", "{tmp}"], "holds no diffusers UNet"),
+        (["plan", "--model", "{model}/unet/config.json"], "no model"),
+        (["plan", "--model", "{model}", "--weight-bits", "9"], "weight_bits=9"),
+        (["plan", "--model", "{model}", "--weight-bits", "float"], "use overrides"),
+        (["plan", "--model", "{model}", "--override", "attention"], "write attention=8,8"),
+        (["plan", "--model", "{model}", "--override", "attention=8,8,8"], "write attention=8,8"),
+        (["plan", "--model", "{model}", "--override", "attention=x"], "neither a number of bits nor 'float'"),
+        (["plan", "--model", "{model}", "--override", "atention=8"], "matches no layer"),
+        (["plan", "--model", "{model}", "--mode", "magic"], "invalid choice: 'magic'"),
+        (["plan", "--model", "{model}", "--json", "{model}/model_index.json/x"], "cannot write to"),
+        (["compress", "--model", "{model}", "--out", "{model}/model_index.json"], "cannot write to"),
+        (["sample", "--model", "{model}", "--out", "{tmp}/a.png", "--n", "0"], "'0' is no whole number from 1"),
+        (["sample", "--model", "{model}", "--out", "{tmp}/a.nopicture", "--n", "1", "--steps", "1"], ".nopicture"),
+        (["eval", "--model", "{model}", "--n", "2", "--steps", "1"], "takes (N, 1, 32, 32)"),
+        (["eval", "--model", "{model}", "--features", "f"], "give --data DIR too"),
+        (["eval", "--model", "{model}", "--data", "{tmp}/none"], "is no folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_input_is_one_line(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list[str], says: str
+):
+    filled = [argument.format(model=model_dir, tmp=tmp_path) for argument in arguments]
+    assert says in error_line(capsys, *filled)
+
+
+def damage(model_dir: Path, how: str) -> None:
+    weights = model_dir / "unet" / "diffusion_pytorch_model.safetensors"
+    config = model_dir / "unet" / "config.json"
+    if how == "truncated weights":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif how == "no weights":
+        weights.unlink()
+    elif how == "no JSON":
+        config.write_text("{")
+    elif how == "foreign class":
+        config.write_text(json.dumps({"_class_name": "AutoencoderKL"}))
+    elif how == "no scheduler":
+        (model_dir / "scheduler" / "scheduler_config.json").unlink()
+    elif how == "foreign scheduler":
+        (model_dir / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "EulerDiscreteScheduler"}')
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("truncated weights", "cannot be read as a UNet2DModel"),
+        ("no weights", "cannot be read as a UNet2DModel"),
+        ("no JSON", "no diffusers configuration"),
+        ("foreign class", "allowed are UNet2DModel"),
+        ("no scheduler", "scheduler.save_pretrained"),
+        ("foreign scheduler", "EulerDiscreteScheduler: allowed are DDIMScheduler"),
+    ],
+)
+def test_damaged_model_is_one_line(model_dir: Path, capsys: pytest.CaptureFixture, how: str, says: str):
+    damage(model_dir, how)
+    assert says in error_line(capsys, "plan", "--model", model_dir)
+
+
+def test_nan_in_the_weights_is_one_line(
+    tiny_unet: UNet2DModel, scheduler: DDIMScheduler, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    with torch.no_grad():
+        tiny_unet.conv_in.weight[0] = float("nan")
+    save_model(tiny_unet, scheduler, tmp_path / "nan")
+    line = error_line(capsys, "compress", "--model", tmp_path / "nan", "--out", tmp_path / "out", *QUICK)
+    assert "conv_in.weight holds NaN" in line
+    assert not (tmp_path / "out" / "unet").exists()
+
+
+def test_conditional_network_is_referred_to_python(
+    tiny_unet: UNet2DModel, scheduler: DDIMScheduler, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    config = {name: value for name, value in tiny_unet.config.items() if not name.startswith("_")}
+    save_model(UNet2DModel(**config | {"num_class_embeds": 10}), scheduler, tmp_path / "classes")
+    assert "conditioning=..." in error_line(capsys, "plan", "--model", tmp_path / "classes")
+
+
+def test_quantizing_twice_is_one_line(compressed_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    line = error_line(capsys, "compress", "--model", compressed_dir, "--out", tmp_path / "twice", *QUICK)
+    assert "quantized already" in line
+
+
+def test_traceback_shows_where(model_dir: Path, capsys: pytest.CaptureFixture):
+    assert cli.main(["plan", "--model", str(model_dir), "--weight-bits", "9", "--traceback"]) == 2
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown
+    assert shown.splitlines()[-1].startswith("pqcad: error: weight_bits=9")
+
+
+def test_options_mirror_the_config():
+    argv = ["plan", "--model", "demo", "--weight-bits", "3", "--activation-bits", "float", "--mode", "ptq"]
+    argv += ["--groups", "5", "--seed", "7", "--calibration-points", "9"]
+    argv += ["--override", "head=8,8", "--override", "up_blocks.*=float", "--override", "stem=8,float"]
+    expected = PQCADConfig(
+        weight_bits=3,
+        activation_bits=None,
+        timestep_groups=5,
+        seed=7,
+        calibration_points=9,
+        overrides={
+            "head": {"weight_bits": 8, "activation_bits": 8},
+            "up_blocks.*": {"weight_bits": None},
+            "stem": {"weight_bits": 8, "activation_bits": None},
+        },
+    )
+    assert cli.config_from(cli.build_parser().parse_args(argv)) == expected
+    assert cli.config_from(cli.build_parser().parse_args(["plan", "--model", "demo"])) == PQCADConfig()
+
+
+def test_command_prints_no_noise_of_its_dependencies(model_dir: Path):
+    command = [sys.executable, "-m", "pqcad_ao.cli", "plan", "--model", str(model_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert "layers quantized" in done.stdout
+
+
+def test_random_cifar10_is_seeded_and_leaves_the_global_random_numbers():
+    state = torch.get_rng_state()
+    unet, scheduler = load_model("ddpm-cifar10")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert sum(parameter.numel() for parameter in unet.parameters()) == 35_746_307
+    assert scheduler.config.prediction_type == "epsilon"

@@ -1,0 +1,131 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMPipeline
+from PIL import Image
+from torch import Tensor, nn
+
+from pqcad_ao import demo
+from pqcad_ao.config import PQCADConfig
+from pqcad_ao.evaluate import RealFeatures
+from pqcad_ao.nn import QuantizedConv2d
+
+
+class Pixels(nn.Module):
+    """A feature network for 1×8×8 images: the means of four quarters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d(x, 4).flatten(1)
+
+
+@pytest.fixture(scope="module")
+def features() -> tuple[nn.Module, RealFeatures]:
+    generator = torch.Generator().manual_seed(0)
+    return Pixels(), RealFeatures.from_features(torch.randn(64, 4, generator=generator))
+
+
+def run_tiny(
+    out: Path, model: Path, features: tuple[nn.Module, RealFeatures], say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    return demo.run(
+        out,
+        model=str(model),
+        config=PQCADConfig(calibration_points=16, timestep_groups=4),
+        images=6,
+        steps=3,
+        batch_size=4,
+        latency_calls=2,
+        pictures=4,
+        features=features,
+        command="pqcad demo --out out",
+        say=say,
+    )
+
+
+@pytest.fixture(scope="module")
+def made(
+    tiny_dir: Path, features: tuple[nn.Module, RealFeatures], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any], list[str]]:
+    """The demo on a tiny network, nothing compiled: its folder, its result, and what it said."""
+    pytest.importorskip("executorch", reason="the demo exports a .pte: needs executorch")
+    out, said = tmp_path_factory.mktemp("demo") / "new" / "out", []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda module, **options: module)
+        return out, run_tiny(out, tiny_dir, features, said.append), said
+
+
+@pytest.mark.slow
+def test_with_the_compiler(tiny_dir: Path, features: tuple[nn.Module, RealFeatures], tmp_path: Path):
+    pytest.importorskip("executorch", reason="the demo exports a .pte: needs executorch")
+    assert "skipped" not in run_tiny(tmp_path, tiny_dir, features)
+
+
+def test_summary_has_the_keys_that_are_promised_and_no_others(made: tuple[Path, dict[str, Any], list[str]]):
+    out, _, _ = made
+    summary = json.loads((out / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert summary["steps"] == {"full": 3}
+    assert summary["fid"].keys() == {"fp_full", "ptq_full"}
+    assert summary["fid_n"] == 6
+    assert summary["bytes"].keys() == {"fp32_checkpoint", "checkpoint", "fp32_pte", "pte", "resident_weights"}
+    assert summary["latency_ms"].keys() == {"fp32_eager", "fp32_compile", "compressed_compile", "pte_fp32", "pte"}
+    assert summary["latency_batch"] == 1
+    assert summary["threads"] == torch.get_num_threads()
+    assert summary["sqnr_db"].keys() == {"ptq_step", "pte_vs_eager", "pte_images"}
+    assert summary["arithmetic"]
+    assert not {"speedup_end_to_end", "transitions", "skipped"} & summary.keys()
+
+
+def test_numbers_are_those_of_the_files(made: tuple[Path, dict[str, Any], list[str]]):
+    out, summary, _ = made
+    weights = out / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    assert summary["bytes"]["checkpoint"] == weights.stat().st_size < summary["bytes"]["fp32_checkpoint"]
+    assert summary["bytes"]["pte"] == (out / "unet.pte").stat().st_size
+    assert summary["bytes"]["resident_weights"] < summary["bytes"]["fp32_checkpoint"]
+    assert all(milliseconds > 0 for milliseconds in summary["latency_ms"].values())
+    assert summary["sqnr_db"]["pte_vs_eager"] > 20 > summary["sqnr_db"]["ptq_step"] > 0
+
+
+def test_everything_is_there_and_nothing_else(made: tuple[Path, dict[str, Any], list[str]]):
+    out, summary, said = made
+    assert {path.name for path in out.iterdir()} == {"summary.json", "report.html", "samples.png", "model", "unet.pte"}
+    assert isinstance(DDIMPipeline.from_pretrained(out / "model").unet.conv_in, QuantizedConv2d)
+    with Image.open(out / "samples.png") as picture:
+        assert picture.width > picture.height
+    page = (out / "report.html").read_text()
+    assert f"{summary['fid']['ptq_full']:.2f}" in page
+    assert "pqcad demo --out out" in page
+    assert len([line for line in said if line.startswith("[")]) == len(summary["stages_s"])
+
+
+def test_a_network_for_other_images_is_refused_before_the_work(tiny_dir: Path, tmp_path: Path):
+    pytest.importorskip("executorch", reason="the demo exports a .pte: needs executorch")
+    said: list[str] = []
+    with pytest.raises(ValueError, match=r"takes \(N, 1, 32, 32\)"):
+        demo.run(tmp_path, model=str(tiny_dir), say=said.append)
+    assert len(said) == 1
+
+
+def test_sizes_out_of_range_are_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="at least 2 images"):
+        demo.run(tmp_path / "out", images=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_median_leaves_out_the_warm_up():
+    calls: list[int] = []
+    demo.median_ms(lambda: calls.append(0), 5)
+    assert len(calls) == demo.WARMUP_CALLS + 5
+
+
+def test_a_form_that_cannot_be_compiled_is_named():
+    def no_compiler():
+        raise torch._dynamo.exc.TorchDynamoException("no C++ compiler\nand more")
+
+    forms = {"fp32_eager": lambda: lambda: None, "fp32_compile": no_compiler}
+    latency, skipped = demo.measure_latency(forms, 1, demo.Stages(lambda line: None))
+    assert latency.keys() == {"fp32_eager"}
+    assert skipped == {"latency_ms.fp32_compile": "no C++ compiler"}

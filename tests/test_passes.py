@@ -1,0 +1,102 @@
+"""Graph passes: a graph goes in, a graph comes out, and what it computes is what the pass says."""
+
+import pytest
+import torch
+from networks import SHAPE, Small, quick
+from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
+
+from pqcad_ao.capture import capture
+from pqcad_ao.fake_quant import ActivationFakeQuantize, WeightFakeQuantize, timestep_group
+from pqcad_ao.passes.wire_timesteps import wire_timesteps
+from pqcad_ao.plan import resolve
+from pqcad_ao.quantizer import PQCADQuantizer
+
+
+@pytest.fixture
+def wired():
+    """A plain module, and its graph as PT2E prepares it with the timestep wired."""
+    model = Small()
+    captured = capture(model, SHAPE, {})
+    graph = prepare_qat_pt2e(captured.graph, PQCADQuantizer(resolve(captured, model, quick()), groups=4))
+    timesteps = [node for node in graph.graph.nodes if node.op == "placeholder"][1]
+    assert wire_timesteps(graph, timesteps, 4, 1000) is graph
+    return model, graph
+
+
+def _fake_quantizers(graph, kind) -> list:
+    return [module for module in graph.modules() if isinstance(module, kind)]
+
+
+def test_wire_timesteps_gives_each_activation_its_group(wired):
+    _, graph = wired
+    modules = dict(graph.named_modules())
+    (group,) = (node for node in graph.graph.nodes if node.target is timestep_group)
+    assert group.args[0].op == "placeholder"
+    assert group.args[1:] == (4, 1000)
+    activations = [
+        node
+        for node in graph.graph.nodes
+        if node.op == "call_module" and isinstance(modules[node.target], ActivationFakeQuantize)
+    ]
+    assert len(activations) == 10
+    assert all(node.args[1] is group for node in activations)
+    weights = [
+        node
+        for node in graph.graph.nodes
+        if node.op == "call_module" and isinstance(modules[node.target], WeightFakeQuantize)
+    ]
+    assert len(weights) == 11
+    assert all(len(node.args) == 1 for node in weights)
+
+
+def test_wire_timesteps_keeps_the_inputs_together_and_in_order(wired):
+    _, graph = wired
+    nodes = list(graph.graph.nodes)
+    places = [place for place, node in enumerate(nodes) if node.op == "placeholder"]
+    assert places == list(range(places[0], places[0] + len(places)))
+    assert [tuple(nodes[place].meta["val"].shape[1:]) for place in places] == [SHAPE, ()]
+    graph.graph.lint()
+
+
+@torch.no_grad()
+def test_wire_timesteps_changes_nothing_while_quantization_is_off(wired):
+    model, graph = wired
+    for module in _fake_quantizers(graph, (ActivationFakeQuantize, WeightFakeQuantize)):
+        module.disable_fake_quant()
+        module.disable_observer()
+    x, t = torch.randn(5, *SHAPE), torch.tensor([0, 250, 500, 750, 999])
+    assert torch.equal(graph(x, t, {}), model(x, t))
+
+
+@torch.no_grad()
+def test_each_sample_is_quantized_on_its_own_timesteps_grid(wired):
+    _, graph = wired
+    for module in _fake_quantizers(graph, ActivationFakeQuantize):
+        module.disable_observer()
+        module.scale.data = torch.tensor([0.01, 0.1, 1.0, 10.0])[:, None].expand(-1, len(module.segments)).clone()
+    x = torch.randn(1, *SHAPE).expand(4, -1, -1, -1)
+    t = torch.tensor([0, 250, 500, 999])
+    mixed = graph(x, t, {})
+    for row in range(4):
+        torch.testing.assert_close(graph(x[:1], t[row : row + 1], {})[0], mixed[row], rtol=1e-4, atol=1e-5)
+    assert len({tuple(image.flatten().tolist()) for image in mixed}) == 4
+
+
+def test_the_quantizer_annotates_exactly_the_plan():
+    model = Small()
+    captured = capture(model, SHAPE, {})
+    resolved = resolve(captured, model, quick(overrides={"time": {"weight_bits": None}}))
+    quantizer = PQCADQuantizer(resolved, groups=4)
+    annotated = {
+        node.args[1].target.removesuffix(".weight").removeprefix("unet.")
+        for node in quantizer.annotate(captured.graph).graph.nodes
+        if "quantization_annotation" in node.meta
+    }
+    assert annotated == {row.fqn for row in resolved.quantized} == set(quantizer.rows)
+    assert "time" not in annotated
+    quantizer.validate(captured.graph)
+    del next(node for node in captured.graph.graph.nodes if "quantization_annotation" in node.meta).meta[
+        "quantization_annotation"
+    ]
+    with pytest.raises(ValueError, match="layers that the graph does not have: first"):
+        quantizer.validate(captured.graph)

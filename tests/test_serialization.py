@@ -1,0 +1,374 @@
+"""Saving and loading: the same outputs bit for bit, small files, and clear errors for what is damaged or foreign."""
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, UNet2DModel
+from networks import SHAPE, Small, cosine_scheduler, quick
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torchao.core.config import config_to_dict
+from torchao.quantization import Int8WeightOnlyConfig
+
+from pqcad_ao import PQCADConfig, load_quantized, plan, quantize_, save_quantized
+from pqcad_ao.nn import QuantizedLayer
+from pqcad_ao.packing import packed_size
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def saved(_quantized_unet_prototype, tmp_path_factory):
+    """A folder with the quantized UNet; tests that damage it take a copy."""
+    folder = tmp_path_factory.mktemp("saved")
+    _quantized_unet_prototype.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def _small_prototype():
+    model = Small()
+    quantize_(model, quick(), scheduler=cosine_scheduler(), sample_shape=SHAPE, progress=False)
+    return model
+
+
+@pytest.fixture
+def small(_small_prototype):
+    return copy.deepcopy(_small_prototype)
+
+
+def _inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 300, 600, 999])
+
+
+def _assert_same(first: nn.Module, second: nn.Module) -> None:
+    states = first.state_dict(), second.state_dict()
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        assert value.dtype == states[1][name].dtype
+        assert torch.equal(value, states[1][name]), name
+    assert plan(first) == plan(second)
+    x, t = _inputs()
+    dtype = next(first.parameters()).dtype
+    with torch.no_grad():
+        outputs = [model(x.to(dtype), t) for model in (first, second)]
+    outputs = [output if isinstance(output, torch.Tensor) else output.sample for output in outputs]
+    assert torch.equal(*outputs)
+
+
+# diffusers
+
+
+def test_from_pretrained_is_bit_for_bit(quantized_unet, saved):
+    loaded = UNet2DModel.from_pretrained(saved)
+    assert type(loaded) is UNet2DModel
+    assert not loaded.training
+    _assert_same(quantized_unet, loaded)
+
+
+def test_a_fresh_process_needs_only_the_import(quantized_unet, saved, tmp_path):
+    x, t = _inputs()
+    with torch.no_grad():
+        save_file({"x": x, "t": t, "expected": quantized_unet(x, t).sample}, tmp_path / "case.safetensors")
+    script = """
+import sys, torch
+import pqcad_ao
+from diffusers import UNet2DModel
+from safetensors.torch import load_file
+case = load_file(sys.argv[2])
+with torch.no_grad():
+    output = UNet2DModel.from_pretrained(sys.argv[1])(case["x"], case["t"]).sample
+assert torch.equal(output, case["expected"]), (output - case["expected"]).abs().max()
+"""
+    command = [sys.executable, "-c", script, str(saved), str(tmp_path / "case.safetensors")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_loading_in_bfloat16_equals_casting(quantized_unet, saved):
+    loaded = UNet2DModel.from_pretrained(saved, torch_dtype=torch.bfloat16)
+    assert loaded.dtype == torch.bfloat16
+    _assert_same(quantized_unet.to(torch.bfloat16), loaded)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"variant": "w4"}, {"max_shard_size": "20KB"}], ids=["plain", "variant", "shards"]
+)
+def test_saving_what_was_loaded(quantized_unet, saved, tmp_path, options):
+    UNet2DModel.from_pretrained(saved).save_pretrained(tmp_path, **options)
+    options.pop("max_shard_size", None)
+    _assert_same(quantized_unet, UNet2DModel.from_pretrained(tmp_path, **options))
+
+
+def test_a_cast_network_loads_with_its_grids_in_float32(quantized_unet, tmp_path):
+    quantized_unet.to(torch.bfloat16).save_pretrained(tmp_path)
+    _assert_same(quantized_unet, UNet2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16))
+
+
+def test_a_loaded_network_can_be_cast_and_copied(quantized_unet, saved):
+    loaded = UNet2DModel.from_pretrained(saved)
+    _assert_same(quantized_unet, copy.deepcopy(loaded))
+    _assert_same(quantized_unet.to(torch.bfloat16), loaded.to(torch.bfloat16))
+
+
+def test_the_config_says_how(quantized_unet, saved):
+    config = json.loads((saved / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "pqcad"
+    assert config["format"] == 1
+    assert config["timestep_groups"] == 4
+    assert config["num_train_timesteps"] == 1000
+    assert config["config"] == config_to_dict(quick())
+    assert config["plan"] == plan(quantized_unet).to_list()
+
+
+def test_weights_are_packed_on_disk(quantized_unet, saved):
+    tensors = load_file(saved / WEIGHTS)
+    for row in plan(quantized_unet).quantized:
+        weight = tensors[f"{row.fqn}.weight"]
+        out_channels, reduction = row.shape[0], row.parameters // row.shape[0]
+        assert weight.dtype == torch.uint8
+        assert weight.numel() == -(-reduction * row.weight_bits // 8) * out_channels
+        assert weight.shape[1] == packed_size(reduction, row.weight_bits)
+    with safe_open(saved / WEIGHTS, "pt") as file:
+        header = 8 + int.from_bytes((saved / WEIGHTS).read_bytes()[:8], "little")
+        assert set(file.keys()) == set(quantized_unet.state_dict())
+    stored = sum(value.numel() * value.element_size() for value in tensors.values())
+    assert (saved / WEIGHTS).stat().st_size == header + stored
+
+
+def test_pipelines_save_and_load(quantized_unet, scheduler, tmp_path):
+    def images(pipeline):
+        pipeline.set_progress_bar_config(disable=True)
+        options = {"batch_size": 2, "num_inference_steps": 3, "output_type": "np"}
+        return pipeline(generator=torch.Generator().manual_seed(0), **options).images
+
+    pipeline = DDIMPipeline(quantized_unet, scheduler)
+    pipeline.save_pretrained(tmp_path)
+    loaded = DDIMPipeline.from_pretrained(tmp_path)
+    assert plan(loaded.unet) == plan(quantized_unet)
+    assert (images(loaded) == images(pipeline)).all()
+
+
+# Damaged and foreign folders
+
+
+def _edit(change):
+    """Damage config.json."""
+
+    def damage(folder):
+        config = json.loads((folder / "config.json").read_text())
+        change(config, config["quantization_config"])
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return damage
+
+
+def _retensor(change):
+    """Damage the weights."""
+
+    def damage(folder):
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+    return damage
+
+
+def _truncate(folder):
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
+
+
+def _row(values, fqn="mid_block.resnets.0.conv1"):
+    return next(row for row in values["plan"] if row["fqn"] == fqn)
+
+
+DAMAGE = {
+    "truncated": (_truncate, Exception, "(?i)safetensors|incomplete|unable to load"),
+    "no safetensors": (lambda d: (d / WEIGHTS).write_bytes(b"hello" * 99), Exception, "(?i)safetensors|header|unable"),
+    "no weights": (lambda d: (d / WEIGHTS).unlink(), OSError, "no file named diffusion_pytorch_model"),
+    "missing scale": (
+        _retensor(lambda t: t.pop("conv_in.weight_scale")),
+        ValueError,
+        "damaged: it holds no conv_in.weight_scale",
+    ),
+    "missing norm": (
+        _retensor(lambda t: t.pop("conv_norm_out.weight")),
+        ValueError,
+        "damaged: it holds no conv_norm_out.weight",
+    ),
+    "shape": (
+        _retensor(lambda t: t.update({"conv_in.weight": t["conv_in.weight"][:, 1:].contiguous()})),
+        ValueError,
+        r"conv_in.weight has shape \(8, 8\), the plan in config.json says \(8, 9\)",
+    ),
+    "type": (
+        _retensor(lambda t: t.update({"conv_in.weight_scale": t["conv_in.weight_scale"].half()})),
+        ValueError,
+        r"conv_in.weight_scale is torch.float16, expected torch.float32",
+    ),
+    "newer format": (
+        _edit(lambda c, q: q.update(format=2)),
+        ValueError,
+        "is of format 2; this pqcad_ao reads format 1",
+    ),
+    "no format": (_edit(lambda c, q: q.pop("format")), ValueError, "is of format None"),
+    "unknown field": (_edit(lambda c, q: q.update(zzz=1)), ValueError, r"damaged: unknown fields \['zzz'\]"),
+    "unknown row field": (_edit(lambda c, q: _row(q).update(zzz=1)), ValueError, "damaged: .*zzz"),
+    "incomplete row": (_edit(lambda c, q: _row(q).pop("segments")), ValueError, "damaged: .*segments"),
+    "bits out of range": (_edit(lambda c, q: _row(q).update(weight_bits=9)), ValueError, "weight_bits=9.*out of range"),
+    "bits as text": (_edit(lambda c, q: _row(q).update(activation_bits="4")), ValueError, "'4'.*out of range"),
+    "other bits": (
+        _edit(lambda c, q: _row(q).update(weight_bits=5)),
+        ValueError,
+        r"mid_block.resnets.0.conv1.weight has shape \(16, 72\), .* says \(16, 90\)",
+    ),
+    "segments": (_edit(lambda c, q: _row(q).update(segments=[1, 2])), ValueError, r"into \[1, 2\]; the network has 16"),
+    "no plan": (_edit(lambda c, q: q.update(plan=None)), ValueError, "damaged: .*NoneType"),
+    "groups": (_edit(lambda c, q: q.update(timestep_groups=0)), ValueError, r"num_train_timesteps are \(0, 1000\)"),
+    "config value": (_edit(lambda c, q: q["config"]["_data"].update(weight_bits=40)), ValueError, "weight_bits=40"),
+    "config field": (_edit(lambda c, q: q["config"]["_data"].update(zzz=4)), ValueError, "zzz"),
+    "config of torchao": (
+        _edit(lambda c, q: q.update(config=config_to_dict(Int8WeightOnlyConfig()))),
+        ValueError,
+        "its config is a Int8WeightOnlyConfig, not a PQCADConfig",
+    ),
+    "another network": (
+        _edit(lambda c, q: c.update(block_out_channels=[16, 32])),
+        ValueError,
+        r"has conv_in as conv2d \[8, 1, 3, 3\]; the network has a Conv2d \[16, 1, 3, 3\]",
+    ),
+    "another layer": (
+        _edit(lambda c, q: _row(q).update(fqn="mid_block.nowhere")),
+        ValueError,
+        "quantizes mid_block.nowhere, which UNet2DModel does not have",
+    ),
+    "another method": (
+        _edit(lambda c, q: q.update(quant_method="zzz")),
+        ValueError,
+        "Unknown quantization type, got zzz",
+    ),
+    "no quantization config": (_edit(lambda c, q: c.pop("quantization_config")), ValueError, "conv_in.weight"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_folder_is_an_error(saved, tmp_path, case):
+    damage, error, message = case
+    folder = shutil.copytree(saved, tmp_path / "damaged")
+    damage(folder)
+    with pytest.raises(error, match=message):
+        UNet2DModel.from_pretrained(folder)
+
+
+def test_a_full_precision_folder_still_loads(tiny_unet, tmp_path):
+    tiny_unet.save_pretrained(tmp_path)
+    loaded = UNet2DModel.from_pretrained(tmp_path)
+    assert not any(isinstance(module, QuantizedLayer) for module in loaded.modules())
+    assert torch.equal(loaded.conv_in.weight, tiny_unet.conv_in.weight)
+
+
+# Any module
+
+
+def test_save_and_load_of_a_plain_module(small, tmp_path):
+    path = tmp_path / "new" / "model.safetensors"
+    save_quantized(small, path)
+    loaded = Small(seed=1)
+    assert load_quantized(loaded, path) is loaded
+    _assert_same(small, loaded)
+    save_quantized(loaded, tmp_path / "again.safetensors")
+    _assert_same(small, load_quantized(Small(seed=2), tmp_path / "again.safetensors"))
+
+
+def test_tied_weights_that_stay_in_floating_point_are_saved(tmp_path):
+    """safetensors refuses tensors that share memory."""
+
+    class Tied(Small):
+        def build(self):
+            super().build()
+            self.second = nn.GroupNorm(4, 16)
+            self.second.weight = self.norm.weight
+
+        def middle(self, h):
+            return super().middle(self.second(torch.cat([h, -h], 1))[:, :8])
+
+    model, loaded = Tied(), Tied(seed=1)
+    quantize_(model, quick(), scheduler=cosine_scheduler(), sample_shape=SHAPE, progress=False)
+    save_quantized(model, tmp_path / "tied.safetensors")
+    load_quantized(loaded, tmp_path / "tied.safetensors")
+    assert loaded.second.weight is loaded.norm.weight
+    _assert_same(model, loaded)
+
+
+def test_what_is_not_quantized_cannot_be_saved(tmp_path):
+    with pytest.raises(ValueError, match="this Small is not quantized; call quantize_ first"):
+        save_quantized(Small(), tmp_path / "x")
+
+
+def _assert_untouched(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not hasattr(model, "_pqcad_state")
+    assert not hasattr(model, "_pqcad_timestep")
+    assert not model._forward_pre_hooks
+    assert not any(isinstance(module, QuantizedLayer) for module in model.modules())
+
+
+def _resave(change):
+    def damage(path):
+        with safe_open(path, "pt") as file:
+            metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        change(metadata, tensors)
+        save_file(tensors, path, metadata=metadata)
+
+    return damage
+
+
+FILE_DAMAGE = {
+    "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-50]), "is no safetensors file"),
+    "no safetensors": (lambda p: p.write_bytes(b"hello"), "is no safetensors file"),
+    "foreign": (_resave(lambda m, t: m.pop("pqcad")), "was not written by pqcad_ao.save_quantized"),
+    "no json": (_resave(lambda m, t: m.update(pqcad="{")), "quantization config is damaged"),
+    "newer": (_resave(lambda m, t: m.update(pqcad=json.dumps({"format": 7}))), "is of format 7"),
+    "missing": (_resave(lambda m, t: t.pop("norm.weight")), "does not fit this Small: .* norm.weight"),
+    "missing grid": (_resave(lambda m, t: t.pop("join.input_low")), "does not fit this Small: .* join.input_low"),
+    "unknown": (_resave(lambda m, t: t.update(zzz=torch.zeros(1))), "does not fit this Small: .* zzz"),
+    "shape": (_resave(lambda m, t: t.update({"norm.bias": torch.zeros(3)})), "does not fit this Small: .* norm.bias"),
+}
+
+
+@pytest.mark.parametrize("case", FILE_DAMAGE.values(), ids=FILE_DAMAGE)
+def test_a_damaged_file_is_an_error_and_leaves_the_module_as_it_was(small, tmp_path, case):
+    damage, message = case
+    save_quantized(small, tmp_path / "model.safetensors")
+    damage(tmp_path / "model.safetensors")
+    model = Small(seed=1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        load_quantized(model, tmp_path / "model.safetensors")
+    _assert_untouched(model, before)
+
+
+def test_another_network_or_none_is_an_error(small, tmp_path):
+    save_quantized(small, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="quantizes first, which Conv2d does not have"):
+        load_quantized(nn.Conv2d(1, 1, 1), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="this Small is quantized already"):
+        load_quantized(small, tmp_path / "model.safetensors")
+    with pytest.raises(FileNotFoundError):
+        load_quantized(Small(), tmp_path / "nowhere.safetensors")
+
+
+def test_the_package_is_on_torchaos_allow_list():
+    """torchao 0.18 rebuilds configs only from modules in it."""
+    from torchao.core.config import ALLOWED_AO_MODULES
+
+    assert PQCADConfig.__module__.startswith("pqcad_ao")
+    assert "pqcad_ao" in ALLOWED_AO_MODULES

@@ -1,0 +1,251 @@
+"""The teacher's recipe: golden losses, a killed run that goes on as if nothing had happened, and what it writes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from omegaconf import OmegaConf
+from PIL import Image
+
+from pqcad_ao.data import to_unit
+from pqcad_ao.recipes import train_teacher
+from pqcad_ao.recipes.train_teacher import CONFIGS, averaged_copy, lr_at, main, save_grid, target, train
+
+
+def _config(**options):
+    config = OmegaConf.create(
+        {
+            "unet": {
+                "sample_size": 8,
+                "in_channels": 1,
+                "out_channels": 1,
+                "layers_per_block": 1,
+                "block_out_channels": [8],
+                "down_block_types": ["DownBlock2D"],
+                "up_block_types": ["UpBlock2D"],
+                "norm_num_groups": 4,
+                "add_attention": False,
+                "dropout": 0.1,
+            },
+            "scheduler": {
+                "num_train_timesteps": 1000,
+                "beta_schedule": "squaredcos_cap_v2",
+                "prediction_type": "v_prediction",
+                "timestep_spacing": "trailing",
+                "clip_sample": False,
+            },
+            "data": {"image_size": 8, "flip": True},
+            "train": {
+                "steps": 10,
+                "batch_size": 4,
+                "lr": 1e-2,
+                "warmup": 3,
+                "grad_clip": 1.0,
+                "ema": 0.9,
+                "bf16": False,
+                "seed": 0,
+                "checkpoint_every": 4,
+                "grid_every": 6,
+                "grid_steps": 2,
+            },
+        }
+    )
+    return OmegaConf.merge(config, OmegaConf.from_dotlist([f"{key}={value}" for key, value in options.items()]))
+
+
+@pytest.fixture(scope="module")
+def images():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (20, 1, 8, 8), generator=generator, dtype=torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(images, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed")
+    return train(_config(), images, out), out
+
+
+def _checkpoint(out) -> dict:
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def _assert_same_checkpoint(first: dict, second: dict) -> None:
+    assert first["step"] == second["step"]
+    for name, value in first["unet"].items():
+        assert torch.equal(value, second["unet"][name])
+    for mine, theirs in zip(first["ema"], second["ema"], strict=True):
+        assert torch.equal(mine, theirs)
+    for key in ("generator", "rng"):
+        assert torch.equal(first[key], second[key])
+    for index, state in first["optimizer"]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, second["optimizer"]["state"][index][name])
+
+
+def test_golden_losses(undisturbed):
+    """Ten steps in float32; a change of the recipe's arithmetic or of the order of its random draws shows here."""
+    losses, _ = undisturbed
+    golden = [0.52158, 0.54988, 0.64796, 0.58493, 0.61151, 0.56226, 0.56201, 0.66874, 0.66671, 0.82686]
+    assert losses == pytest.approx(golden, rel=2e-3)
+
+
+def test_a_killed_run_goes_on_bit_for_bit(undisturbed, images, tmp_path):
+    """Stopped after 3 steps, at the checkpoint of 4, and after 9; dropout's draws are part of what must be restored."""
+    losses, out = undisturbed
+    pieces = [train(_config(), images, tmp_path, stop_after=stop) for stop in (3, 4, 9, None)]
+    assert [len(piece) for piece in pieces] == [3, 1, 5, 1]
+    assert [loss for piece in pieces for loss in piece] == losses
+    _assert_same_checkpoint(_checkpoint(tmp_path), _checkpoint(out))
+    for name in ("grid-6.png", "grid-10.png"):
+        assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_a_run_killed_between_checkpoints_repeats_what_was_lost(undisturbed, images, tmp_path, monkeypatch):
+    losses, out = undisturbed
+    calls = []
+
+    def dies(unet, x_t, timesteps):
+        calls.append(0)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return original(unet, x_t, timesteps)
+
+    original = train_teacher.predict
+    monkeypatch.setattr(train_teacher, "predict", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(_config(), images, tmp_path)
+    assert _checkpoint(tmp_path)["step"] == 4
+    assert train(_config(), images, tmp_path) == losses[4:]
+    _assert_same_checkpoint(_checkpoint(tmp_path), _checkpoint(out))
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_last_one(images, tmp_path, monkeypatch):
+    train(_config(), images, tmp_path, stop_after=4)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+
+    def dies(state, path):
+        path.write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(_config(), images, tmp_path)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_finished_run_has_nothing_left_to_do(undisturbed, images):
+    _, out = undisturbed
+    before = (out / "checkpoint.pt").read_bytes()
+    assert train(_config(), images, out) == []
+    assert (out / "checkpoint.pt").read_bytes() == before
+
+
+def test_what_is_written_is_the_average_in_diffusers_layout(undisturbed):
+    _, out = undisturbed
+    state = _checkpoint(out)
+    pipeline = DDIMPipeline(UNet2DModel.from_pretrained(out / "unet"), DDIMScheduler.from_pretrained(out / "scheduler"))
+    for parameter, average in zip(pipeline.unet.parameters(), state["ema"], strict=True):
+        assert torch.equal(parameter, average)
+    assert any(not torch.equal(a, b) for a, b in zip(state["ema"], state["unet"].values(), strict=False))
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    with Image.open(out / "grid-10.png") as grid:
+        assert grid.size == (64, 64)
+    assert sorted(path.name for path in out.glob("grid-*.png")) == ["grid-10.png", "grid-6.png"]
+    assert "dropout" in json.loads((out / "unet" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("checkpoint_every", [4, 50])
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(images, tmp_path, monkeypatch, checkpoint_every):
+    train(_config(), images, tmp_path, stop_after=4)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    original = train_teacher.target
+    monkeypatch.setattr(train_teacher, "target", lambda *args: original(*args) * float("nan"))
+    with pytest.raises(FloatingPointError, match=r"the loss is nan near step \d+; lower train.lr \(now 0.01\)"):
+        train(_config(**{"train.checkpoint_every": checkpoint_every}), images, tmp_path)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_nothing_to_train_on_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="images holds no image"):
+        train(_config(), torch.empty(0, 1, 8, 8, dtype=torch.uint8), tmp_path)
+
+
+def test_training_lowers_the_loss(images, tmp_path):
+    constant = torch.full_like(images, 255)
+    losses = train(_config(**{"train.steps": 60, "train.batch_size": 8}), constant, tmp_path)
+    assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:10])
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_targets_lead_back_to_the_image(kind):
+    """What the scheduler's own step makes of a perfect prediction is x_0."""
+    scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type=kind, clip_sample=False)
+    x_0, noise = torch.rand(3, 1, 4, 4) * 2 - 1, torch.randn(3, 1, 4, 4)
+    timesteps = torch.tensor([10, 400, 800])
+    x_t = scheduler.add_noise(x_0, noise, timesteps)
+    scheduler.set_timesteps(1000)
+    for row, timestep in enumerate(timesteps):
+        prediction = target(scheduler, x_0, noise, timesteps)[row]
+        found = scheduler.step(prediction, int(timestep), x_t[row]).pred_original_sample
+        torch.testing.assert_close(found, x_0[row], rtol=1e-3, atol=1e-3)
+
+
+def test_the_learning_rate_rises_and_falls_to_zero():
+    options = OmegaConf.create({"lr": 2.0, "warmup": 4, "steps": 20})
+    rates = [lr_at(step, options) for step in range(21)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert rates[4] == 2.0
+    assert rates[12] == pytest.approx(1.0)
+    assert rates[20] == pytest.approx(0.0)
+    assert sorted(rates[4:], reverse=True) == rates[4:]
+
+
+def test_the_average_is_a_copy_and_draws_nothing(tiny_unet):
+    tiny_unet.train()
+    ema = [parameter.detach() + 1 for parameter in tiny_unet.parameters()]
+    before, state = tiny_unet.conv_in.weight.clone(), torch.get_rng_state()
+    averaged = averaged_copy(tiny_unet, ema)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(averaged.conv_in.weight, before + 1)
+    assert torch.equal(tiny_unet.conv_in.weight, before)
+    assert tiny_unet.training
+    assert not averaged.training
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_grid_of_images(tmp_path, channels):
+    pixels = torch.randint(0, 256, (8, channels, 4, 4), dtype=torch.uint8)
+    save_grid(to_unit(pixels), tmp_path / "grid.png", columns=4)
+    with Image.open(tmp_path / "grid.png") as picture:
+        array = np.array(picture).reshape(8, 16, channels)
+    for k in range(8):
+        top, left = 4 * (k // 4), 4 * (k % 4)
+        expected = pixels[k].permute(1, 2, 0).numpy()
+        assert np.array_equal(array[top : top + 4, left : left + 4], expected)
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist", "cifar10"])
+def test_shipped_configurations_build(name):
+    config = OmegaConf.load(CONFIGS / f"{name}.yaml")
+    with torch.device("meta"):
+        unet = UNet2DModel(**OmegaConf.to_container(config.unet))
+    DDIMScheduler(**OmegaConf.to_container(config.scheduler))
+    assert config.data.image_size == config.unet.sample_size
+    assert set(config.train) == set(_config().train)
+    if name == "fashion_mnist":
+        assert sum(p.numel() for p in unet.parameters()) <= 1_200_000
+    else:
+        assert sum(p.numel() for p in unet.parameters()) == 35_746_307
+
+
+def test_the_command_line(tmp_path):
+    for k in range(3):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        Image.fromarray(np.full((8, 8), 80 * k, np.uint8)).save(tmp_path / "data" / f"{k}.png")
+    OmegaConf.save(_config(), tmp_path / "config.yaml")
+    places = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    main([*places, "--config", str(tmp_path / "config.yaml"), "--device", "cpu", "train.steps=2", "train.batch_size=2"])
+    assert _checkpoint(tmp_path / "out")["step"] == 2
+    assert (tmp_path / "out" / "grid-2.png").is_file()
