@@ -1,10 +1,10 @@
 """Turn quantized convolutions and linears into what XNNPACK multiplies in int8 and returns in float32, exactly.
 
-XNNPACK has no int8 product with constant scales and a float32 result, and requantizing every result to 8 bits would move
-values across the thresholds of the 4-bit grid that reads them. It does have one whose input scale is measured at run
-time, (max - min) / 255. That is exact for values on a grid of 16 levels if both ends of the grid are among them: level k
-then is the integer 17·k. So each layer's input is rounded to its grid in float32 and given two more channels, one full
-of the lowest level and one of the highest, for which the weights are zero.
+XNNPACK has no int8 product with constant scales and a float32 result, and requantizing every result to 8 bits would
+move values across the thresholds of the 4-bit grid that reads them. It does have one whose input scale is measured at
+run time, (max - min) / 255. That is exact for values on a grid of 16 levels if both ends of the grid are among them:
+level k then is the integer 17·k. So each layer's input is rounded to its grid in float32 and given two more channels,
+one full of the lowest level and one of the highest, for which the weights are zero.
 """
 
 import torch
@@ -92,7 +92,7 @@ def _rewrite(graph: GraphModule, node: Node, fqn: str) -> str:
 def _quantized_input(node: Node, fqn: str) -> tuple[Node, Node, int]:
     """The activation before it was quantized, its grid's lowest integers, broadcastable to it, and its bits.
 
-    ``clamp(round(x · reciprocal(scale)), low, low + 2^bits - 1).to(int8)``, as ``QuantizedLayer.quantize_input`` writes it.
+    ``clamp(round(x · reciprocal(scale)), low, low + 2^bits - 1).to(int8)``, as ``quantize_input`` writes.
     """
     chain = (aten.to.dtype, aten.clamp.Tensor, aten.round.default, aten.mul.Tensor)
     source, found = node.args[0], []
@@ -113,7 +113,7 @@ def _with_zeros(weight: Tensor) -> Tensor:
 
 
 def _segments(x, scales, low, bits, segments, channel_dim, rank):
-    """For each segment of the channels: its values on its grid, and the grid's scale and lowest integer, rank 1×...×1."""
+    """For each segment of the channels: its values on its grid, the grid's scale and lowest integer (1×...×1)."""
     start = 0
     for index, channels in enumerate(segments):
         scale = scales[:1, index : index + 1].view([1] * rank)
@@ -123,7 +123,6 @@ def _segments(x, scales, low, bits, segments, channel_dim, rank):
             part = aten.slice.Tensor(x, channel_dim, start, start + channels)
         first = first.to(torch.float32)
         offset = ROUNDER - first
-        # the clamp comes after the rounding: both bounds are integers
         steps = functional.hardtanh(part * scale.reciprocal() + offset, ROUNDER, ROUNDER + 2**bits - 1)
         yield (steps - offset) * scale, scale, first
         start += channels

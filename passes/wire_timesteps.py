@@ -1,5 +1,7 @@
 """Give every activation fake quantizer of a prepared graph the timestep group of each sample as a second input."""
 
+from itertools import pairwise
+
 from torch.fx import GraphModule, Node
 
 from pqcad_ao.fake_quant import ActivationFakeQuantize, timestep_group
@@ -20,7 +22,7 @@ def wire_timesteps(graph: GraphModule, timesteps: Node, groups: int, num_train_t
     """
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     # prepare puts an input's observer between it and the next input: bring the inputs together again
-    for left, right in zip(placeholders, placeholders[1:], strict=False):
+    for left, right in pairwise(placeholders):
         left.append(right)
     with graph.graph.inserting_after(placeholders[-1]):
         group = graph.graph.call_function(timestep_group, (timesteps, groups, num_train_timesteps))

@@ -1,4 +1,4 @@
-"""When a bit-width gives way to the next one, and how fast: a policy over a sequence of losses, with no tensors in it."""
+"""When a bit-width gives way to the next one, and how fast: a policy over losses, with no tensors in it."""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -86,7 +86,7 @@ class MomentumTransition:
 
     @classmethod
     def minimum_budget(cls, widths: int, beta: float) -> int:
-        """Updates that it takes to walk ``widths`` widths: each but the first blends in, and each is used once whole."""
+        """Updates that ``widths`` widths take: each but the first blends in, and each is used once whole."""
         return (widths - 1) * cls.blend_steps(beta) + widths
 
     @property
