@@ -111,7 +111,7 @@ def _read_from_tables(
         columns[value.dtype].append(index)
     for dtype, indices in columns.items():
         # four dimensions: XNNPACK turns the whole row into its channels-last form once
-        table = torch.cat([values[index].flatten(1) for index in indices], 1)[:, :, None, None]
+        table = torch.cat([values[index].reshape(len(values[index]), -1) for index in indices], 1)[:, :, None, None]
         name = f"steps_{str(dtype).removeprefix('torch.')}"
         graph.register_buffer(name, table.contiguous())
         row = graph.graph.call_function(aten.index_select.default, (graph.graph.get_attr(name), 0, step))

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from PIL import Image
 
-from pqcad_ao import cli
+from pqcad_ao import cli, edge
 from pqcad_ao.config import PQCADConfig
 from pqcad_ao.evaluate import FeatureClassifier
 from pqcad_ao.models import load_model, save_model
@@ -124,6 +124,36 @@ def test_eval_against_a_folder_of_images(model_dir: Path, tmp_path: Path, capsys
     assert f"FID {found['fid']:.3f}" in capsys.readouterr().out
 
 
+def test_export_hands_on_what_was_asked_for(
+    compressed_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    pytest.importorskip("executorch", reason="export needs executorch")
+    asked: dict = {}
+
+    def export_pte(unet, path: Path, **options) -> edge.PTEReport:
+        asked.update(options, path=path)
+        return edge.PTEReport(
+            path, 1234, 3, {"aten::upsample": 2}, {999: 30.0, 499: 41.5}, {"conv_in": "int8 products"}
+        )
+
+    monkeypatch.setattr(edge, "export_pte", export_pte)
+    argv = ["--model", compressed_dir, "--out", tmp_path / "new" / "unet.pte", "--steps", 7, "--batch-size", 2]
+    found = run_json(tmp_path, "export", *argv)
+    assert (asked["num_inference_steps"], asked["batch_size"]) == (7, 2)
+    assert asked["path"] == tmp_path / "new" / "unet.pte"
+    assert asked["scheduler"].config.prediction_type == "v_prediction"
+    assert (found["bytes"], found["steps"], found["sqnr_db"]) == (1234, 7, {"999": 30.0, "499": 41.5})
+    assert "30.0 dB at worst" in capsys.readouterr().out
+
+
+def test_export_of_a_network_in_full_precision_is_one_line(
+    tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    pytest.importorskip("executorch", reason="export needs executorch")
+    line = error_line(capsys, "export", "--model", tiny_dir, "--out", tmp_path / "unet.pte")
+    assert "is not quantized" in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -147,6 +177,7 @@ def test_eval_against_a_folder_of_images(model_dir: Path, tmp_path: Path, capsys
         (["eval", "--model", "{model}", "--n", "2", "--steps", "1"], "takes (N, 1, 32, 32)"),
         (["eval", "--model", "{model}", "--features", "f"], "give --data DIR too"),
         (["eval", "--model", "{model}", "--data", "{tmp}/none"], "is no folder"),
+        (["bench", "compile", "--model", "nowhere"], "no model 'nowhere'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

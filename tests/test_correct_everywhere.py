@@ -2,6 +2,7 @@
 
 import copy
 import io
+from statistics import median
 
 import numpy as np
 import pytest
@@ -361,15 +362,31 @@ def test_inductor_gives_the_same_integers_and_sums(small):
 
 @torch.no_grad()
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_inductor_compiles_a_whole_unet_for_any_batch(quantized_unet, dtype):
-    quantized_unet.to(dtype)
+def test_inductor_compiles_a_whole_unet_for_any_batch(quantized_unet):
+    """Inductor sums in another order: an activation on the edge of two integers may fall to the other side.
+
+    After that an image departs by quantization noise, but few do; the median image must not.
+    """
     compiled = torch.compile(quantized_unet, fullgraph=True, dynamic=True)
     for batch in (5, 1, 65):
-        x, t = _images(batch).to(dtype), torch.arange(batch) * 15
+        x, t = _images(batch), torch.arange(batch) * 15
         expected, output = quantized_unet(x, t).sample, compiled(x, t).sample
-        assert output.dtype == dtype
-        assert sqnr(expected, output) > (35 if dtype == torch.float32 else 15)
+        assert output.dtype == torch.float32
+        assert median(sqnr(*pair) for pair in zip(expected, output, strict=True)) > 60
+        assert sqnr(expected, output) > 10
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_inductor_in_bfloat16_is_as_near_to_float32_as_eager_is(quantized_unet):
+    x, t = _images(65), torch.arange(65) * 15
+    expected = quantized_unet(x, t).sample
+    quantized_unet.to(torch.bfloat16)
+    arguments = x.to(torch.bfloat16), t
+    eager = quantized_unet(*arguments).sample
+    output = torch.compile(quantized_unet, fullgraph=True, dynamic=True)(*arguments).sample
+    assert output.dtype == torch.bfloat16
+    assert sqnr(expected, output.float()) > sqnr(expected, eager.float()) - 1
 
 
 # torch.export

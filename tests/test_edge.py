@@ -1,16 +1,22 @@
 """A quantized network as a .pte: what it computes, what the file says about itself, and what is refused."""
 
 import json
+import math
+import random
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from networks import SHAPE, Plain, Small, cosine_scheduler, quick, sqnr
 from torch import nn
+from torch.fx import Graph
 
 from pqcad_ao import edge, quantize_
-from pqcad_ao.edge import ParityError, PTEReport, PTESampler, export_fp32_pte, export_pte
-from pqcad_ao.sampling import sample
+from pqcad_ao.edge import ParityError, PTEReport, PTESampler, export_fp32_pte, export_pte, layers_of_calls
+from pqcad_ao.models import assets_dir, load_model
+from pqcad_ao.sampling import predict, sample
 
 pytest.importorskip("executorch.exir", reason="executorch is not installed: pip install pqcad_ao[edge]")
 
@@ -87,6 +93,24 @@ def test_sampler_outlives_the_file_and_the_report(small, exported, tmp_path):
     assert torch.equal(first, sampler.predict(noise(2), 0)), "a later call does not write into an earlier prediction"
 
 
+def test_report_says_what_was_written_and_measured(exported):
+    assert exported.bytes == exported.path.stat().st_size
+    assert exported.delegates >= 1
+    assert exported.portable["aten::index_select"] == 1, "one look-up of the step's row"
+    assert list(exported.sqnr_db) == [999, 666, 332]
+    assert min(exported.sqnr_db.values()) > 60
+    assert exported.rounding_db is None
+    assert exported.arithmetic["first"].startswith("W8A8: int8 × int8")
+    assert exported.arithmetic["join"].startswith("W4A4: int8 × int8")
+    assert exported.arithmetic["to_q"].startswith("W4A4: int8 × int4")
+    assert exported.arithmetic["time"] == "W4: a table of 3 rows"
+    assert len(exported.arithmetic) == 11
+    text = str(exported)
+    assert f"{exported.bytes:,} bytes" in text
+    assert "1 aten::index_select" in text
+    assert "dB at worst" in text
+
+
 def test_file_holds_all_that_a_sampler_needs(exported):
     sampler = PTESampler(exported.path)
     values = {name: sampler._constant(name) for name in sampler._program.method_names - {"forward"}}
@@ -160,3 +184,207 @@ def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         edge._write(path, b"newer")
     assert [file.read_text() for file in tmp_path.iterdir()] == ["older"]
+
+
+def test_bounds_give_way_to_what_rounding_alone_does(small, exported, monkeypatch):
+    program, timesteps = exported.path.read_bytes(), torch.tensor([999, 332])
+
+    def parity(*measured):
+        results = iter(measured)
+        monkeypatch.setattr(edge, "_sqnr_db", lambda *args: next(results))
+        return edge._parity(program, small, [], timesteps, 2, 25.0)
+
+    # step by step: the median image, all images together
+    assert parity([(30.0, 12.0), (90.0, 90.0)]) == ({999: 12.0, 332: 90.0}, None)
+    assert parity([(15.0, 12.0), (90.0, 90.0)], [(20.0, 19.0), (80.0, 70.0)]) == ({999: 12.0, 332: 90.0}, 19.0)
+    with pytest.raises(ParityError, match=r"15\.0 dB for the median image .* timestep 999, where 25 and 10 dB"):
+        parity([(15.0, 12.0), (90.0, 90.0)], [(120.0, 110.0), (80.0, 70.0)])
+    with pytest.raises(ParityError, match=r"5\.0 dB for all .* timestep 332, where 25 and 10 dB"):
+        parity([(90.0, 90.0), (30.0, 5.0)], [(120.0, 110.0), (80.0, 70.0)])
+    with pytest.raises(ParityError, match=r"-inf dB"):
+        parity([(90.0, 90.0), (-math.inf, -math.inf)], [(3.0, 3.0), (3.0, 3.0)])
+
+
+def test_decibels():
+    assert edge._decibels(100.0, 1.0) == 20
+    assert edge._decibels(1.0, 0.0) == math.inf
+    assert edge._decibels(1.0, math.nan) == edge._decibels(1.0, math.inf) == -math.inf
+
+
+def test_moving_the_last_bit_moves_little_and_is_undone(small):
+    x_t, t = noise(2), torch.tensor([500, 500])
+    with torch.no_grad():
+        before = small(x_t, t)
+        with edge._moved_in_the_last_bit(small):
+            moved = small(x_t, t)
+        assert sqnr(before, moved) > 20
+        assert torch.equal(small(x_t, t), before)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_calls_have_no_cycles(seed):
+    chance = random.Random(seed)
+    graph, nodes = Graph(), []
+    for _ in range(40):
+        inputs = chance.sample(nodes, min(len(nodes), chance.randrange(1, 4)))
+        nodes.append(graph.call_function(max, tuple(inputs)) if inputs else graph.placeholder("x"))
+    first = chance.randrange(1, 39)
+    pair = nodes[first : first + 2]  # neighbours: no other operator lies between them
+    chosen = [node for node in nodes[1:] if node not in pair and chance.random() < 0.7]
+    layers = layers_of_calls(graph, [[node] for node in chosen] + [pair])
+    assert layers[pair[0]] == layers[pair[1]], "a group stays together"
+    # with one node for each call, the graph must still have an order
+    merged = {node: ("call", layers[node]) if node in layers else ("alone", node) for node in nodes}
+    edges = {(merged[s], merged[node]) for node in nodes for s in node.all_input_nodes} - {
+        (m, m) for m in merged.values()
+    }
+    waiting = set(merged.values())
+    while waiting:
+        ready = {m for m in waiting if not any(after == m and before in waiting for before, after in edges)}
+        assert ready, "the calls wait for each other"
+        waiting -= ready
+
+
+def test_nodes_that_cannot_share_a_call_are_named():
+    graph = Graph()
+    first = graph.call_function(abs, (graph.placeholder("x"),))
+    last = graph.call_function(abs, (graph.call_function(abs, (first,)),))
+    with pytest.raises(ValueError, match="must be in one call"):
+        layers_of_calls(graph, [[first, last]])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"scheduler": EulerDiscreteScheduler()}, ValueError, "allowed are DDIMScheduler"),
+        ({"scheduler": DDIMScheduler(num_train_timesteps=500)}, ValueError, "500 training timesteps.* 1000"),
+        ({"num_inference_steps": 0}, ValueError, "num_inference_steps=0"),
+        ({"num_inference_steps": 1001}, ValueError, "the scheduler has 1000"),
+        ({"batch_size": 1.5}, ValueError, r"batch_size=1\.5"),
+        ({"trajectories": 0}, ValueError, "trajectories=0"),
+        ({"sample_shape": None}, ValueError, "pass sample_shape"),
+        ({"conditioning": {"a": torch.zeros(2), "b": torch.zeros(3)}}, ValueError, r"\[2, 3\] rows"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_arguments_are_named_before_the_work(small, tmp_path, monkeypatch, change, error, message):
+    monkeypatch.setattr(edge, "_record", lambda *args: pytest.fail("the work began"))
+    with pytest.raises(error, match=message):
+        export(small, tmp_path / "a.pte", **change)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_networks_that_cannot_be_exported_are_named(small, tmp_path):
+    with pytest.raises(ValueError, match=r"not quantized: call quantize_ first"):
+        export(Small(), tmp_path / "a.pte")
+    foreign = Small()
+    foreign.is_quantized = True
+    with pytest.raises(ValueError, match="by something else"):
+        export(foreign, tmp_path / "a.pte")
+    with pytest.raises(ValueError, match=r"bfloat16 on cpu.*unet\.to\('cpu', torch\.float32\)"):
+        export_fp32_pte(Small().to(torch.bfloat16), tmp_path / "a.pte", sample_shape=SHAPE)
+    with pytest.raises(ValueError, match=r"write export_pte"):
+        export_fp32_pte(small, tmp_path / "a.pte", sample_shape=SHAPE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_places_that_cannot_be_written_are_named_before_the_work(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(edge, "_record", lambda *args: pytest.fail("the work began"))
+    with pytest.raises(FileNotFoundError, match="cannot write into the folder"):
+        export(small, tmp_path / "missing" / "a.pte")
+    with pytest.raises(IsADirectoryError, match="write the name of a file"):
+        export(small, tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot write into the folder"):
+        export(small, tmp_path / "file" / "a.pte")
+
+
+def test_files_that_cannot_be_sampled_from_are_named(exported, tmp_path):
+    whole = exported.path.read_bytes()
+    for name, content in {"empty": b"", "text": b"no program at all", "half": whole[: len(whole) // 2]}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name} is no ExecuTorch program, or is damaged"):
+            PTESampler(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        PTESampler(tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    ("x_t", "index", "message"),
+    [
+        (torch.zeros(1, *SHAPE), 0, r"shape \(1, 1, 8, 8\): this program was exported for \(2, 1, 8, 8\)"),
+        (torch.zeros(2, *SHAPE), 3, "steps 0 to 2"),
+        (torch.zeros(2, *SHAPE), -1, "steps 0 to 2"),
+    ],
+)
+def test_bad_inputs_of_a_program_are_named(exported, x_t, index, message):
+    sampler = PTESampler(exported.path)
+    with pytest.raises(ValueError, match=message):
+        sampler.predict(x_t, index)
+    with pytest.raises(ValueError, match=r"expected \(N, 1, 8, 8\)"):
+        sampler.sample(torch.zeros(2, 3, 8, 8))
+
+
+def test_without_executorch_the_error_says_what_to_install(small, exported, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "executorch.exir", None)
+    for call in (
+        lambda: export(small, tmp_path / "a.pte"),
+        lambda: export_fp32_pte(Small(), tmp_path / "a.pte"),
+        lambda: PTESampler(exported.path),
+    ):
+        with pytest.raises(ImportError, match=r"pip install pqcad_ao\[edge\]"):
+            call()
+
+
+@pytest.mark.slow
+def test_diffusers_unet(quantized_unet, tmp_path):
+    report = export(quantized_unet, tmp_path / "unet.pte", sample_shape=None)
+    assert set(report.portable) == {"aten::index_select", "aten::upsample_nearest2d.vec"}
+    eager = sample(quantized_unet, cosine_scheduler(), noise(3), STEPS)
+    assert sqnr(eager, PTESampler(tmp_path / "unet.pte").sample(noise(3))) > 20
+
+
+@pytest.mark.slow
+def test_conditional_diffusers_unet(tmp_path):
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        norm_num_groups=4,
+        cross_attention_dim=12,
+        attention_head_dim=4,
+    ).eval()
+    text = {"encoder_hidden_states": torch.randn(4, 5, 12)}
+    quantize(unet, conditioning=text)
+    with pytest.raises(ValueError, match="encoder_hidden_states"):
+        export(unet, tmp_path / "unet.pte", sample_shape=None)
+    export(unet, tmp_path / "unet.pte", sample_shape=None, conditioning=text)
+    eager = sample(unet, cosine_scheduler(), noise(2), STEPS, conditioning={k: v[:2] for k, v in text.items()})
+    images = PTESampler(tmp_path / "unet.pte").sample(noise(2), {k: v[:2] for k, v in text.items()})
+    assert sqnr(eager, images) > 20
+
+
+@pytest.mark.slow
+def test_embedded_teacher(tmp_path):
+    if not (assets_dir() / "fashion_mnist" / "unet").is_dir():
+        pytest.skip("the teacher is not in pqcad_ao/assets yet")
+    unet, scheduler = load_model("demo")
+    fp32 = export_fp32_pte(unet, tmp_path / "fp32.pte")
+    quantize_(unet, quick(), scheduler=scheduler, progress=False)
+    report = export(unet, tmp_path / "unet.pte", scheduler=scheduler, num_inference_steps=5, sample_shape=None)
+    assert report.bytes < 0.35 * fp32.bytes
+    assert report.delegates == 3
+    exact = [text for text in report.arithmetic.values() if "exact" in text or "table" in text]
+    assert len(exact) == len(report.arithmetic), "nothing runs in float32"
+    sampler = PTESampler(tmp_path / "unet.pte")
+    x_t = noise(1, sampler.sample_shape)
+    with torch.no_grad():
+        typical = sorted(
+            sqnr(predict(unet, x_t, t, {}), sampler.predict(x_t, i)) for i, t in enumerate(sampler.timesteps)
+        )
+    assert typical[2] > 40

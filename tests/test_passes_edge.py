@@ -1,0 +1,255 @@
+"""The passes towards XNNPACK: each keeps the function, and leaves nothing of what it replaces."""
+
+import math
+
+import pytest
+import torch
+from networks import SHAPE, Plain, Small, cosine_scheduler, quick, sqnr
+from torch import nn
+from torch.nn import functional as F
+
+from pqcad_ao import quantize_
+from pqcad_ao.capture import Denoiser
+from pqcad_ao.passes.attention import decompose_attention
+from pqcad_ao.passes.fold_constants import fold_constants
+from pqcad_ao.passes.fold_timesteps import fold_timesteps
+from pqcad_ao.passes.group_norm import decompose_group_norm
+from pqcad_ao.passes.identities import drop_identities
+from pqcad_ao.passes.to_xnnpack import ROUNDER, _segments, span, to_xnnpack
+
+aten = torch.ops.aten
+SCHEDULE = torch.tensor([999, 400, 3])
+
+
+class Grouped(Plain):
+    """A depthwise and a grouped convolution."""
+
+    def build(self):
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+
+    def middle(self, h):
+        return h + self.grouped(F.silu(self.depthwise(h)))
+
+
+class Reader(nn.Module):
+    """Reads the timestep beside the image, as it is and as a number in the arithmetic."""
+
+    def forward(self, x, t):
+        plane = t.view(-1, 1, 1, 1).expand(-1, 1, *x.shape[2:])
+        return (torch.cat([x, plane], 1).sum(1, keepdim=True) + t.view(-1, 1, 1, 1)) * (t.float().sin() + 2).mean()
+
+
+@pytest.fixture(scope="module")
+def quantized() -> Small:
+    return quantize(Small())
+
+
+def quantize(model: nn.Module, **options) -> nn.Module:
+    quantize_(model, quick(**options), scheduler=cosine_scheduler(), sample_shape=SHAPE, progress=False)
+    return model
+
+
+def graph_of(model: nn.Module, *args):
+    """The exported graph of ``model`` and its timestep placeholder."""
+    with torch.no_grad():
+        graph = torch.export.export(model, args).module(check_guards=False)
+    return graph, [node for node in graph.graph.nodes if node.op == "placeholder"][1]
+
+
+def noise(batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, *SHAPE, generator=torch.Generator().manual_seed(batch))
+
+
+def at(timestep: int, batch: int = 2) -> torch.Tensor:
+    return torch.full((batch,), timestep)
+
+
+def targets(graph) -> set:
+    return {node.target for node in graph.graph.nodes if node.op == "call_function"}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("kind", ["float", "quantized"])
+@torch.no_grad()
+def test_folded_timesteps_give_the_same_function(quantized, kind, batch):
+    model = quantized if kind == "quantized" else Small()
+    graph, timesteps = graph_of(Denoiser(model), noise(batch), at(500, batch), {})
+    assert fold_timesteps(graph, timesteps, SCHEDULE) is graph
+    assert [node.target for node in graph.graph.nodes if node.op == "placeholder"] == ["x_t", "step"]
+    for step, t in enumerate(SCHEDULE):
+        expected = model(noise(batch), at(int(t), batch))
+        assert sqnr(expected, graph(noise(batch), torch.tensor([step]), {})) > 100
+
+
+@torch.no_grad()
+def test_folded_timesteps_leave_one_table_of_one_row_for_each_step():
+    graph, timesteps = graph_of(Denoiser(Small()), noise(3), at(500, 3), {})
+    fold_timesteps(graph, timesteps, SCHEDULE)
+    (table,) = (value for name, value in graph.named_buffers() if name.startswith("steps_"))
+    assert table.shape == (3, 8, 1, 1), "eight channels of the time layer, once for the whole batch"
+    assert not any(str(node.target).startswith("time.") for node in graph.graph.nodes)
+
+
+@torch.no_grad()
+def test_folded_timesteps_that_are_read_as_they_are():
+    model = Reader()
+    graph, timesteps = graph_of(model, noise(2), at(500, 2))
+    fold_timesteps(graph, timesteps, SCHEDULE)
+    assert {str(value.dtype) for value in graph.buffers()} == {"torch.int64", "torch.float32"}
+    for step, t in enumerate(SCHEDULE):
+        assert torch.allclose(graph(noise(2), torch.tensor([step])), model(noise(2), at(int(t), 2)))
+
+
+@torch.no_grad()
+def test_folded_timesteps_are_not_spread_over_an_image():
+    class Spread(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("plane", torch.ones(1, 1, 8, 8))
+
+        def forward(self, x, t):
+            return torch.cat([x, t.float().view(-1, 1, 1, 1) * self.plane], 1)
+
+    graph, timesteps = graph_of(Spread(), noise(1), at(500, 1))
+    fold_timesteps(graph, timesteps, SCHEDULE)
+    assert graph.steps_float32.shape == (3, 1, 1, 1)
+    assert graph(noise(1), torch.tensor([2]))[:, 1].unique().tolist() == [3]
+
+
+@torch.no_grad()
+def test_folded_constants_are_buffers(quantized):
+    graph, _ = graph_of(Denoiser(quantized), noise(), at(400), {})
+    expected = graph(noise(), at(400), {})
+    fold_constants(graph)
+    assert torch.equal(graph(noise(), at(400), {}), expected)
+    constant = {node for node in graph.graph.nodes if node.op == "get_attr"}
+    for node in graph.graph.nodes:
+        if node.op == "call_function":
+            assert not constant.issuperset(node.all_input_nodes) or not node.all_input_nodes, f"{node} is a constant"
+
+
+@torch.no_grad()
+def test_xnnpack_form_is_the_same_function(quantized):
+    graph, _ = graph_of(Denoiser(quantized), noise(), at(400), {})
+    arithmetic = to_xnnpack(graph)
+    assert not targets(graph) & {torch.ops.pqcad.conv2d.default, torch.ops.pqcad.linear.default}
+    assert sqnr(quantized(noise(), at(400)), graph(noise(), at(400), {})) > 100
+    assert arithmetic["first"] == "W8A8: int8 × int8 products, float32 result, exact"
+    assert arithmetic["join"] == "W4A4: int8 × int8 products, float32 result, exact"
+    assert arithmetic["to_q"] == "W4A4: int8 × int4 products, float32 result, exact"
+
+
+@pytest.mark.parametrize("bits", range(2, 8))
+@torch.no_grad()
+def test_xnnpack_form_is_exact_at_every_width(bits):
+    model = quantize(Small(), weight_bits=bits, activation_bits=bits)
+    graph, _ = graph_of(Denoiser(model), noise(), at(400), {})
+    to_xnnpack(graph)
+    assert sqnr(model(noise(), at(400)), graph(noise(), at(400), {})) > 100
+
+
+@torch.no_grad()
+def test_xnnpack_form_of_grouped_convolutions_is_float32_and_says_so():
+    model = quantize(Grouped())
+    graph, _ = graph_of(Denoiser(model), noise(), at(400), {})
+    arithmetic = to_xnnpack(graph)
+    assert all(arithmetic[name].startswith("W4A4: float32 products") for name in ("depthwise", "grouped"))
+    assert sqnr(model(noise(), at(400)), graph(noise(), at(400), {})) > 100
+
+
+def test_xnnpack_form_refuses_another_quantization(quantized):
+    graph, _ = graph_of(Denoiser(quantized), noise(), at(400), {})
+    for node in graph.graph.nodes:
+        if node.target is aten.round.default:
+            node.target = aten.floor.default
+    with pytest.raises(NotImplementedError, match=r"first: its input is quantized by aten\.floor"):
+        to_xnnpack(graph)
+
+
+def test_pinned_ranges_divide_into_255_steps():
+    assert [span(bits) for bits in range(2, 9)] == [3, 15, 15, 51, 85, 255, 255]
+    assert all(255 % span(bits) == 0 and span(bits) >= 2**bits - 1 for bits in range(2, 9))
+
+
+def test_rounding_in_float32_is_torchs_and_saturates():
+    scales, low = torch.ones(1, 1), torch.full((1, 1), -8, dtype=torch.int16)
+    x = torch.cat([torch.arange(-9, 9, 0.25), torch.tensor([1e9, -1e9, 1e30, -1e30, 0.0, 0.5 - 1e-7])])[None]
+    ((values, scale, first),) = _segments(x, scales, low, 4, [x.shape[1]], 1, 2)
+    assert torch.equal(values, x.round().clamp(-8, 7))
+    assert (scale.item(), first.item()) == (1, -8)
+    assert ROUNDER + 2**8 < 2**24, "the grid's integers stay exact"
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(2, 12, 5, 7), (2, 12, 9)], ids=["image", "sequence"])
+@torch.no_grad()
+def test_group_norm(shape, affine):
+    norm = nn.GroupNorm(3, 12, affine=affine)
+    if affine:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    graph = torch.export.export(norm, (x,)).module(check_guards=False)
+    decompose_group_norm(graph)
+    assert aten.group_norm.default not in targets(graph)
+    assert torch.allclose(graph(x), norm(x), atol=1e-5)
+    shifted = x + 1000  # a mean far above the deviation: a difference of squares would lose it
+    exact = F.group_norm(shifted.double(), 3, *(p.double() if affine else p for p in (norm.weight, norm.bias)))
+    assert (graph(shifted) - exact).abs().max() < 3 * (norm(shifted) - exact).abs().max() + 1e-4
+
+
+@pytest.mark.parametrize("lead", [(2, 3), (2,)], ids=["heads", "one head"])
+@pytest.mark.parametrize("scale", [None, 0.3])
+@torch.no_grad()
+def test_attention(lead, scale):
+    class Attention(nn.Module):
+        def forward(self, query, key, value):
+            return F.scaled_dot_product_attention(query, key, value, scale=scale)
+
+    generator = torch.Generator().manual_seed(0)
+    args = tuple(torch.randn(*lead, *size, generator=generator) for size in ((5, 8), (7, 8), (7, 6)))
+    graph = torch.export.export(Attention(), args).module(check_guards=False)
+    decompose_attention(graph)
+    assert aten.scaled_dot_product_attention.default not in targets(graph)
+    assert torch.allclose(graph(*args), Attention()(*args), atol=1e-6)
+
+
+@torch.no_grad()
+def test_attention_with_a_mask_stays():
+    class Masked(nn.Module):
+        def forward(self, x, mask):
+            return F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+    graph = torch.export.export(Masked(), (torch.zeros(1, 2, 4, 8), torch.zeros(4, 4))).module(check_guards=False)
+    decompose_attention(graph)
+    assert aten.scaled_dot_product_attention.default in targets(graph)
+
+
+@torch.no_grad()
+def test_identities_are_dropped_and_nothing_else():
+    class Idle(nn.Module):
+        def forward(self, x):
+            y = F.dropout(x, 0.5, self.training).to(torch.float32) / 1.0 * 1
+            return y * 2 + torch.arange(8).to(torch.float32)
+
+    x = noise()
+    graph = torch.export.export(Idle().eval(), (x,)).module(check_guards=False)
+    drop_identities(graph)
+    called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    assert sorted(map(str, called)) == ["aten.add.Tensor", "aten.arange.default", "aten.mul.Tensor", "aten.to.dtype"]
+    assert torch.equal(graph(x), Idle().eval()(x))
+
+
+def test_every_pass_in_turn_keeps_the_function(quantized):
+    graph, timesteps = graph_of(Denoiser(quantized), noise(), at(500), {})
+    with torch.no_grad():
+        drop_identities(graph)
+        fold_constants(graph)
+        to_xnnpack(graph)
+        fold_timesteps(graph, timesteps, SCHEDULE)
+        decompose_group_norm(graph)
+        decompose_attention(graph)
+        for step, t in enumerate(SCHEDULE):
+            reached = sqnr(quantized(noise(), at(int(t))), graph(noise(), torch.tensor([step]), {}))
+            assert reached > 80 or math.isinf(reached)
