@@ -1,7 +1,10 @@
 """The demo: a teacher goes in; pictures, a compressed model, a ``.pte`` and a summary of measurements come out."""
 
 import copy
+import json
+import os
 import shlex
+import subprocess
 import sys
 import tempfile
 import time
@@ -99,7 +102,7 @@ def run(
             f"images={images}, steps={steps}, batch_size={batch_size}, latency_calls={latency_calls}, "
             f"pictures={pictures}: allowed are whole numbers from 1, and at least 2 images"
         )
-    from pqcad_ao.edge import PTESampler, export_fp32_pte, export_pte  # wants executorch, which is optional
+    from pqcad_ao.edge import PTESampler, export_fp32_pte  # wants executorch, which is optional
 
     start_executorch(torch.get_num_threads())
     out = Path(out)
@@ -139,31 +142,33 @@ def run(
         sqnr = {"ptq_step": trajectory_sqnr(teacher, compressed, visited)["sqnr_db"]}
 
     with tempfile.TemporaryDirectory() as scratch:
-        fp32_pte = Path(scratch) / "fp32.pte"
         with stages("save the compressed model"):
             fp32_checkpoint = save_model(teacher, scheduler, Path(scratch) / "model").stat().st_size
             checkpoint = save_model(compressed, scheduler, out / "model").stat().st_size
-        with stages("export unet.pte, checked against the eager model, and its fp32 counterpart"):
-            exported = export_pte(
-                compressed, out / "unet.pte", scheduler=scheduler, num_inference_steps=steps, progress=progress
-            )
-            fp32_exported = export_fp32_pte(teacher, fp32_pte)
-        shown = min(pictures, images)
-        with stages(f"sample {shown} images with unet.pte"):
-            sampler = PTESampler(out / "unet.pte")
-            pte_full = sampler.sample(noise[:shown], progress=progress)
-        sqnr["pte_vs_eager"] = min(exported.sqnr_db.values())
-        sqnr["pte_images"] = sqnr_db(ptq_full[:shown], pte_full)
+        fp32_pte, pte = Path(scratch) / "fp32.pte", out / "unet.pte"
         x_t, timestep = noise[:1], visited[0][1]
-        fp32_step = load_step(fp32_pte)
-        forms = {
-            "fp32_eager": lambda: partial(teacher, x_t, timestep),
+        compiled = {
             "fp32_compile": lambda: partial(frozen(Step(copy.deepcopy(teacher)), (x_t, timestep)), x_t, timestep),
             "compressed_compile": lambda: partial(torch.compile(compressed, fullgraph=True), x_t, timestep),
-            "pte_fp32": lambda: partial(fp32_step, [x_t, timestep.reshape(1)]),
-            "pte": lambda: partial(sampler.predict, x_t, 0),
         }
-        latency, skipped = measure_latency(forms, latency_calls, stages)
+        with (
+            stages("export unet.pte in a second process; meanwhile the fp32 .pte and torch.compile"),
+            exporting(out / "model", pte, steps, Path(scratch) / "export.json") as finish,
+        ):
+            fp32_exported = export_fp32_pte(teacher, fp32_pte)
+            calls, skipped = build(compiled)
+            exported = finish()
+        shown = min(pictures, images)
+        with stages(f"sample {shown} images with unet.pte"):
+            sampler = PTESampler(pte)
+            pte_full = sampler.sample(noise[:shown], progress=progress)
+        sqnr["pte_vs_eager"] = min(exported["sqnr_db"].values())
+        sqnr["pte_images"] = sqnr_db(ptq_full[:shown], pte_full)
+        calls["fp32_eager"] = partial(teacher, x_t, timestep)
+        calls["pte_fp32"] = partial(load_step(fp32_pte), [x_t, timestep.reshape(1)])
+        calls["pte"] = partial(sampler.predict, x_t, 0)
+        with stages("time one step of each"):
+            latency = {name: median_ms(calls[name], latency_calls) for name in LATENCY_NAMES if name in calls}
 
     summary: dict[str, Any] = {
         "steps": {"full": steps},
@@ -173,14 +178,14 @@ def run(
             "fp32_checkpoint": fp32_checkpoint,
             "checkpoint": checkpoint,
             "fp32_pte": fp32_exported.bytes,
-            "pte": exported.bytes,
+            "pte": exported["bytes"],
             "resident_weights": module_bytes(compressed),
         },
         "latency_ms": latency,
         "latency_batch": 1,
         "sqnr_db": sqnr,
         "arithmetic": ops.arithmetic(),
-        "pte_arithmetic": dict(Counter(exported.arithmetic.values()).most_common()),
+        "pte_arithmetic": dict(Counter(exported["arithmetic"].values()).most_common()),
         "plan_summary": resolved.summary(),
         "model": str(model),
         "seed": seed,
@@ -211,19 +216,44 @@ def load_step(path: Path) -> Callable[[list[Tensor]], Any]:
     return Runtime.get().load_program(path).load_method("forward").execute
 
 
-def measure_latency(
-    forms: Mapping[str, Callable[[], Callable[[], Any]]], calls: int, stages: Stages
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Median milliseconds of each form, and why a form has none.
+@contextmanager
+def exporting(model: Path, pte: Path, steps: int, result: Path) -> Iterator[Callable[[], dict[str, Any]]]:
+    """``pqcad export`` in a second process, for lowering is Python on one core; yields what waits for its result.
 
-    Args:
-        forms: name to a function that makes the call to be timed ready, which may take long.
+    Raises (from the call):
+        RuntimeError: the export failed; with what it said.
     """
-    latency, skipped = {}, {}
-    for name, build in forms.items():
-        with stages(f"time one step: {LATENCY_NAMES[name]}"):
-            try:
-                latency[name] = median_ms(build(), calls)
-            except torch._dynamo.exc.TorchDynamoException as error:  # Inductor without a C++ compiler, say
-                skipped[f"latency_ms.{name}"] = str(error).strip().splitlines()[0]
-    return latency, skipped
+    command = ["export", "--model", str(model), "--out", str(pte), "--steps", str(steps), "--json", str(result)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pqcad_ao.cli", *command, "--threads", "1"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+    def finish() -> dict[str, Any]:
+        _, complaint = process.communicate()
+        if process.returncode:
+            raise RuntimeError(f"pqcad {shlex.join(command)} failed: {complaint.strip()}")
+        return json.loads(result.read_text())
+
+    try:
+        yield finish
+    finally:
+        process.kill()
+        process.wait()
+
+
+def build(forms: Mapping[str, Callable[[], Callable[[], Any]]]) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """Each form compiled and called once, and why a form could not be."""
+    calls, skipped = {}, {}
+    for name, make in forms.items():
+        try:
+            call = make()
+            with torch.no_grad():
+                call()
+            calls[name] = call
+        except torch._dynamo.exc.TorchDynamoException as error:  # Inductor without a C++ compiler, say
+            skipped[f"latency_ms.{name}"] = str(error).strip().splitlines()[0]
+    return calls, skipped

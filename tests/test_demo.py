@@ -125,7 +125,14 @@ def test_a_form_that_cannot_be_compiled_is_named():
     def no_compiler():
         raise torch._dynamo.exc.TorchDynamoException("no C++ compiler\nand more")
 
-    forms = {"fp32_eager": lambda: lambda: None, "fp32_compile": no_compiler}
-    latency, skipped = demo.measure_latency(forms, 1, demo.Stages(lambda line: None))
-    assert latency.keys() == {"fp32_eager"}
+    calls, skipped = demo.build({"fp32_eager": lambda: lambda: None, "fp32_compile": no_compiler})
+    assert calls.keys() == {"fp32_eager"}
     assert skipped == {"latency_ms.fp32_compile": "no C++ compiler"}
+
+
+def test_an_export_that_fails_says_why(tmp_path: Path):
+    with (
+        demo.exporting(tmp_path / "none", tmp_path / "a.pte", 3, tmp_path / "a.json") as finish,
+        pytest.raises(RuntimeError, match="no model"),
+    ):
+        finish()
