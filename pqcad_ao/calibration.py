@@ -1,14 +1,20 @@
 """C_QC: noisy images x_t from the full-precision sampler's own trajectories, at timesteps drawn by a law."""
 
+import hashlib
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from tqdm.auto import tqdm
 
 from pqcad_ao.capture import conditioning_rows, placement
 from pqcad_ao.config import PQCADConfig
@@ -16,6 +22,9 @@ from pqcad_ao.sampling import evaluation_mode, sample, take_rows
 
 # Schedulers that walk the variance-preserving process of Ho et al. 2020 on integer timesteps.
 FAMILY = (DDIMScheduler, DDPMScheduler, PNDMScheduler)
+
+
+SAVE_EVERY_S = 30.0
 
 
 @dataclass
@@ -32,6 +41,9 @@ class CalibrationSet:
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+    def __getitem__(self, rows: Any) -> "CalibrationSet":
+        return CalibrationSet(self.x_t[rows], self.timesteps[rows], take_rows(self.conditioning, rows))
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
         for first in range(0, len(self), size):
@@ -100,15 +112,21 @@ def calibration_set(
     config: PQCADConfig,
     conditioning: dict[str, Any] | None = None,
     *,
+    folder: str | Path | None = None,
+    callback: Callable[[str, int, int], None] | None = None,
     progress: bool = False,
 ) -> CalibrationSet:
-    """Walk the full-precision sampler and keep ``config.calibration_points`` of its inputs.
+    """Walk the full-precision sampler and keep some of its inputs: ``config.learning_points`` or, without learning,
+    ``config.calibration_points``.
 
     A point is a timestep drawn by the law, moved to the nearest one that the sampler visits, and the x_t that one of
     the trajectories has there; as many trajectories are walked as give each point an x_t of its own.
 
     Args:
         shape: (C, H, W). conditioning: rows are used in turn, one for each trajectory.
+        folder: keeps the points in a file named by all that they depend on. What is found there is not walked again; a
+            walk that was cut short goes on with its next batch of trajectories.
+        callback: called as ``callback("trajectories", done, total)``.
 
     Raises:
         FloatingPointError: a trajectory leaves the finite numbers.
@@ -117,8 +135,9 @@ def calibration_set(
     scheduler = as_ddim(scheduler)
     scheduler.set_timesteps(config.calibration_steps)
     visited = scheduler.timesteps
+    count = config.learning_points if config.learns else config.calibration_points
     drawn = draw_timesteps(
-        config.calibration_points,
+        count,
         scheduler.config.num_train_timesteps,
         config.calibration_timesteps,
         mean=config.calibration_mean,
@@ -136,27 +155,83 @@ def calibration_set(
     for step in step_of_point.unique():
         here = step_of_point == step
         rank[here] = torch.randperm(trajectories, generator=generator)[: int(here.sum())]
-    x_t = torch.empty(len(drawn), *shape, dtype=dtype, device=device)
+    points = CalibrationSet(
+        torch.zeros(len(drawn), *shape, dtype=dtype, device=device),
+        visited[step_of_point].to(device),
+        take_rows(chosen, rank),
+    )
+    file = None
+    walked = 0
+    if folder is not None:
+        law = (config.calibration_timesteps, config.calibration_mean, config.calibration_std)
+        key = digest(model.state_dict(), scheduler.config, law, config.calibration_steps, noise, rank, visited, chosen)
+        file = Path(folder) / f"c_qc-{key}.safetensors"
+        walked = _read(file, points)
+    size, saved = config.calibration_batch_size, time.monotonic()
+    bar = tqdm(total=trajectories, initial=walked, desc="trajectories", disable=not progress, leave=False)
+    with evaluation_mode(model), bar:
+        while walked < trajectories:
+            rows = slice(walked, walked + size)
 
-    def keep(first: int, step: int, timestep: Tensor, state: Tensor) -> None:
-        here = (step_of_point == step) & (rank >= first) & (rank < first + len(state))
-        x_t[here.to(x_t.device)] = state[(rank[here] - first).to(state.device)]
+            def keep(first: int, step: int, timestep: Tensor, state: Tensor, begin: int = walked) -> None:
+                here = (step_of_point == step) & (rank >= begin) & (rank < begin + len(state))
+                points.x_t[here.to(device)] = state[(rank[here] - begin).to(device)]
 
-    with evaluation_mode(model):
-        final = sample(
-            model,
-            scheduler,
-            noise,
-            config.calibration_steps,
-            conditioning=chosen,
-            batch_size=config.calibration_batch_size,
-            callback=keep,
-            progress=progress,
-        )
-    if not final.isfinite().all() or not x_t.isfinite().all():
-        raise FloatingPointError(
-            "the full-precision sampler left the finite numbers while calibrating: check the network's weights and "
-            f"that the scheduler is the one it was trained with ({scheduler.config.prediction_type}, "
-            f"{scheduler.config.beta_schedule})"
-        )
-    return CalibrationSet(x_t, visited[step_of_point].to(x_t.device), take_rows(chosen, rank))
+            final = sample(
+                model,
+                scheduler,
+                noise[rows],
+                config.calibration_steps,
+                conditioning=take_rows(chosen, rows),
+                batch_size=size,
+                callback=keep,
+            )
+            if not final.isfinite().all() or not points.x_t.isfinite().all():
+                raise FloatingPointError(
+                    "the full-precision sampler left the finite numbers while calibrating: check the network's weights "
+                    "and that the scheduler is the one it was trained with "
+                    f"({scheduler.config.prediction_type}, {scheduler.config.beta_schedule})"
+                )
+            walked = min(walked + size, trajectories)
+            bar.update(len(final))
+            if callback is not None:
+                callback("trajectories", walked, trajectories)
+            if file is not None and (walked == trajectories or time.monotonic() - saved > SAVE_EVERY_S):
+                _write(file, points, walked)
+                saved = time.monotonic()
+    return points
+
+
+def digest(*values: Any) -> str:
+    """A short name for everything that a cached result depends on: tensors (nested, too) by content, others by repr."""
+    found = hashlib.sha256()
+    for leaf in tree_leaves(values):
+        if isinstance(leaf, Tensor):
+            found.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
+            found.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        else:
+            found.update(repr(leaf).encode())
+    return found.hexdigest()[:16]
+
+
+def _read(file: Path, points: CalibrationSet) -> int:
+    """Fill ``points`` from a file, if it is there; returns how many trajectories it covers.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if not file.is_file():
+        return 0
+    try:
+        with safe_open(file, "pt") as stored:
+            points.x_t.copy_(stored.get_tensor("x_t"))
+            return int(stored.metadata()["walked"])
+    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{file} is damaged ({error}): delete it, and it is made again") from error
+
+
+def _write(file: Path, points: CalibrationSet, walked: int) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".tmp")
+    save_file({"x_t": points.x_t.cpu()}, unfinished, {"walked": str(walked)})
+    unfinished.replace(file)

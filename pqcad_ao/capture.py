@@ -58,11 +58,22 @@ class Capture:
 
 
 def weight_fqn(node: Node) -> str | None:
-    """The parameter behind a convolution's or linear's weight, by its name in the network; None if it is computed."""
+    """The parameter behind a convolution's or linear's weight, by its name in the network; None if it is computed.
+
+    A weight's fake quantizer does not hide it.
+    """
     weight = node.args[1]
+    if isinstance(weight, Node) and weight.op == "call_module":
+        weight = weight.args[0]
     if isinstance(weight, Node) and weight.op == "get_attr":
         return str(weight.target).removeprefix("unet.")
     return None
+
+
+def layer_fqn(node: Node) -> str | None:
+    """The module that holds a convolution's or linear's weight, by its name in the network; None if it is computed."""
+    parameter = weight_fqn(node)
+    return None if parameter is None else parameter.rpartition(".")[0]
 
 
 def call_site(node: Node) -> str:

@@ -186,9 +186,14 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--batch-size", type=positive, default=1, help="images a call (default: 1)")
 
     from pqcad_ao.bench import compile as bench_compile
+    from pqcad_ao.bench import quality as bench_quality
 
     bench = commands.add_parser("bench", help="measure this project and its peers side by side")
     kinds = bench.add_subparsers(dest="kind", required=True, metavar="KIND")
+    quality_parser = kinds.add_parser("quality", help="FID and KID of every way to quantize")
+    bench_quality.add_arguments(quality_parser)
+    quality_parser.add_argument("--traceback", action="store_true", help="show an error's whole traceback")
+    quality_parser.set_defaults(run=lambda args: bench_quality.run(args, sys.stderr.isatty()))
     compile_parser = kinds.add_parser("compile", help="one UNet step under torch.compile and its peers")
     bench_compile.add_arguments(compile_parser)
     compile_parser.add_argument("--traceback", action="store_true", help="show an error's whole traceback")

@@ -1,6 +1,7 @@
 """What a user may ask for: frozen-vocabulary dataclasses on torchao's ``AOBaseConfig``, checked when they are made."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
@@ -16,7 +17,8 @@ ROLES = (
     "resample",
     "body",
 )
-MODES = ("ptq",)
+MODES = ("ptq", "fixed", "progressive")
+TRANSITIONS = ("momentum", "schedule")
 TIMESTEP_LAWS = ("normal", "uniform")
 WEIGHT_BITS = range(2, 9)
 ACTIVATION_BITS = range(2, 9)
@@ -32,6 +34,23 @@ def _check_bits(name: str, value: Any, allowed: range, where: str = "") -> None:
         )
 
 
+def _is_number(value: Any, least: float, most: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
+
+
+def _check_word(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: allowed are {', '.join(map(repr, allowed))}")
+
+
+def _check_ladder(name: str, ladder: Any, allowed: range) -> None:
+    sound = isinstance(ladder, (list, tuple)) and all(isinstance(bits, int) and bits in allowed for bits in ladder)
+    if not sound or any(a <= b for a, b in pairwise(ladder)):
+        raise ValueError(
+            f"{name}={ladder!r}: write falling widths from {allowed.start} to {allowed.stop - 1}, such as [8, 6, 5]"
+        )
+
+
 @dataclass
 class PQCADConfig(AOBaseConfig):
     """How a diffusion UNet becomes a W4A4 one.
@@ -39,12 +58,25 @@ class PQCADConfig(AOBaseConfig):
     Args:
         weight_bits: bits of the weights, 2 to 8.
         activation_bits: bits of the activations, 2 to 8; None leaves them in floating point (weights only).
-        mode: ``"ptq"`` calibrates fixed-bit weights and activations and learns nothing.
+        mode: ``"progressive"`` learns in two stages, weights and then activations, each down a ladder of bits;
+            ``"fixed"`` learns as long at the final bits; ``"ptq"`` calibrates at the final bits and learns nothing.
         timestep_groups: how many activation scales a layer has over the training timesteps; one for each group.
         overrides: bits for a role (one of ``ROLES``) or for layers by name (a glob over fully qualified names), such
             as ``{"attention": {"weight_bits": 8}, "up_blocks.*.conv1": {"activation_bits": 6}}``. ``None`` in place of
             the bits leaves that side in floating point; layer globs win over roles.
-        calibration_points: noisy images x_t that calibrate the activations.
+        target_bits: the average width that the quantized layers' weights may reach by giving the most sensitive layers
+            more bits; None gives none.
+        iterations: training updates, both stages together.
+        batch_size: of a training update, at most 63.
+        learning_rate: of weights, biases and norms (Adam), falling linearly to zero.
+        scale_learning_rate: of the scales, as a part of their own size, falling alike.
+        weight_ladder, activation_ladder: bits to step through before the final ones, falling; those not above the final
+            ones are left out.
+        weight_share: part of the updates that the first stage, weights alone, takes.
+        transitions: ``"momentum"``, or ``"schedule"``, where every width takes an equal share and gives way at once.
+        beta, tau, window, patience: of :class:`~pqcad_ao.transition.MomentumTransition`.
+        learning_points: noisy images x_t to learn from.
+        calibration_points: as many of them calibrate the activations; without learning, all that there are.
         calibration_steps: sampling steps of the trajectories from which they are taken.
         calibration_timesteps: ``"normal"``, timesteps drawn from N(mean·T, (std·T)²) truncated to [0, T), or
             ``"uniform"``.
@@ -60,9 +92,23 @@ class PQCADConfig(AOBaseConfig):
 
     weight_bits: int = 4
     activation_bits: int | None = 4
-    mode: str = "ptq"
+    mode: str = "progressive"
     timestep_groups: int = 20
     overrides: dict[str, dict[str, int | None]] = field(default_factory=dict)
+    target_bits: float | None = None
+    iterations: int = 800
+    batch_size: int = 32
+    learning_rate: float = 2e-4
+    scale_learning_rate: float = 1e-3
+    weight_ladder: list[int] = field(default_factory=lambda: [8, 6, 5])
+    activation_ladder: list[int] = field(default_factory=lambda: [8, 6])
+    weight_share: float = 0.4
+    transitions: str = "momentum"
+    beta: float = 0.9
+    tau: float = 0.02
+    window: int = 20
+    patience: int = 5
+    learning_points: int = 4096
     calibration_points: int = 512
     calibration_steps: int = 20
     calibration_timesteps: str = "normal"
@@ -78,17 +124,29 @@ class PQCADConfig(AOBaseConfig):
             )
         _check_bits("weight_bits", self.weight_bits, WEIGHT_BITS)
         _check_bits("activation_bits", self.activation_bits, ACTIVATION_BITS)
-        if self.mode not in MODES:
-            raise ValueError(f"mode={self.mode!r}: allowed are {', '.join(map(repr, MODES))}")
-        if self.calibration_timesteps not in TIMESTEP_LAWS:
-            allowed = ", ".join(map(repr, TIMESTEP_LAWS))
-            raise ValueError(f"calibration_timesteps={self.calibration_timesteps!r}: allowed are {allowed}")
-        for name in ("timestep_groups", "calibration_points", "calibration_steps", "calibration_batch_size"):
+        _check_word("mode", self.mode, MODES)
+        _check_word("transitions", self.transitions, TRANSITIONS)
+        _check_word("calibration_timesteps", self.calibration_timesteps, TIMESTEP_LAWS)
+        if self.target_bits is not None and not _is_number(self.target_bits, 2, 8):
+            raise ValueError(f"target_bits={self.target_bits!r}: allowed are numbers from 2 to 8, or None")
+        _check_ladder("weight_ladder", self.weight_ladder, WEIGHT_BITS)
+        _check_ladder("activation_ladder", self.activation_ladder, ACTIVATION_BITS)
+        for name, least, most in (("learning_rate", 0, 1), ("scale_learning_rate", 0, 1), ("tau", 0, 1)):
+            if not _is_number(getattr(self, name), least, most):
+                raise ValueError(f"{name}={getattr(self, name)!r}: allowed are numbers from {least} to {most}")
+        for name in ("weight_share", "beta"):
+            if not _is_number(getattr(self, name), 0, 1) or getattr(self, name) in (0, 1):
+                raise ValueError(f"{name}={getattr(self, name)!r}: allowed are numbers between 0 and 1")
+        for name in (
+            *("timestep_groups", "calibration_points", "calibration_steps", "calibration_batch_size"),
+            *("iterations", "batch_size", "window", "patience", "learning_points"),
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: allowed are whole numbers from 1")
-        if self.calibration_batch_size > 63:
-            raise ValueError(f"calibration_batch_size={self.calibration_batch_size}: allowed are 1 to 63")
+        for name in ("batch_size", "calibration_batch_size"):
+            if getattr(self, name) > 63:
+                raise ValueError(f"{name}={getattr(self, name)}: allowed are 1 to 63")
         # within these bounds the truncated law keeps a fair part of what is drawn
         for name, most in (("calibration_mean", 1), ("calibration_std", 10)):
             value = getattr(self, name)
@@ -111,3 +169,17 @@ class PQCADConfig(AOBaseConfig):
                 raise ValueError(f"overrides[{key!r}] sets {given}: allowed are weight_bits and activation_bits")
             _check_bits("weight_bits", bits.get("weight_bits"), WEIGHT_BITS, f" in overrides[{key!r}]")
             _check_bits("activation_bits", bits.get("activation_bits"), ACTIVATION_BITS, f" in overrides[{key!r}]")
+
+    @property
+    def learns(self) -> bool:
+        return self.mode != "ptq"
+
+    @classmethod
+    def fast(cls, **options: Any) -> "PQCADConfig":
+        """A tenth of the default's updates: 90 seconds for a network of a million parameters on two cores."""
+        return cls(**{"iterations": 80, "learning_points": 1024, "patience": 3, "window": 5, "beta": 0.7, **options})
+
+    @classmethod
+    def paper(cls, **options: Any) -> "PQCADConfig":
+        """What is published of PQCAD-DM (arXiv 2506.16776): C_QC with normally distributed timesteps, momentum."""
+        return cls(**{"calibration_timesteps": "normal", "transitions": "momentum", **options})

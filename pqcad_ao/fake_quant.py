@@ -26,71 +26,154 @@ def quantize(x: Tensor, scale: Tensor, low: Tensor | int, high: Tensor | int) ->
     return torch.clamp((x * scale.reciprocal()).round(), low, high)
 
 
-def fake_quantize(x: Tensor, scale: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
+class _FakeQuantize(torch.autograd.Function):
+    """Keeps x alone for the way back, where the integers are worked out again: they would be a second copy of it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, gradient_scale: float) -> Tensor:
+        ctx.save_for_backward(x, scale, low, high)
+        ctx.gradient_scale = gradient_scale
+        return quantize(x, scale, low, high).mul_(scale)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, low, high = ctx.saved_tensors
+        v = x * scale.reciprocal()
+        inside = (v >= low) & (v <= high)
+        of_x = gradient * inside
+        of_scale = None
+        if ctx.needs_input_grad[1]:
+            # round(v) - v inside, the bound outside
+            integers = torch.clamp(v.round(), low, high)
+            of_scale = (gradient * integers.sub_(v.mul_(inside))).sum_to_size(scale.shape) * ctx.gradient_scale
+        return of_x, of_scale, None, None, None
+
+
+def fake_quantize(
+    x: Tensor, scale: Tensor, low: Tensor | int, high: Tensor | int, gradient_scale: float = 1.0
+) -> Tensor:
     """Quantize and return to x's range; differentiable in x and scale (LSQ, Esser et al. 2020, eqs. 2, 3 and 5).
 
     The gradient to x passes inside [low, high] and is zero outside; that to scale is round(v) - v inside and the bound
-    outside, where v = x / scale.
+    outside, where v = x / scale, times ``gradient_scale`` (LSQ's g = 1/√(values · largest integer), §2.2).
     """
-    v = torch.clamp(x * scale.reciprocal(), low, high)
-    return (v + (v.round() - v).detach()) * scale
+    low, high = (torch.as_tensor(bound, device=x.device) for bound in (low, high))
+    return _FakeQuantize.apply(x, scale, low, high, gradient_scale)
 
 
-class WeightFakeQuantize(FakeQuantizeBase):
-    """A symmetric grid for each output channel.
+class _Blending(FakeQuantizeBase):
+    """What both fake quantizers share: a grid in use and, while a transition lasts, the next one that blends in.
 
-    The scale (O,) is fitted by least squares on the first call.
+    The values in use are (1 - alpha)·Q_bits(x) + alpha·Q_next_bits(x). Both scales can be learned.
     """
+
+    scale: nn.Parameter
+    next_scale: nn.Parameter
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.dtype, self.is_dynamic = torch.int8, False
+        self.bits = self.next_bits = bits
+        self.alpha = 1.0
+        self.disable_observer()
+
+    @property
+    def blending(self) -> bool:
+        return self.next_bits != self.bits
+
+    def finish(self) -> None:
+        """What blended in has arrived."""
+        self.bits, self.alpha = self.next_bits, 1.0
+        self.scale, self.next_scale = self.next_scale, self.scale  # the parameters: an optimizer's moments go along
+
+    def position(self) -> dict[str, float]:
+        """Where on the way the quantizer is, as plain numbers; what :meth:`move` takes."""
+        return {"bits": self.bits, "next_bits": self.next_bits, "alpha": self.alpha}
+
+    def move(self, bits: int, next_bits: int, alpha: float) -> None:
+        self.bits, self.next_bits, self.alpha = bits, next_bits, alpha
+
+
+class WeightFakeQuantize(_Blending):
+    """A symmetric grid for each output channel; scales are (O,), fitted by least squares."""
 
     def __init__(self, bits: int, channels: int, **_) -> None:
-        super().__init__()
-        self.bits, self.dtype, self.is_dynamic = bits, torch.int8, False
+        super().__init__(bits)
         self.qscheme, self.ch_axis = torch.per_channel_symmetric, 0
-        self.quant_min, self.quant_max = weight_range(bits)
-        self.scale = nn.Parameter(torch.zeros(channels))
-        self.fitted = False
+        self.scale = nn.Parameter(torch.ones(channels))
+        self.next_scale = nn.Parameter(torch.ones(channels))
+
+    @property
+    def quant_min(self) -> int:
+        return weight_range(self.bits)[0]
+
+    @property
+    def quant_max(self) -> int:
+        return weight_range(self.bits)[1]
+
+    @torch.no_grad()
+    def fit(self, weight: Tensor, bits: int | None = None) -> None:
+        """Use ``bits`` bits from now on (as before if None), on the grid that lies closest to ``weight`` (O, ...)."""
+        bits = self.bits if bits is None else bits
+        self.move(bits, bits, 1.0)
+        self.scale.copy_(fit_weight_scale(weight.flatten(1), bits))
+
+    @torch.no_grad()
+    def begin(self, weight: Tensor, bits: int) -> None:
+        """Let ``bits`` bits blend in."""
+        self.next_bits, self.alpha = bits, 0.0
+        self.next_scale.copy_(fit_weight_scale(weight.flatten(1), bits))
+
+    def _on_grid(self, weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+        low, high = weight_range(bits)
+        gradient_scale = (weight[0].numel() * high) ** -0.5
+        return fake_quantize(weight, scale.view(-1, *[1] * (weight.dim() - 1)), low, high, gradient_scale)
 
     def forward(self, weight: Tensor) -> Tensor:
-        if not self.fitted:
-            with torch.no_grad():
-                self.scale.data = fit_weight_scale(weight.detach().flatten(1), self.bits)
-            self.fitted = True
         if not self.fake_quant_enabled[0]:
             return weight
-        scale = self.scale.view(-1, *[1] * (weight.dim() - 1))
-        return fake_quantize(weight.float(), scale, self.quant_min, self.quant_max).to(weight.dtype)
+        x = weight.float()
+        quantized = self._on_grid(x, self.scale, self.bits)
+        if self.blending:
+            following = self._on_grid(x, self.next_scale, self.next_bits)
+            quantized = (1 - self.alpha) * quantized + self.alpha * following
+        return quantized.to(weight.dtype)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         return self.scale.detach(), torch.zeros_like(self.scale, dtype=torch.int64)
 
 
-class ActivationFakeQuantize(FakeQuantizeBase):
+class ActivationFakeQuantize(_Blending):
     """A grid for each timestep group and segment of the channels.
 
     The integers of a grid are low ... low + 2^bits - 1 (zero among them); scale and low are (groups, segments).
-    While the observer is enabled it keeps a sample of what passes; :meth:`fit` then fits the grids.
+    While the observer is enabled it keeps a sample of what passes, to which :meth:`fit` and :meth:`begin` fit grids.
     """
 
     def __init__(self, bits: int, segments: list[int], groups: int, channel_dim: int, seed: int, **_) -> None:
-        super().__init__()
-        self.bits, self.dtype, self.is_dynamic = bits, torch.int8, False
+        super().__init__(bits)
         self.qscheme, self.quant_min, self.quant_max = torch.per_tensor_affine, -128, 127
-        self.segments, self.groups, self.channel_dim = segments, groups, channel_dim
-        self.scale = nn.Parameter(torch.ones(groups, len(segments)))
-        self.register_buffer("low", torch.full((groups, len(segments)), -(2 ** (bits - 1)), dtype=torch.int64))
-        self.generator = torch.Generator().manual_seed(seed)
+        self.segments, self.groups, self.channel_dim, self.seed = segments, groups, channel_dim, seed
+        shape = (groups, len(segments))
+        self.scale, self.next_scale = nn.Parameter(torch.ones(shape)), nn.Parameter(torch.ones(shape))
+        self.register_buffer("low", torch.full(shape, -(2 ** (bits - 1)), dtype=torch.int64))
+        self.register_buffer("next_low", self.low.clone())
         self.observed: list[tuple[Tensor, Tensor]] = []
 
     def observe(self, x: Tensor, group: Tensor) -> None:
+        # which values are kept depends on the seed and on how many batches came before, and on nothing else
+        generator = torch.Generator().manual_seed((self.seed + len(self.observed)) % 2**63)
         rows = []
         for part in x.detach().split(self.segments, self.channel_dim):
             part = part.flatten(1)
-            chosen = torch.randint(part.shape[1], (_VALUES_PER_SAMPLE,), generator=self.generator)
+            chosen = torch.randint(part.shape[1], (_VALUES_PER_SAMPLE,), generator=generator)
             rows.append(part[:, chosen.to(x.device)].float().cpu())
         self.observed.append((torch.stack(rows, 1), group.cpu()))
 
-    def fit(self) -> None:
-        """Fit every group's grids to what was observed; a group that saw nothing takes its nearest neighbour's.
+    def fitted(self, bits: int) -> tuple[Tensor, Tensor]:
+        """Scale and low of every group's and segment's grid, fitted to what was observed.
+
+        A group that saw nothing takes its nearest neighbour's grid.
 
         Raises:
             FloatingPointError: NaN or infinity was observed. RuntimeError: nothing was.
@@ -101,25 +184,56 @@ class ActivationFakeQuantize(FakeQuantizeBase):
         group = torch.cat([groups for _, groups in self.observed])
         if not values.isfinite().all():
             raise FloatingPointError("NaN or infinite activations")
+        generator = torch.Generator().manual_seed(self.seed)
         seen = group.unique()
         table = torch.empty(len(seen), len(self.segments), _VALUES_PER_GROUP)
         for row, index in enumerate(seen):
             pool = values[group == index].transpose(0, 1).flatten(1)
-            picks = torch.randint(pool.shape[1], (_VALUES_PER_GROUP,), generator=self.generator)
-            table[row] = pool[:, picks]
-        scale, low = fit_activation_grid(table.flatten(0, 1), self.bits)
+            table[row] = pool[:, torch.randint(pool.shape[1], (_VALUES_PER_GROUP,), generator=generator)]
+        scale, low = fit_activation_grid(table.flatten(0, 1), bits)
         nearest = (torch.arange(self.groups)[:, None] - seen[None]).abs().argmin(1)
-        self.scale.data = scale.view(len(seen), -1)[nearest].to(self.scale.device)
-        self.low = low.view(len(seen), -1)[nearest].to(self.low.device)
-        self.observed = []
+        return scale.view(len(seen), -1)[nearest], low.view(len(seen), -1)[nearest]
+
+    @torch.no_grad()
+    def fit(self, bits: int | None = None) -> None:
+        """Use ``bits`` bits from now on (as before if None), on grids fitted to what was observed.
+
+        Raises: as :meth:`fitted`.
+        """
+        bits = self.bits if bits is None else bits
+        scale, low = self.fitted(bits)
+        self.move(bits, bits, 1.0)
+        self.scale.copy_(scale)
+        self.low.copy_(low)
+
+    @torch.no_grad()
+    def begin(self, bits: int) -> None:
+        """Let ``bits`` bits blend in, on grids fitted to what was observed. Raises as :meth:`fitted`."""
+        scale, low = self.fitted(bits)
+        self.next_bits, self.alpha = bits, 0.0
+        self.next_scale.copy_(scale)
+        self.next_low.copy_(low)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        super().finish()
+        self.low.copy_(self.next_low)
+
+    def _on_grid(self, x: Tensor, scale: Tensor, low: Tensor, bits: int, group: Tensor) -> Tensor:
+        gradient_scale = (x[0].numel() * (2**bits - 1)) ** -0.5
+        scale, low = expand_grid(scale, low, group, self.segments, x.dim(), self.channel_dim)
+        return fake_quantize(x, scale, low, low + (2**bits - 1), gradient_scale)
 
     def forward(self, x: Tensor, group: Tensor) -> Tensor:
         if self.observer_enabled[0]:
             self.observe(x, group)
         if not self.fake_quant_enabled[0]:
             return x
-        scale, low = expand_grid(self.scale, self.low, group, self.segments, x.dim(), self.channel_dim)
-        return fake_quantize(x.float(), scale, low, low + (2**self.bits - 1)).to(x.dtype)
+        quantized = self._on_grid(x.float(), self.scale, self.low, self.bits, group)
+        if self.blending:
+            following = self._on_grid(x.float(), self.next_scale, self.next_low, self.next_bits, group)
+            quantized = (1 - self.alpha) * quantized + self.alpha * following
+        return quantized.to(x.dtype)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         return self.scale.detach(), self.low

@@ -41,6 +41,7 @@ class PlanRow:
         weight_bits, activation_bits: None is floating point.
         segments: input channels with a scale of their own each; more than one where a skip concatenation is split.
         reason: why it is so.
+        sensitivity: the perturbation loss when this layer alone is quantized; None where it was not measured.
     """
 
     fqn: str
@@ -52,6 +53,7 @@ class PlanRow:
     activation_bits: int | None
     segments: list[int]
     reason: str
+    sensitivity: float | None = None
 
     @property
     def quantized(self) -> bool:
@@ -88,6 +90,12 @@ class Plan:
     def from_list(cls, rows: list[dict[str, Any]]) -> "Plan":
         return cls([PlanRow(**row) for row in rows])
 
+    @property
+    def average_bits(self) -> float:
+        """Of the quantized layers' weights."""
+        weights = sum(row.parameters for row in self.quantized)
+        return sum(row.parameters * (row.weight_bits or 0) for row in self.quantized) / max(weights, 1)
+
     def summary(self) -> str:
         """One line: how much of the weights is in how many bits, and their average."""
         total = sum(row.parameters for row in self.rows)
@@ -98,13 +106,14 @@ class Plan:
             f"{'float' if width == 32 else f'{width}-bit'} {share / max(total, 1):.1%}"
             for width, share in sorted(bits.items())
         )
-        mean = sum(width * share for width, share in bits.items()) / max(total, 1)
         return (
             f"{len(self.quantized)} of {sum(row.parameters > 0 for row in self.rows)} layers quantized; "
-            f"{total:,} weights: {shares}; {mean:.2f} bits on average"
+            f"{total:,} weights: {shares}; "
+            f"{self.average_bits:.2f} bits on average where quantized"
         )
 
     def __str__(self) -> str:
+        measured = any(row.sensitivity is not None for row in self.rows)
         table = [
             (
                 row.fqn,
@@ -114,11 +123,12 @@ class Plan:
                 row.weight_bits or "float",
                 row.activation_bits or "float",
                 "+".join(map(str, row.segments)) if len(row.segments) > 1 else "",
+                *(["" if row.sensitivity is None else f"{row.sensitivity:.1e}"] if measured else []),
                 row.reason,
             )
             for row in self.rows
         ]
-        headers = ("layer", "kind", "role", "shape", "W", "A", "split", "reason")
+        headers = ("layer", "kind", "role", "shape", "W", "A", "split", *["sensitivity"] * measured, "reason")
         return tabulate(table, headers, tablefmt="simple") + "\n" + self.summary()
 
 

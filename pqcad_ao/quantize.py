@@ -1,27 +1,31 @@
 """``quantize_``: a full-precision UNet becomes a quantized one, in place, from its own sampling trajectories."""
 
+import copy
 import logging
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
 from torch import nn
 from torch.fx import GraphModule
-from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
+from torch.utils._pytree import tree_map
 from torchao.quantization.transform_module import register_quantize_module_handler
-from tqdm.auto import tqdm
 
 from pqcad_ao.calibration import CalibrationSet, as_ddim, calibration_set, find_scheduler
-from pqcad_ao.capture import GEMMS, Capture, capture, check_conditioning, placement, weight_fqn
+from pqcad_ao.capture import GEMMS, Capture, capture, check_conditioning, layer_fqn, placement, weight_fqn
 from pqcad_ao.capture import sample_shape as find_sample_shape
 from pqcad_ao.config import PQCADConfig
-from pqcad_ao.fake_quant import ActivationFakeQuantize, WeightFakeQuantize, quantize
+from pqcad_ao.fake_quant import quantize
 from pqcad_ao.nn import QuantizedConv2d, QuantizedLayer, QuantizedLinear, Timestep, install_timestep
-from pqcad_ao.passes.wire_timesteps import wire_timesteps
+from pqcad_ao.observe import fit_activations, fit_weights, observe, weights_in_full_precision
+from pqcad_ao.passes.insert_activations import insert_activations
 from pqcad_ao.plan import Plan, resolve
-from pqcad_ao.quantizer import PQCADQuantizer
+from pqcad_ao.progressive import Learned, learn, policies
+from pqcad_ao.quantizer import PQCADQuantizer, insert_fake_quantizers
+from pqcad_ao.sensitivity import layer_sensitivity, spend_bits
 from pqcad_ao.serialization import attach, quantized_state
 
 logger = logging.getLogger(__name__)
@@ -63,6 +67,7 @@ def quantize_(
     scheduler=None,
     sample_shape: tuple[int, int, int] | None = None,
     conditioning: dict[str, Any] | None = None,
+    folder: str | Path | None = None,
     callback: Callable[[str, int, int], None] | None = None,
     progress: bool = True,
 ) -> None:
@@ -81,12 +86,15 @@ def quantize_(
             network, or else diffusers' ``DDIMScheduler()``, with a warning.
         sample_shape: (C, H, W), for networks whose config does not say it.
         conditioning: keyword arguments of ``model.forward`` with one row for each sample, for conditional networks.
+        folder: where a long run keeps what it needs to go on after it was killed: the calibration set, checkpoints, and
+            ``log.jsonl`` with a line for each update. The same call with the same folder goes on, to the same result.
         callback: called as ``callback(stage, done, total)``.
         progress: show bars.
 
     Raises:
-        ValueError: nothing to quantize, quantized before, conditioning missing, a foreign scheduler, a bad override.
-        FloatingPointError: NaN or infinity in the weights or during calibration; says where.
+        ValueError: nothing to quantize, quantized before, conditioning missing, a foreign scheduler, a bad override,
+            too few iterations for the ladders, another run's folder.
+        FloatingPointError: NaN or infinity in the weights or during calibration, or learning that diverged; says where.
         RuntimeError: ``torch.export`` cannot capture the network.
     """
     if not isinstance(config, PQCADConfig):
@@ -101,24 +109,46 @@ def quantize_(
         if device is not None:
             model.to(device)
         conditioning = check_conditioning(model, conditioning)
-        captured = capture(model, shape, conditioning)
+        # learning trains the graph, in float32, and a graph shares its parameters with what it is captured from
+        subject = copy.deepcopy(model).float() if config.learns else model
+        captured = capture(subject, shape, in_float32(conditioning) if config.learns else conditioning)
         resolved = resolve(captured, model, config, filter_fn)
         if not resolved.quantized:
             raise ValueError(f"the plan quantizes no layer of {type(model).__name__}:\n{resolved}")
-        points = calibration_set(model, scheduler, shape, config, conditioning, progress=progress)
+        if config.learns:
+            policies(config, resolved)  # too few iterations are found out now
         num_train_timesteps = scheduler.config.num_train_timesteps
-        prepared = prepare(captured, resolved, config, num_train_timesteps)
-        calibrate(prepared, points, config, callback=callback, progress=progress)
+        keeps = {"callback": callback, "progress": progress}
+        points = calibration_set(model, scheduler, shape, config, conditioning, folder=folder, **keeps)
+        if config.learns:
+            points = CalibrationSet(points.x_t.float(), points.timesteps, in_float32(points.conditioning))
+        if config.learns or config.target_bits is not None:
+            resolved = sensitive(captured, resolved, points, config, num_train_timesteps)
+        if config.learns:
+            graph = insert_fake_quantizers(captured.graph, PQCADQuantizer(resolved, "weights"))
+            learned = learn(graph, resolved, points, config, num_train_timesteps, folder=folder, **keeps)
+        else:
+            learned = Learned(prepare(captured, resolved, config, num_train_timesteps))
+            calibrate(learned.graph, resolved, points, config, **keeps)
         timestep = Timestep(config.timestep_groups, num_train_timesteps)
-        layers = fold(prepared, model, resolved, timestep)
-        attach(model, config, resolved, timestep)
+        layers = fold(learned.graph, model, resolved, timestep)
+        attach(model, config, resolved, timestep, learned.transitions, learned.log)
     except BaseException:
         if device is not None:
             model.to(home)
         raise
     for fqn, layer in layers.items():  # nothing above touched the model's layers; nothing below can fail
         model.set_submodule(fqn, layer)
+    if config.learns:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():  # biases of layers left in float, norms
+                parameter.copy_(learned.graph.get_parameter(f"unet.{name}"))
     install_timestep(model, timestep)
+
+
+def in_float32(values: Any) -> Any:
+    """Every floating-point tensor of a nested value in float32."""
+    return tree_map(lambda v: v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v, values)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -155,92 +185,43 @@ def _scheduler(model: nn.Module, scheduler) -> DDIMScheduler:
 
 def prepare(captured: Capture, resolved: Plan, config: PQCADConfig, num_train_timesteps: int) -> GraphModule:
     """Put the plan's fake quantizers into the captured graph, with the timestep wired to the activations'."""
-    quantizer = PQCADQuantizer(resolved, groups=config.timestep_groups, seed=config.seed)
-    # PT2E would merge a batch norm into the convolution before it, which here stays a module of its own
-    _retarget(captured.graph, torch.ops.aten.batch_norm.default, _batch_norm)
-    with torch.random.fork_rng(devices=[]):  # PT2E draws example inputs from the global generator
-        graph = prepare_qat_pt2e(captured.graph, quantizer)
-    _retarget(graph, _batch_norm, torch.ops.aten.batch_norm.default)
-    timesteps = [node for node in graph.graph.nodes if node.op == "placeholder"][1]
-    return wire_timesteps(graph, timesteps, config.timestep_groups, num_train_timesteps)
+    graph = insert_fake_quantizers(captured.graph, PQCADQuantizer(resolved, "weights"))
+    quantizer = PQCADQuantizer(resolved, "activations", groups=config.timestep_groups, seed=config.seed)
+    return insert_activations(graph, quantizer, num_train_timesteps)
 
 
-def _batch_norm(*args: Any) -> torch.Tensor:
-    return torch.ops.aten.batch_norm.default(*args)
-
-
-def _retarget(graph: GraphModule, old: Callable, new: Callable) -> None:
-    for node in graph.graph.nodes:
-        if node.target is old:
-            node.target = new
-
-
-@torch.no_grad()
 def calibrate(
     prepared: GraphModule,
+    resolved: Plan,
     points: CalibrationSet,
     config: PQCADConfig,
     *,
     callback: Callable[[str, int, int], None] | None = None,
     progress: bool = True,
 ) -> None:
-    """Fit every grid of a prepared graph by least squares: weights at once, activations to full-precision inputs.
+    """Fit every grid of a prepared graph by least squares: weights to themselves, activations to full-precision inputs.
 
     Raises:
         FloatingPointError: NaN or infinite activations; names the layer.
     """
-    names = layer_names(prepared)
-    activations = {
-        name: module for name, module in prepared.named_modules() if isinstance(module, ActivationFakeQuantize)
-    }
-    quantizers = [m for m in prepared.modules() if isinstance(m, (ActivationFakeQuantize, WeightFakeQuantize))]
-    for module in quantizers:
-        module.enable_observer(isinstance(module, ActivationFakeQuantize))
-        module.enable_fake_quant(False)
-    total = -(-len(points) // config.calibration_batch_size)
-    for done, batch in enumerate(
-        tqdm(
-            points.batches(config.calibration_batch_size),
-            total=total,
-            desc="observing",
-            disable=not progress,
-            leave=False,
-        )
-    ):
-        prepared(*batch)
-        if callback is not None:
-            callback("observe", done + 1, total)
-    for done, (name, module) in enumerate(
-        tqdm(activations.items(), desc="fitting activations", disable=not progress, leave=False)
-    ):
-        try:
-            module.fit()
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{error} at the input of {names[name]} while calibrating") from error
-        if callback is not None:
-            callback("fit", done + 1, len(activations))
-    for module in quantizers:
-        module.enable_observer(False)
-        module.enable_fake_quant(True)
+    with weights_in_full_precision(prepared):
+        observe(prepared, points, config.calibration_batch_size, callback=callback, progress=progress)
+    fit_weights(prepared, {row.fqn: row.weight_bits or 0 for row in resolved.quantized})
+    bits = {row.fqn: row.activation_bits for row in resolved.quantized if row.activation_bits is not None}
+    fit_activations(prepared, bits, callback=callback, progress=progress)
 
 
-def layer_names(prepared: GraphModule) -> dict[str, str]:
-    """The layer that each fake quantizer of a prepared graph serves: graph module name to layer name."""
-    found = {}
-    for node in prepared.graph.nodes:
-        if node.target in GEMMS:
-            for source in node.args[:2]:
-                if source.op == "call_module":
-                    found[str(source.target)] = _layer_fqn(node)
-    return found
-
-
-def _layer_fqn(node: torch.fx.Node) -> str:
-    """Like ``capture.weight_fqn``, seen through a weight's fake quantizer."""
-    weight = node.args[1]
-    if weight.op == "call_module":
-        weight = weight.args[0]
-    return str(weight.target).removeprefix("unet.").rpartition(".")[0]
+def sensitive(
+    captured: Capture, resolved: Plan, points: CalibrationSet, config: PQCADConfig, num_train_timesteps: int
+) -> Plan:
+    """The plan with each layer's sensitivity, and more bits where ``config.target_bits`` allows them."""
+    trial = Capture(copy.deepcopy(captured.graph), captured.x_t, captured.timesteps)
+    graph = prepare(trial, resolved, config, num_train_timesteps)
+    head = points[: config.calibration_points]
+    with weights_in_full_precision(graph):
+        observe(graph, head, config.calibration_batch_size)
+    found = layer_sensitivity(graph, resolved, head, rungs=config.target_bits is not None)
+    return spend_bits(resolved, found, config.target_bits)
 
 
 @torch.no_grad()
@@ -251,19 +232,18 @@ def fold(prepared: GraphModule, model: nn.Module, resolved: Plan, timestep: Time
     for node in prepared.graph.nodes:
         if node.target not in GEMMS or node.args[1].op != "call_module":
             continue
-        fqn = _layer_fqn(node)
+        fqn = layer_fqn(node) or ""
         row, original = resolved[fqn], model.get_submodule(fqn)
         weights = modules[str(node.args[1].target)]
         kind = QuantizedConv2d if isinstance(original, nn.Conv2d) else QuantizedLinear
         layer = kind.like(original, row.weight_bits, row.activation_bits, row.segments, timestep)
         layer.to(original.weight.device)
-        weight = original.weight.detach().float()
-        if not weights.fitted:
-            weights(weight)
+        weight = prepared.get_parameter(f"unet.{weight_fqn(node)}").detach().float()
         if weight.dim() == 4:  # (out, in, kh, kw) to rows in (kh, kw, in) order
             weight = weight.permute(0, 2, 3, 1)
         integers = quantize(weight.flatten(1), weights.scale[:, None], weights.quant_min, weights.quant_max)
-        layer.set_weight(integers, weights.scale, original.bias)
+        bias = None if original.bias is None else prepared.get_parameter(f"unet.{fqn}.bias")
+        layer.set_weight(integers, weights.scale, bias)
         if row.activation_bits is not None:
             activations = modules[str(node.args[0].target)]
             layer.set_grid(activations.scale, activations.low)
@@ -287,4 +267,4 @@ def _quantize_root(module: nn.Module, config: PQCADConfig) -> nn.Module:
     return module
 
 
-__all__ = ["calibrate", "fold", "is_root", "layer_names", "plan", "prepare", "quantize_", "weight_fqn"]
+__all__ = ["calibrate", "fold", "is_root", "plan", "prepare", "quantize_"]

@@ -1,47 +1,58 @@
 """The torchao PT2E quantizer that writes a plan onto an exported graph as annotations."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch.fx import GraphModule
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
-from pqcad_ao.capture import GEMMS, weight_fqn
+from pqcad_ao.capture import GEMMS, layer_fqn
+from pqcad_ao.clipping import weight_range
 from pqcad_ao.fake_quant import ActivationFakeQuantize, WeightFakeQuantize
 from pqcad_ao.plan import Plan, PlanRow
 
 ANNOTATION = "quantization_annotation"
+SIDES = ("weights", "activations")
 
 
 class PQCADQuantizer(Quantizer):
-    """Annotates the weight and the input of every layer that the plan quantizes.
+    """Annotates the weights, or the inputs, of every layer that the plan quantizes.
+
+    One side at a time: progressive quantization learns with the weights' fake quantizers alone first, and the inputs'
+    are inserted into the same graph later.
 
     Args:
         plan: the resolved plan.
+        side: ``"weights"`` or ``"activations"``.
         groups: timestep groups of the activations.
         seed: of the activations' observers.
     """
 
-    def __init__(self, plan: Plan, *, groups: int = 20, seed: int = 0) -> None:
-        self.rows = {row.fqn: row for row in plan.quantized}
-        self.groups, self.seed = groups, seed
+    def __init__(self, plan: Plan, side: str, *, groups: int = 20, seed: int = 0) -> None:
+        if side not in SIDES:
+            raise ValueError(f"side={side!r}: allowed are {', '.join(map(repr, SIDES))}")
+        self.side, self.groups, self.seed = side, groups, seed
+        self.rows = {row.fqn: row for row in plan.quantized if side == "weights" or row.activation_bits is not None}
 
     def annotate(self, model: GraphModule) -> GraphModule:
         for node in model.graph.nodes:
-            if node.target not in GEMMS:
-                continue
-            fqn = (weight_fqn(node) or "").rpartition(".")[0]
-            row = self.rows.get(fqn)
-            if row is None:
-                continue
-            specs = {node.args[1]: _weight_spec(row)}
-            if row.activation_bits is not None:
-                specs[node.args[0]] = self._activation_spec(row)
-            # Two layers that read one tensor (a shortcut and its branch) keep a scale each.
-            node.meta[ANNOTATION] = QuantizationAnnotation(
-                input_qspec_map=specs, _annotated=True, allow_implicit_sharing=False
-            )
+            node.meta.pop(ANNOTATION, None)  # what another side's annotation asked for is in the graph already
+            row = self.rows.get(layer_fqn(node) or "") if node.target in GEMMS else None
+            if row is not None:
+                # Two layers that read one tensor (a shortcut and its branch) keep a grid each.
+                node.meta[ANNOTATION] = QuantizationAnnotation(
+                    input_qspec_map=self._specs(node, row), _annotated=True, allow_implicit_sharing=False
+                )
         return model
 
-    def _activation_spec(self, row: PlanRow) -> QuantizationSpec:
+    def _specs(self, node: Node, row: PlanRow) -> dict[Node, QuantizationSpec]:
+        if self.side == "weights":
+            fake_quant = WeightFakeQuantize.with_args(bits=row.weight_bits, channels=row.shape[0])
+            low, high = weight_range(row.weight_bits)
+            return {node.args[1]: QuantizationSpec(torch.int8, fake_quant, low, high, torch.per_channel_symmetric)}
         fake_quant = ActivationFakeQuantize.with_args(
             bits=row.activation_bits,
             segments=row.segments,
@@ -49,21 +60,31 @@ class PQCADQuantizer(Quantizer):
             channel_dim=-1 if row.kind == "linear" else 1,
             seed=self.seed,
         )
-        return QuantizationSpec(torch.int8, fake_quant, -128, 127, torch.per_tensor_affine)
+        return {node.args[0]: QuantizationSpec(torch.int8, fake_quant, -128, 127, torch.per_tensor_affine)}
 
     def validate(self, model: GraphModule) -> None:
         """Every layer of the plan must have been found in the graph."""
-        found = {
-            (weight_fqn(node) or "").rpartition(".")[0]
-            for node in model.graph.nodes
-            if node.meta.get(ANNOTATION) is not None
-        }
-        missing = self.rows.keys() - found
+        missing = self.rows.keys() - {layer_fqn(n) for n in model.graph.nodes if n.meta.get(ANNOTATION) is not None}
         if missing:
             raise ValueError(f"the plan quantizes layers that the graph does not have: {', '.join(sorted(missing))}")
 
 
-def _weight_spec(row: PlanRow) -> QuantizationSpec:
-    fake_quant = WeightFakeQuantize.with_args(bits=row.weight_bits, channels=row.shape[0])
-    low, high = -(2 ** (row.weight_bits - 1)), 2 ** (row.weight_bits - 1) - 1
-    return QuantizationSpec(torch.int8, fake_quant, low, high, torch.per_channel_symmetric)
+def insert_fake_quantizers(graph: GraphModule, quantizer: Quantizer) -> GraphModule:
+    """PT2E's ``prepare``: put fake quantizers where ``quantizer`` annotates; returns the GraphModule to use now."""
+    # PT2E would merge a batch norm into the convolution before it, which here stays a module of its own
+    _retarget(graph, torch.ops.aten.batch_norm.default, _batch_norm)
+    with torch.random.fork_rng(devices=[]):  # PT2E draws example inputs from the global generator
+        graph = prepare_qat_pt2e(graph, quantizer)
+    _retarget(graph, _batch_norm, torch.ops.aten.batch_norm.default)
+    return graph
+
+
+def _batch_norm(*args: Any) -> Tensor:
+    return torch.ops.aten.batch_norm.default(*args)
+
+
+def _retarget(graph: GraphModule, old: Callable, new: Callable) -> None:
+    for node in graph.graph.nodes:
+        if node.target is old:
+            node.target = new
+    graph.recompile()

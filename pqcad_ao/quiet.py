@@ -1,8 +1,10 @@
 """Drops what our dependencies print about themselves and nobody can act on; every other message stays as it is."""
 
+import io
 import logging
 import os
 import sys
+from contextlib import redirect_stderr
 
 # Logger and beginning of the message (torch 2.13, torchao 0.18, diffusers 0.42). Levels and handlers are not touched.
 HARMLESS = {
@@ -39,7 +41,8 @@ def start_executorch(threads: int) -> None:
     kept, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)  # native code writes to the descriptor, not to sys.stderr
     try:
         os.dup2(sink, 2)
-        _unsafe_reset_threadpool(threads)
+        with redirect_stderr(io.StringIO()):  # and parts of it do write to sys.stderr
+            _unsafe_reset_threadpool(threads)
     finally:
         os.dup2(kept, 2)
         os.close(kept)

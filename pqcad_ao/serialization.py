@@ -1,7 +1,7 @@
 """Saving and loading quantized networks: safetensors with packed weights, through diffusers or for any module."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from pqcad_ao.nn import QuantizedConv2d, QuantizedLayer, QuantizedLinear, Timest
 from pqcad_ao.plan import Plan, PlanRow
 
 FORMAT = 1
-FIELDS = {"quant_method", "format", "config", "plan", "timestep_groups", "num_train_timesteps"}
+FIELDS = {"quant_method", "format", "config", "plan", "timestep_groups", "num_train_timesteps", "transitions"}
 
 
 class Method(str, Enum):
@@ -37,6 +37,8 @@ class QuantizedState:
     config: PQCADConfig
     plan: Plan
     timestep: Timestep
+    transitions: list[dict[str, Any]] = field(default_factory=list)
+    log: list[Any] = field(default_factory=list)  # updates of the run that learned it; not saved
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -46,6 +48,7 @@ class QuantizedState:
             "plan": self.plan.to_list(),
             "timestep_groups": self.timestep.groups,
             "num_train_timesteps": self.timestep.num_train_timesteps,
+            "transitions": self.transitions,
         }
 
 
@@ -69,7 +72,7 @@ def state_from_dict(values: dict[str, Any]) -> QuantizedState:
         counts = values["timestep_groups"], values["num_train_timesteps"]
         if not all(_is_count(count) for count in counts):
             raise ValueError(f"timestep_groups and num_train_timesteps are {counts}")
-        return QuantizedState(config, plan, Timestep(*counts))
+        return QuantizedState(config, plan, Timestep(*counts), values["transitions"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         detail = error if isinstance(error, ValueError) else repr(error)
         raise ValueError(f"the checkpoint's quantization config is damaged: {detail}") from error
@@ -96,9 +99,16 @@ def quantized_state(model: nn.Module) -> QuantizedState | None:
     return getattr(model, "_pqcad_state", None)
 
 
-def attach(model: nn.Module, config: PQCADConfig, plan: Plan, timestep: Timestep) -> None:
-    """Make ``model`` remember how it was quantized, for ``plan(model)`` and for saving."""
-    state = QuantizedState(config, plan, timestep)
+def attach(
+    model: nn.Module,
+    config: PQCADConfig,
+    plan: Plan,
+    timestep: Timestep,
+    transitions: list[dict[str, Any]] | None = None,
+    log: list[Any] | None = None,
+) -> None:
+    """Make ``model`` remember how it was quantized, for ``plan(model)``, for the report and for saving."""
+    state = QuantizedState(config, plan, timestep, transitions or [], log or [])
     if isinstance(model, ConfigMixin):
         quantization_config = PQCADQuantizationConfig(**state.to_dict())
         model.register_to_config(quantization_config=quantization_config)
@@ -174,7 +184,7 @@ class PQCADDiffusersQuantizer(DiffusersQuantizer):
             raise ValueError(
                 f"the checkpoint is damaged: it holds no {', '.join(empty[:3])}{' ...' if len(empty) > 3 else ''}"
             )
-        attach(model, self.state.config, self.state.plan, self.state.timestep)
+        attach(model, self.state.config, self.state.plan, self.state.timestep, self.state.transitions)
         return model
 
     def check_if_quantized_param(
@@ -279,7 +289,7 @@ def load_quantized(model: nn.Module, path: str | Path) -> nn.Module:
             f"{path} does not fit this {type(model).__name__}: missing, unknown or of another shape are "
             f"{', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}"
         )
-    attach(model, state.config, state.plan, state.timestep)
+    attach(model, state.config, state.plan, state.timestep, state.transitions)
     insert_layers(model, layers, state.timestep)
     model.load_state_dict(tensors, strict=True)
     return model

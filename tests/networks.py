@@ -8,7 +8,13 @@ from torch.nn import functional as F
 from pqcad_ao import PQCADConfig
 
 SHAPE = (1, 8, 8)  # what every network here denoises
-QUICK = {"calibration_points": 16, "calibration_steps": 4, "calibration_batch_size": 8, "timestep_groups": 4}
+QUICK = {
+    "calibration_points": 16,
+    "calibration_steps": 4,
+    "calibration_batch_size": 8,
+    "timestep_groups": 4,
+    "mode": "ptq",
+}
 
 
 def quick(**options) -> PQCADConfig:

@@ -160,12 +160,13 @@ def test_a_trajectory_that_explodes_is_an_error(tiny_unet, scheduler):
 def test_nan_inside_the_network_is_an_error_that_names_the_layer():
     model, config = Small(), quick()
     captured = capture(model, SHAPE, {})
-    graph = prepare(captured, resolve(captured, model, config), config, 1000)
+    resolved = resolve(captured, model, config)
+    graph = prepare(captured, resolved, config, 1000)
     x_t = torch.randn(8, *SHAPE)
     x_t[3, 0, 2, 2] = float("nan")
     points = CalibrationSet(x_t, torch.arange(8), {})
     with pytest.raises(FloatingPointError, match="NaN or infinite activations at the input of first while"):
-        calibrate(graph, points, config, progress=False)
+        calibrate(graph, resolved, points, config, progress=False)
 
 
 # Schedulers

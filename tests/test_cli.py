@@ -133,7 +133,7 @@ def test_export_hands_on_what_was_asked_for(
     def export_pte(unet, path: Path, **options) -> edge.PTEReport:
         asked.update(options, path=path)
         return edge.PTEReport(
-            path, 1234, 3, {"aten::upsample": 2}, {999: 30.0, 499: 41.5}, {"conv_in": "int8 products"}
+            path, 1234, 3, {"aten::upsample": 2}, {999: 30.0, 499: 41.5}, arithmetic={"conv_in": "int8 products"}
         )
 
     monkeypatch.setattr(edge, "export_pte", export_pte)

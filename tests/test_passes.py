@@ -3,23 +3,26 @@
 import pytest
 import torch
 from networks import SHAPE, Small, quick
-from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
 from pqcad_ao.capture import capture
 from pqcad_ao.fake_quant import ActivationFakeQuantize, WeightFakeQuantize, timestep_group
-from pqcad_ao.passes.wire_timesteps import wire_timesteps
-from pqcad_ao.plan import resolve
-from pqcad_ao.quantizer import PQCADQuantizer
+from pqcad_ao.observe import fit_weights
+from pqcad_ao.passes.insert_activations import insert_activations
+from pqcad_ao.plan import Plan, resolve
+from pqcad_ao.quantizer import PQCADQuantizer, insert_fake_quantizers
 
 
-@pytest.fixture
-def wired():
-    """A plain module, and its graph as PT2E prepares it with the timestep wired."""
+@pytest.fixture(params=["alone", "after the weights"])
+def inserted(request):
+    """A plain module, and its graph with activation fake quantizers; the weights' are there first, or not at all."""
     model = Small()
     captured = capture(model, SHAPE, {})
-    graph = prepare_qat_pt2e(captured.graph, PQCADQuantizer(resolve(captured, model, quick()), groups=4))
-    timesteps = [node for node in graph.graph.nodes if node.op == "placeholder"][1]
-    assert wire_timesteps(graph, timesteps, 4, 1000) is graph
+    resolved, graph = resolve(captured, model, quick()), captured.graph
+    if request.param == "after the weights":
+        graph = insert_fake_quantizers(graph, PQCADQuantizer(resolved, "weights"))
+    graph = insert_activations(graph, PQCADQuantizer(resolved, "activations", groups=4), 1000)
+    for module in _fake_quantizers(graph, WeightFakeQuantize):
+        module.disable_fake_quant()
     return model, graph
 
 
@@ -27,8 +30,8 @@ def _fake_quantizers(graph, kind) -> list:
     return [module for module in graph.modules() if isinstance(module, kind)]
 
 
-def test_wire_timesteps_gives_each_activation_its_group(wired):
-    _, graph = wired
+def test_each_activation_gets_its_timestep_group(inserted):
+    _, graph = inserted
     modules = dict(graph.named_modules())
     (group,) = (node for node in graph.graph.nodes if node.target is timestep_group)
     assert group.args[0].op == "placeholder"
@@ -45,12 +48,12 @@ def test_wire_timesteps_gives_each_activation_its_group(wired):
         for node in graph.graph.nodes
         if node.op == "call_module" and isinstance(modules[node.target], WeightFakeQuantize)
     ]
-    assert len(weights) == 11
+    assert len(weights) in (0, 11)
     assert all(len(node.args) == 1 for node in weights)
 
 
-def test_wire_timesteps_keeps_the_inputs_together_and_in_order(wired):
-    _, graph = wired
+def test_the_inputs_stay_together_and_in_order(inserted):
+    _, graph = inserted
     nodes = list(graph.graph.nodes)
     places = [place for place, node in enumerate(nodes) if node.op == "placeholder"]
     assert places == list(range(places[0], places[0] + len(places)))
@@ -59,8 +62,8 @@ def test_wire_timesteps_keeps_the_inputs_together_and_in_order(wired):
 
 
 @torch.no_grad()
-def test_wire_timesteps_changes_nothing_while_quantization_is_off(wired):
-    model, graph = wired
+def test_nothing_changes_while_quantization_is_off(inserted):
+    model, graph = inserted
     for module in _fake_quantizers(graph, (ActivationFakeQuantize, WeightFakeQuantize)):
         module.disable_fake_quant()
         module.disable_observer()
@@ -69,8 +72,8 @@ def test_wire_timesteps_changes_nothing_while_quantization_is_off(wired):
 
 
 @torch.no_grad()
-def test_each_sample_is_quantized_on_its_own_timesteps_grid(wired):
-    _, graph = wired
+def test_each_sample_is_quantized_on_its_own_timesteps_grid(inserted):
+    _, graph = inserted
     for module in _fake_quantizers(graph, ActivationFakeQuantize):
         module.disable_observer()
         module.scale.data = torch.tensor([0.01, 0.1, 1.0, 10.0])[:, None].expand(-1, len(module.segments)).clone()
@@ -82,11 +85,32 @@ def test_each_sample_is_quantized_on_its_own_timesteps_grid(wired):
     assert len({tuple(image.flatten().tolist()) for image in mixed}) == 4
 
 
+def test_weights_that_are_quantized_stay_quantized():
+    """Stage two's graph is stage one's with the activations' fake quantizers added."""
+    model = Small()
+    captured = capture(model, SHAPE, {})
+    resolved = resolve(captured, model, quick())
+    graph = insert_fake_quantizers(captured.graph, PQCADQuantizer(resolved, "weights"))
+    fit_weights(graph, {row.fqn: row.weight_bits for row in resolved.quantized})
+    x, t = torch.randn(5, *SHAPE), torch.tensor([0, 250, 500, 750, 999])
+    before = graph(x, t, {})
+    assert not torch.equal(before, model(x, t))
+    graph = insert_activations(graph, PQCADQuantizer(resolved, "activations", groups=4), 1000)
+    for module in _fake_quantizers(graph, ActivationFakeQuantize):
+        module.disable_fake_quant()
+    assert torch.equal(graph(x, t, {}), before)
+
+
+def test_a_side_that_is_none_is_named():
+    with pytest.raises(ValueError, match="side='both': allowed are 'weights', 'activations'"):
+        PQCADQuantizer(Plan(), "both")
+
+
 def test_the_quantizer_annotates_exactly_the_plan():
     model = Small()
     captured = capture(model, SHAPE, {})
     resolved = resolve(captured, model, quick(overrides={"time": {"weight_bits": None}}))
-    quantizer = PQCADQuantizer(resolved, groups=4)
+    quantizer = PQCADQuantizer(resolved, "weights")
     annotated = {
         node.args[1].target.removesuffix(".weight").removeprefix("unet.")
         for node in quantizer.annotate(captured.graph).graph.nodes

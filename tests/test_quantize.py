@@ -3,6 +3,7 @@
 import copy
 import json
 import warnings
+from statistics import median
 
 import pytest
 import torch
@@ -23,10 +24,10 @@ import pqcad_ao
 from pqcad_ao import PQCADConfig, plan, quantize_
 from pqcad_ao.calibration import calibration_set
 from pqcad_ao.capture import GEMMS, capture
-from pqcad_ao.fake_quant import WeightFakeQuantize
 from pqcad_ao.nn import QuantizedConv2d, QuantizedLayer, QuantizedLinear, Timestep
+from pqcad_ao.observe import weight_quantizers
 from pqcad_ao.plan import resolve
-from pqcad_ao.quantize import calibrate, fold, layer_names, prepare
+from pqcad_ao.quantize import calibrate, fold, prepare
 
 
 def _quantize(model: nn.Module, config: PQCADConfig | None = None, **options) -> nn.Module:
@@ -78,22 +79,19 @@ def prepared(_tiny_unet_prototype):
     resolved = resolve(captured, unet, config)
     points = calibration_set(unet, cosine_scheduler(), SHAPE, config)
     graph = prepare(captured, resolved, config, 1000)
-    calibrate(graph, points, config, progress=False)
+    calibrate(graph, resolved, points, config, progress=False)
     return graph, fold(graph, unet, resolved, Timestep(config.timestep_groups, 1000)), points
 
 
 def test_folded_weights_are_the_fake_quantized_ones(prepared, tiny_unet):
     graph, layers, _ = prepared
-    modules, names, checked = dict(graph.named_modules()), layer_names(graph), 0
-    for target, fqn in names.items():
-        module = modules[target]
-        if not isinstance(module, WeightFakeQuantize):
-            continue
-        layer, weight = layers[fqn], tiny_unet.get_submodule(fqn).weight
-        assert torch.equal(layer.dequantized_weight(), module(weight))
-        assert torch.equal(layer.weight_scale, module.scale)
-        checked += 1
-    assert checked == len(layers) == 49
+    quantizers = weight_quantizers(graph)
+    assert quantizers.keys() == layers.keys()
+    assert len(layers) == 49
+    for fqn, (module, weight) in quantizers.items():
+        assert torch.equal(weight, tiny_unet.get_submodule(fqn).weight)
+        assert torch.equal(layers[fqn].dequantized_weight(), module(weight))
+        assert torch.equal(layers[fqn].weight_scale, module.scale)
 
 
 def test_folded_layers_compute_what_the_prepared_graph_computes(prepared):
@@ -128,10 +126,14 @@ def test_the_network_computes_what_the_prepared_graph_computes(prepared, quantiz
     for fqn, layer in layers.items():
         other = quantized_unet.get_submodule(fqn)
         assert all(torch.equal(value, other.state_dict()[name]) for name, value in layer.state_dict().items())
+    # a value on the edge of two integers may fall to the other side, after which that image departs
     with torch.no_grad():
-        for x_t, timesteps, conditioning in points.batches(8):
-            expected = graph(x_t, timesteps, conditioning)
-            assert sqnr(expected, quantized_unet(x_t, timesteps).sample) > 40
+        pairs = [
+            (graph(x_t, timesteps, conditioning), quantized_unet(x_t, timesteps).sample)
+            for x_t, timesteps, conditioning in points.batches(8)
+        ]
+    assert median(sqnr(*images) for batch in pairs for images in zip(*batch, strict=True)) > 80
+    assert all(sqnr(*batch) > 15 for batch in pairs)
 
 
 def test_the_layers_are_what_the_plan_says(quantized_unet):
@@ -231,7 +233,8 @@ def test_callback_and_progress(capsys):
     calls = []
     _quantize(Small(), callback=lambda *args: calls.append(args))
     assert capsys.readouterr().err == ""
-    assert calls[:2] == [("observe", 1, 2), ("observe", 2, 2)]
+    assert [args for args in calls if args[0] == "trajectories"][-1] == ("trajectories", 6, 6)
+    assert [args for args in calls if args[0] == "observe"] == [("observe", 1, 2), ("observe", 2, 2)]
     assert [args for args in calls if args[0] == "fit"] == [("fit", k, 10) for k in range(1, 11)]
 
 

@@ -1,0 +1,365 @@
+"""Progressive quantization: weights step down a ladder of bits, then activations, each step moved by momentum.
+
+Everything is learned against the full-precision network's own predictions on C_QC, the points of its own trajectories.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.fx import GraphModule
+from tqdm.auto import tqdm
+
+from pqcad_ao.calibration import CalibrationSet, digest
+from pqcad_ao.config import PQCADConfig
+from pqcad_ao.observe import (
+    activation_quantizers,
+    fit_activations,
+    fit_weights,
+    observe,
+    weight_quantizers,
+    weights_in_full_precision,
+)
+from pqcad_ao.passes.insert_activations import insert_activations
+from pqcad_ao.plan import Plan
+from pqcad_ao.quantizer import PQCADQuantizer
+from pqcad_ao.sensitivity import perturbation_loss
+from pqcad_ao.transition import MomentumTransition
+
+CHECKPOINT_EVERY = 50  # updates
+DIVERGED = 10.0  # perturbation loss: ten times the power of what the network predicts
+LARGEST_GRADIENT = 1.0  # norm to which all gradients together are clipped
+SMALLEST_SCALE = 1e-8
+
+
+@dataclass(frozen=True)
+class Update:
+    """One training update: a line of the log.
+
+    Attributes:
+        update: its number, from 0. stage: weights or activations. bits, alpha: where the policy is after it.
+        loss: perturbation loss of its batch. momentum: of the loss at this width; None while a width blends in.
+    """
+
+    update: int
+    stage: str
+    bits: int
+    alpha: float
+    loss: float
+    momentum: float | None
+
+
+@dataclass
+class Learned:
+    """What learning leaves behind.
+
+    Attributes:
+        graph: with both sides' fake quantizers in it, at the final bits.
+        log: every update. transitions: as ``summary.json`` shows them.
+    """
+
+    graph: GraphModule
+    log: list[Update] = field(default_factory=list)
+    transitions: list[dict[str, Any]] = field(default_factory=list)
+
+
+def ladders(config: PQCADConfig, resolved: Plan) -> dict[str, list[int]]:
+    """Each stage's widths, down to the least that the plan asks of any layer; for ``mode="fixed"`` that one alone."""
+    widths = {
+        "weights": ([row.weight_bits or 0 for row in resolved.quantized], config.weight_ladder),
+        "activations": (
+            [row.activation_bits for row in resolved.quantized if row.activation_bits],
+            config.activation_ladder,
+        ),
+    }
+    return {
+        stage: [*(bits for bits in ladder if bits > min(bits_of) and config.mode != "fixed"), min(bits_of)]
+        for stage, (bits_of, ladder) in widths.items()
+        if bits_of
+    }
+
+
+def budgets(config: PQCADConfig, stages: list[str]) -> dict[str, int]:
+    """Updates for each stage; together ``config.iterations``. With ``mode="fixed"`` both sides learn at once."""
+    if len(stages) == 1 or config.mode == "fixed":
+        return {stages[-1]: config.iterations}
+    first = round(config.iterations * config.weight_share)
+    return {stages[0]: first, stages[1]: config.iterations - first}
+
+
+def policies(config: PQCADConfig, resolved: Plan) -> dict[str, MomentumTransition]:
+    """The policy of each stage that learns.
+
+    Raises:
+        ValueError: too few iterations for the ladders.
+    """
+    rungs = ladders(config, resolved)
+    options = {"beta": config.beta, "tau": config.tau, "window": config.window, "patience": config.patience}
+    if config.transitions == "schedule":
+        # no progress is ever waited for, and α arrives with its first update
+        options |= {"beta": 1e-9, "patience": config.iterations + 1}
+    return {
+        stage: MomentumTransition(rungs[stage], budget, **options)
+        for stage, budget in budgets(config, [*rungs]).items()
+    }
+
+
+def learn(
+    graph: GraphModule,
+    resolved: Plan,
+    points: CalibrationSet,
+    config: PQCADConfig,
+    num_train_timesteps: int,
+    *,
+    folder: str | Path | None = None,
+    callback: Callable[[str, int, int], None] | None = None,
+    progress: bool = False,
+) -> Learned:
+    """Train a prepared graph's weights, biases, norms and scales while its bits step down.
+
+    Args:
+        graph: with the weights' fake quantizers in it; trained in place, so its parameters must be its own.
+        points: C_QC.
+        num_train_timesteps: T of the noise process.
+        folder: receives ``log.jsonl``, a line for each update, and every so often ``checkpoint.safetensors``. A run
+            that finds its own checkpoint there goes on from it, to the same result.
+        callback: called as ``callback(stage, done, total)``.
+
+    Raises:
+        FloatingPointError: the loss left the finite numbers or exploded; says at which stage and width. The last
+            checkpoint stays.
+        ValueError: too few iterations for the ladders, or ``folder`` holds another run's checkpoint.
+    """
+    run = _Run(graph, resolved, points, config, num_train_timesteps)
+    checkpoint = None if folder is None else Path(folder) / "checkpoint.safetensors"
+    log_file = None
+    if folder is not None and checkpoint is not None:
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        if checkpoint.is_file():
+            run.load(checkpoint)
+        else:
+            run.save(checkpoint)
+        log_file = (Path(folder) / "log.jsonl").open("w")
+        log_file.writelines(json.dumps(asdict(update)) + "\n" for update in run.log)
+    bar = tqdm(total=config.iterations, initial=len(run.log), desc=config.mode, disable=not progress)
+    try:
+        while not run.done:
+            update = run.update()
+            if log_file is not None and checkpoint is not None:
+                log_file.write(json.dumps(asdict(update)) + "\n")
+                log_file.flush()
+                if len(run.log) % CHECKPOINT_EVERY == 0 or run.done:
+                    run.save(checkpoint)
+            if callback is not None:
+                callback(update.stage, len(run.log), config.iterations)
+            shown = "–" if update.momentum is None else f"{update.momentum:.4f}"
+            bar.set_postfix(stage=update.stage, bits=update.bits, loss=f"{update.loss:.4f}", momentum=shown)
+            bar.update()
+    finally:
+        bar.close()
+        if log_file is not None:
+            log_file.close()
+    return Learned(run.graph, run.log, run.transitions)
+
+
+class _Run:
+    """A training run: everything that changes with an update, and how to keep it."""
+
+    def __init__(
+        self, graph: GraphModule, resolved: Plan, points: CalibrationSet, config: PQCADConfig, num_train_timesteps: int
+    ) -> None:
+        self.graph, self.points, self.config = graph, points, config
+        self.num_train_timesteps = num_train_timesteps
+        self.plan = resolved
+        self.bits = {
+            "weights": {row.fqn: row.weight_bits or 0 for row in resolved.quantized},
+            "activations": {row.fqn: row.activation_bits for row in resolved.quantized if row.activation_bits},
+        }
+        self.policies = policies(config, resolved)
+        self.log: list[Update] = []
+        self.transitions: list[dict[str, Any]] = []
+        # the graph holds the full-precision network now and never again
+        self.key = digest(graph.state_dict(), points.x_t, points.timesteps, points.conditioning, config, resolved.rows)
+        with weights_in_full_precision(graph), torch.no_grad():
+            self.targets = torch.cat([graph(*batch) for batch in points.batches(config.batch_size)])
+        weights = self.policies.get("weights")
+        fit_weights(graph, self._widths("weights", weights.bits if weights else 0))
+        left_alone = {row.fqn for row in resolved.rows if not row.quantized}
+        scales = {
+            id(scale) for module, _ in weight_quantizers(graph).values() for scale in (module.scale, module.next_scale)
+        }
+        self.parameters = [
+            parameter
+            for name, parameter in graph.named_parameters()
+            if id(parameter) not in scales and name.removeprefix("unet.").rpartition(".")[0] not in left_alone
+        ]
+        self.optimizer = torch.optim.Adam(self.parameters, lr=0.0)
+        self._add_scales([module for module, _ in weight_quantizers(graph).values()])
+        self.stage = next(iter(self.policies))
+        if self.stage == "activations":
+            self._insert_activations(fit=True)
+
+    @property
+    def policy(self) -> MomentumTransition:
+        return self.policies[self.stage]
+
+    @property
+    def done(self) -> bool:
+        return len(self.log) >= self.config.iterations
+
+    def update(self) -> Update:
+        """One training update, and what the policy makes of it."""
+        if self.policy.done:
+            self.stage = "activations"
+            self._insert_activations(fit=True)
+        number, config = len(self.log), self.config
+        left = 1 - number / config.iterations
+        for group in self.optimizer.param_groups:
+            scale = group.get("scale")
+            rate = config.learning_rate if scale is None else config.scale_learning_rate * scale.detach().mean().item()
+            group["lr"] = left * rate
+        generator = torch.Generator().manual_seed((config.seed * 1_000_003 + number) % 2**63)
+        rows = torch.randint(len(self.points), (config.batch_size,), generator=generator)
+        batch = self.points[rows]
+        loss = perturbation_loss(self.graph(batch.x_t, batch.timesteps, batch.conditioning), self.targets[rows])
+        value = loss.item()
+        place = f"in stage {self.stage!r}, update {number}, at {self.policy.bits} bits"
+        if not value < DIVERGED:
+            raise FloatingPointError(
+                f"learning diverged {place}: the perturbation loss is {value:.3g}. Lower learning_rate "
+                f"({config.learning_rate:g}) or scale_learning_rate ({config.scale_learning_rate:g})"
+            )
+        started = self.policy.update(value)
+        loss.backward()
+        everything = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch.nn.utils.clip_grad_norm_(everything, LARGEST_GRADIENT)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            for group in self.optimizer.param_groups:
+                if "scale" in group:
+                    group["scale"].clamp_(min=SMALLEST_SCALE)
+        if started is not None:
+            self.transitions.append({"stage": self.stage, **asdict(started), "step": number})
+            self._begin(started.to_bits)
+        self._blend()
+        momentum = self.policy.momentum
+        entry = Update(
+            number, self.stage, self.policy.bits, self.policy.alpha, value, None if momentum != momentum else momentum
+        )
+        self.log.append(entry)
+        return entry
+
+    def _widths(self, stage: str, bits: int) -> dict[str, int]:
+        """Each layer's bits while its stage is at ``bits``: never fewer than the plan's."""
+        return {fqn: max(target, bits) for fqn, target in self.bits[stage].items()}
+
+    def _quantizers(self) -> list[nn.Module]:
+        if self.stage == "weights":
+            return [module for module, _ in weight_quantizers(self.graph).values()]
+        return list(activation_quantizers(self.graph).values())
+
+    def _add_scales(self, modules: list[Any]) -> None:
+        """Scales learn at a rate relative to their own size, so each is a group."""
+        for module in modules:
+            for scale in (module.scale, module.next_scale):
+                self.optimizer.add_param_group({"params": [scale], "scale": scale})
+
+    def _insert_activations(self, *, fit: bool) -> None:
+        config = self.config
+        quantizer = PQCADQuantizer(self.plan, "activations", groups=config.timestep_groups, seed=config.seed)
+        self.graph = insert_activations(self.graph, quantizer, self.num_train_timesteps)
+        modules = activation_quantizers(self.graph)
+        self._add_scales(list(modules.values()))
+        if fit:
+            self._observe()
+            fit_activations(self.graph, self._widths("activations", self.policy.bits))
+
+    def _observe(self) -> None:
+        observe(self.graph, self.points[: self.config.calibration_points], self.config.calibration_batch_size)
+
+    def _begin(self, bits: int) -> None:
+        """Let a width begin to blend in; the next grids' moments are those of a width long gone."""
+        widths = self._widths(self.stage, bits)
+        if self.stage == "weights":
+            for fqn, (module, weight) in weight_quantizers(self.graph).items():
+                if widths[fqn] != module.bits:
+                    module.begin(weight.detach(), widths[fqn])
+        else:
+            self._observe()
+            fit_activations(self.graph, widths, blend=True)
+        for module in self._quantizers():
+            self.optimizer.state.pop(module.next_scale, None)
+
+    def _blend(self) -> None:
+        for module in self._quantizers():
+            if module.blending:
+                module.alpha = self.policy.alpha
+                if module.alpha == 1.0:
+                    module.finish()
+
+    # ------------------------------------------------------------------------------------------- checkpoints
+
+    def _modules(self) -> dict[str, Any]:
+        """Every fake quantizer by its name in the graph."""
+        return {name: module for name, module in self.graph.named_modules() if hasattr(module, "blending")}
+
+    def save(self, path: Path) -> None:
+        """Write the run's whole state, first beside ``path`` and then in its place."""
+        tensors = {f"graph.{name}": value.detach().contiguous() for name, value in self.graph.state_dict().items()}
+        names = {parameter: name for name, parameter in self.graph.named_parameters()}
+        for parameter, state in self.optimizer.state.items():
+            for entry, value in state.items():
+                tensors[f"adam.{entry}.{names[parameter]}"] = value
+        header = {
+            "key": self.key,
+            "stage": self.stage,
+            "policies": {stage: policy.state_dict() for stage, policy in self.policies.items()},
+            "log": [asdict(update) for update in self.log],
+            "transitions": self.transitions,
+            "positions": {name: module.position() for name, module in self._modules().items()},
+        }
+        unfinished = path.with_suffix(".tmp")
+        save_file(tensors, unfinished, {"pqcad_learning": json.dumps(header)})
+        unfinished.replace(path)
+
+    def load(self, path: Path) -> None:
+        """Go on from where :meth:`save` was called.
+
+        Raises:
+            ValueError: the file is damaged, or of another run.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                header = json.loads((file.metadata() or {})["pqcad_learning"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is no checkpoint of this project, or is damaged ({error})") from error
+        if header["key"] != self.key:
+            raise ValueError(
+                f"{path} is of another run (another network, configuration or calibration set): give another folder, "
+                "or delete it"
+            )
+        if header["stage"] != self.stage:
+            self.stage = header["stage"]
+            self._insert_activations(fit=False)
+        self.graph.load_state_dict({k.removeprefix("graph."): v for k, v in tensors.items() if k.startswith("graph.")})
+        for name, module in self._modules().items():
+            module.move(**header["positions"][name])
+        parameters = dict(self.graph.named_parameters())
+        for name, value in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "adam":
+                entry, _, parameter = rest.partition(".")
+                self.optimizer.state[parameters[parameter]][entry] = value
+        self.policies = {
+            stage: MomentumTransition.from_state_dict(state) for stage, state in header["policies"].items()
+        }
+        self.log = [Update(**update) for update in header["log"]]
+        self.transitions = header["transitions"]
