@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -28,8 +29,9 @@ from pqcad_ao.evaluate import RealFeatures, embedded_features, extract_features,
 from pqcad_ao.models import load_model, save_model
 from pqcad_ao.quantize import plan, quantize_
 from pqcad_ao.quiet import start_executorch
-from pqcad_ao.report import LATENCY_NAMES, save_samples, text_report, write_html, write_json
+from pqcad_ao.report import LATENCY_NAMES, save_learning, save_samples, text_report, write_html, write_json
 from pqcad_ao.sampling import sample
+from pqcad_ao.serialization import quantized_state
 
 TRAJECTORY_ROWS = 16  # images whose trajectories carry the SQNR
 WARMUP_CALLS = 3
@@ -83,7 +85,8 @@ def run(
     Args:
         out: folder; receives summary.json, report.html, samples.png, model/ and unet.pte.
         model: as for :func:`~pqcad_ao.models.load_model`.
-        config: how to quantize; ``PQCADConfig(seed=seed)`` if None.
+        config: how to quantize progressively; ``PQCADConfig.fast(seed=seed)`` if None. The fixed-bit row has the same,
+            with ``mode="ptq"``.
         images: behind each FID, from the same noise for all rows. steps: of the sampler. batch_size: images a call.
         latency_calls: timed calls behind each median. pictures: of each kind in samples.png, at most ``images``.
         features: feature network and real statistics; the embedded ones if None.
@@ -107,7 +110,7 @@ def run(
     start_executorch(torch.get_num_threads())
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    config = config or PQCADConfig(seed=seed)
+    config = config or PQCADConfig.fast(seed=seed)
     stages = Stages(say)
 
     with stages("load the teacher"):
@@ -117,10 +120,14 @@ def run(
         noise = torch.randn(images, *shape, generator=torch.Generator().manual_seed(seed))
         extract_features(noise[:2], network)  # a network for other images is refused now, not after sampling
 
-    with stages("quantize: calibrate on the teacher's own trajectories"):
+    with stages("fixed bits: calibrate on the teacher's own trajectories"):
+        fixed = copy.deepcopy(teacher)
+        quantize_(fixed, replace(config, mode="ptq"), scheduler=scheduler, progress=progress)
+    with stages(f"progressive: learn on the same trajectories, {config.iterations} updates"):
         compressed = copy.deepcopy(teacher)
         quantize_(compressed, config, scheduler=scheduler, progress=progress)
-        resolved = plan(compressed)
+        resolved, learned = plan(compressed), quantized_state(compressed)
+        assert learned is not None
     say(f"           {resolved.summary()}")
 
     visited: list[tuple[Tensor, Tensor]] = []
@@ -132,14 +139,19 @@ def run(
     draw = partial(sample, scheduler=scheduler, noise=noise, num_inference_steps=steps, batch_size=batch_size)
     with stages(f"sample {images} images in {steps} steps, full precision"):
         fp_full = draw(teacher, callback=keep, progress=progress)
-    with stages(f"sample {images} images in {steps} steps, compressed"):
-        ptq_full = draw(compressed, progress=progress)
+    with stages(f"sample {images} images in {steps} steps, fixed bits"):
+        ptq_full = draw(fixed, progress=progress)
+    with stages(f"sample {images} images in {steps} steps, progressive"):
+        pq_full = draw(compressed, progress=progress)
     with stages("evaluate: FID, SQNR"):
         fid = {
             name: fid_kid(pixels, network, real, seed=seed)["fid"]
-            for name, pixels in (("fp_full", fp_full), ("ptq_full", ptq_full))
+            for name, pixels in (("fp_full", fp_full), ("ptq_full", ptq_full), ("pq_full", pq_full))
         }
-        sqnr = {"ptq_step": trajectory_sqnr(teacher, compressed, visited)["sqnr_db"]}
+        sqnr = {
+            name: trajectory_sqnr(teacher, unet, visited)["sqnr_db"]
+            for name, unet in (("ptq_step", fixed), ("pq_step", compressed))
+        }
 
     with tempfile.TemporaryDirectory() as scratch:
         with stages("save the compressed model"):
@@ -163,7 +175,7 @@ def run(
             sampler = PTESampler(pte)
             pte_full = sampler.sample(noise[:shown], progress=progress)
         sqnr["pte_vs_eager"] = min(exported["sqnr_db"].values())
-        sqnr["pte_images"] = sqnr_db(ptq_full[:shown], pte_full)
+        sqnr["pte_images"] = sqnr_db(pq_full[:shown], pte_full)
         calls["fp32_eager"] = partial(teacher, x_t, timestep)
         calls["pte_fp32"] = partial(load_step(fp32_pte), [x_t, timestep.reshape(1)])
         calls["pte"] = partial(sampler.predict, x_t, 0)
@@ -184,6 +196,7 @@ def run(
         "latency_ms": latency,
         "latency_batch": 1,
         "sqnr_db": sqnr,
+        "transitions": learned.transitions,
         "arithmetic": ops.arithmetic(),
         "pte_arithmetic": dict(Counter(exported["arithmetic"].values()).most_common()),
         "plan_summary": resolved.summary(),
@@ -198,12 +211,16 @@ def run(
     bits = f"W{config.weight_bits}A{config.activation_bits or ' float'}"
     panels = {
         f"full precision, {steps} steps\nFID {fid['fp_full']:.1f}": fp_full[:shown],
-        f"{bits}, {steps} steps\nFID {fid['ptq_full']:.1f}": ptq_full[:shown],
-        f"{bits} as unet.pte, {steps} steps\n{sqnr['pte_images']:.0f} dB SQNR against the middle": pte_full,
+        f"{bits} fixed, {steps} steps\nFID {fid['ptq_full']:.1f}": ptq_full[:shown],
+        f"{bits} progressive, {steps} steps\nFID {fid['pq_full']:.1f}": pq_full[:shown],
+        f"the same as unet.pte\n{sqnr['pte_images']:.0f} dB SQNR against its left": pte_full,
     }
     save_samples(panels, out / "samples.png")
     write_json(out / "summary.json", summary)
-    write_html(out / "report.html", summary, resolved.to_list(), [out / "samples.png"])
+    with tempfile.TemporaryDirectory() as scratch:
+        drawn = Path(scratch) / "learning.png"
+        save_learning([asdict(update) for update in learned.log], learned.transitions, drawn)
+        write_html(out / "report.html", summary, resolved.to_list(), [out / "samples.png"], drawn)
     say("\n" + text_report(summary) + f"\n\narithmetic: {summary['arithmetic']}")
     say(f"\n{sum(stages.seconds.values()):.0f} s. Open {out / 'report.html'}")
     return summary

@@ -17,6 +17,7 @@ from pqcad_ao.data import to_uint8
 ROW_NAMES = {
     "fp_full": "full precision (fp32)",
     "ptq_full": "W4A4, fixed-bit calibration",
+    "pq_full": "W4A4, progressive",
 }
 BYTE_NAMES = {
     "fp32_checkpoint": "checkpoint, fp32 (safetensors)",
@@ -33,10 +34,13 @@ LATENCY_NAMES = {
     "pte": "ExecuTorch, compressed",
 }
 SQNR_NAMES = {
-    "ptq_step": "one step: compressed against full precision, over trajectories",
+    "ptq_step": "one step: fixed-bit against full precision, over trajectories",
+    "pq_step": "one step: progressive against full precision, over trajectories",
     "pte_vs_eager": "one step: unet.pte against the eager compressed model, worst of the checked timesteps",
     "pte_images": "finished pictures: unet.pte against the eager compressed model",
 }
+
+PLAN_HEADERS = ("layer", "kind", "role", "shape", "W", "A", "split", "sensitivity", "reason")
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
@@ -121,6 +125,55 @@ def save_samples(panels: dict[str, Tensor], path: str | Path, *, columns: int = 
     figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.05)
 
 
+def save_learning(log: list[dict[str, Any]], transitions: list[dict[str, Any]], path: str | Path) -> None:
+    """Draw a learning run: the loss and its momentum above, bits and how far the next ones have blended in below.
+
+    Args:
+        log: a dictionary for each update, as the lines of ``log.jsonl``.
+        transitions: as in ``summary.json``; each is marked.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if not log:
+        raise ValueError("the log holds no update: nothing was learned")
+    figure = Figure(figsize=(10, 5.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    updates = [row["update"] for row in log]
+    above.plot(updates, [row["loss"] for row in log], color="#b9c4d0", linewidth=0.8, label="loss of a batch")
+    momentum = [math.nan if row["momentum"] is None else row["momentum"] for row in log]
+    above.plot(updates, momentum, color="#174a7c", linewidth=1.6, label="momentum")
+    above.set_yscale("log")
+    above.set_ylabel("perturbation loss")
+    below.plot(updates, [row["bits"] for row in log], color="#b3541e", drawstyle="steps-post", label="bits")
+    below.set_ylabel("bits", color="#b3541e")
+    below.set_xlabel("update")
+    blend = below.twinx()
+    blend.plot(updates, [row["alpha"] for row in log], color="#4c7a3f", linewidth=1, label="α")
+    blend.set_ylabel("α, the part of the new width", color="#4c7a3f")
+    blend.set_ylim(-0.05, 1.05)
+    starts = {row["stage"]: row["update"] for row in reversed(log)}
+    for axis in (above, below):
+        for transition in transitions:
+            axis.axvline(transition["step"], color="#888", linewidth=0.7, linestyle=":")
+        for first in starts.values():
+            if first:
+                axis.axvline(first, color="#000", linewidth=1)
+    for transition in transitions:
+        label = f"{transition['from_bits']}→{transition['to_bits']}"
+        above.annotate(
+            label, (transition["step"], 1), xycoords=("data", "axes fraction"), fontsize=8, ha="left", va="top"
+        )
+    for stage, first in starts.items():
+        above.annotate(
+            stage, (first, 0), xycoords=("data", "axes fraction"), fontsize=9, xytext=(4, 4), textcoords="offset points"
+        )
+    above.legend(loc="upper right", fontsize=8)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
 def quality_table(summary: dict[str, Any]) -> list[list[Any]]:
     """Rows: name, steps, FID, images."""
     steps = summary["steps"]
@@ -187,11 +240,16 @@ def _plan_row(row: dict[str, Any]) -> list[Any]:
     split = "+".join(map(str, row["segments"])) if len(row["segments"]) > 1 else ""
     bits = [row[key] or "float" for key in ("weight_bits", "activation_bits")]
     shape = "x".join(map(str, row["shape"]))
-    return [row["fqn"], row["kind"], row["role"], shape, *bits, split, row["reason"]]
+    sensitivity = "" if row["sensitivity"] is None else f"{row['sensitivity']:.1e}"
+    return [row["fqn"], row["kind"], row["role"], shape, *bits, split, sensitivity, row["reason"]]
 
 
 def write_html(
-    path: str | Path, summary: dict[str, Any], plan: list[dict[str, Any]], pictures: list[str | Path]
+    path: str | Path,
+    summary: dict[str, Any],
+    plan: list[dict[str, Any]],
+    pictures: list[str | Path],
+    learning: str | Path | None = None,
 ) -> None:
     """One HTML file with everything in it: pictures (PNG) inlined, nothing fetched from anywhere.
 
@@ -200,6 +258,7 @@ def write_html(
             ``threads``, ``sqnr_db``, ``arithmetic``, ``pte_arithmetic``, ``plan_summary``, ``command``, ``versions``,
             ``cpu``, ``seed``, ``stages_s``, and ``skipped`` (what was not measured, and why).
         plan: rows as of ``Plan.to_list``.
+        learning: the picture that :func:`save_learning` drew; the summary's ``transitions`` stand below it.
     """
     e = html.escape
     parts = [
@@ -215,6 +274,7 @@ def write_html(
         '<p class="note">FID under the embedded feature network: it compares rows of this table, at '
         f"{summary['fid_n']} images each, and nothing outside it.</p>",
         _table(sqnr_table(summary), ("signal to quantization noise", "dB"), "numbers"),
+        *_learning(summary, learning),
         "<h2>Size</h2>",
         _table(bytes_table(summary), ("", "bytes", "of fp32"), "numbers"),
         "<h2>Speed</h2>",
@@ -229,15 +289,27 @@ def write_html(
     parts += [
         "<h2>Plan</h2>",
         f"<p>{e(summary['plan_summary'])}</p>",
-        _table(
-            [_plan_row(row) for row in plan], ("layer", "kind", "role", "shape", "W", "A", "split", "reason"), "plan"
-        ),
+        _table([_plan_row(row) for row in plan], PLAN_HEADERS, "plan"),
         "<h2>Run</h2>",
         f"<pre>{e(summary['command'])}</pre>",
         _table(_run_table(summary), ("", "")),
         "</body></html>\n",
     ]
     Path(path).write_text("\n".join(parts), encoding="utf-8")
+
+
+def _learning(summary: dict[str, Any], picture: str | Path | None) -> list[str]:
+    if picture is None:
+        return []
+    rows = [
+        [t["stage"], t["step"], f"{t['from_bits']} → {t['to_bits']}", f"{t['momentum']:.2e}", t["reason"]]
+        for t in summary["transitions"]
+    ]
+    return [
+        "<h2>Learning</h2>",
+        _inline(picture),
+        _table(rows, ("stage", "update", "bits", "momentum", "why"), "numbers"),
+    ]
 
 
 def _run_table(summary: dict[str, Any]) -> list[list[Any]]:

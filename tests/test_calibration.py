@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from networks import SHAPE, Small, cosine_scheduler, quick
 from torch import nn
 
+from pqcad_ao import calibration
 from pqcad_ao.calibration import CalibrationSet, as_ddim, calibration_set, draw_timesteps, find_scheduler
 from pqcad_ao.capture import capture
 from pqcad_ao.plan import resolve
@@ -199,3 +200,79 @@ def test_finding_the_scheduler_beside_a_network(tiny_unet, tmp_path):
         assert found is not None
         assert found.config.prediction_type == "v_prediction"
         assert torch.equal(found.alphas_cumprod, cosine_scheduler().alphas_cumprod)
+
+
+# The cache
+
+
+def _count_walks(monkeypatch) -> list:
+    walks = []
+    original = calibration.sample
+
+    def counted(*args, **options):
+        walks.append(len(args[2]))
+        return original(*args, **options)
+
+    monkeypatch.setattr(calibration, "sample", counted)
+    return walks
+
+
+def _points(folder, model=None, scheduler=None, **options):
+    config = quick(calibration_points=64, calibration_batch_size=4, **options)
+    return calibration_set(model or Small(), scheduler or cosine_scheduler(), SHAPE, config, folder=folder)
+
+
+def test_what_was_walked_is_not_walked_again(tmp_path, monkeypatch):
+    fresh = _points(None)
+    first = _points(tmp_path)
+    walks = _count_walks(monkeypatch)
+    again = _points(tmp_path)
+    assert walks == []
+    for points in (first, again):
+        assert torch.equal(points.x_t, fresh.x_t)
+        assert torch.equal(points.timesteps, fresh.timesteps)
+
+
+def test_whatever_the_points_depend_on_makes_a_file_of_its_own(tmp_path, monkeypatch):
+    _points(tmp_path)
+    walks = _count_walks(monkeypatch)
+    others = [{"seed": 1}, {"calibration_steps": 5}, {"calibration_timesteps": "uniform"}, {"calibration_std": 0.3}]
+    others += [{"model": Small(seed=1)}, {"scheduler": DDIMScheduler(prediction_type="v_prediction")}]
+    for count, options in enumerate(others):
+        walked = len(walks)
+        _points(tmp_path, **options)
+        assert len(walks) > walked, options
+        assert len(list(tmp_path.glob("c_qc-*.safetensors"))) == count + 2
+    walked = len(walks)
+    _points(tmp_path, weight_bits=3)
+    assert len(walks) == walked, "bits do not matter to the trajectories"
+
+
+def test_a_walk_that_was_cut_short_goes_on(tmp_path, monkeypatch):
+    fresh = _points(None)
+    monkeypatch.setattr(calibration, "SAVE_EVERY_S", -1.0)
+    original, walks = calibration.sample, []
+
+    def killed(*args, **options):
+        if len(walks) == 2:
+            raise KeyboardInterrupt
+        walks.append(1)
+        return original(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration, "sample", killed)
+        with pytest.raises(KeyboardInterrupt):
+            _points(tmp_path)
+    later = _count_walks(monkeypatch)
+    points = _points(tmp_path)
+    whole = -(-int(torch.bincount(fresh.timesteps).max()) // 4)
+    assert len(later) == whole - 2
+    assert torch.equal(points.x_t, fresh.x_t)
+
+
+def test_a_damaged_cache_is_named(tmp_path):
+    _points(tmp_path)
+    (file,) = tmp_path.glob("c_qc-*.safetensors")
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"is damaged .* delete it"):
+        _points(tmp_path)

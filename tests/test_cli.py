@@ -17,7 +17,7 @@ from pqcad_ao.models import load_model, save_model
 from pqcad_ao.nn import QuantizedConv2d
 from pqcad_ao.sampling import predict
 
-QUICK = ["--calibration-points", "16", "--groups", "4"]
+QUICK = ["--calibration-points", "16", "--groups", "4", "--mode", "ptq"]
 
 
 @pytest.fixture
@@ -257,6 +257,7 @@ def test_options_mirror_the_config():
     argv += ["--groups", "5", "--seed", "7", "--calibration-points", "9"]
     argv += ["--override", "head=8,8", "--override", "up_blocks.*=float", "--override", "stem=8,float"]
     expected = PQCADConfig(
+        mode="ptq",
         weight_bits=3,
         activation_bits=None,
         timestep_groups=5,
@@ -270,6 +271,9 @@ def test_options_mirror_the_config():
     )
     assert cli.config_from(cli.build_parser().parse_args(argv)) == expected
     assert cli.config_from(cli.build_parser().parse_args(["plan", "--model", "demo"])) == PQCADConfig()
+    argv = ["plan", "--model", "demo", "--fast", "--iterations", "50", "--target-bits", "4.2"]
+    expected = PQCADConfig.fast(iterations=50, target_bits=4.2)
+    assert cli.config_from(cli.build_parser().parse_args(argv)) == expected
 
 
 def test_command_prints_no_noise_of_its_dependencies(model_dir: Path):

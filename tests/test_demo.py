@@ -34,7 +34,9 @@ def run_tiny(
     return demo.run(
         out,
         model=str(model),
-        config=PQCADConfig(calibration_points=16, timestep_groups=4),
+        config=PQCADConfig.fast(
+            calibration_points=16, timestep_groups=4, learning_points=16, batch_size=4, iterations=40, beta=0.5
+        ),
         images=6,
         steps=3,
         batch_size=4,
@@ -68,15 +70,18 @@ def test_summary_has_the_keys_that_are_promised_and_no_others(made: tuple[Path, 
     out, _, _ = made
     summary = json.loads((out / "summary.json").read_text(), parse_constant=pytest.fail)
     assert summary["steps"] == {"full": 3}
-    assert summary["fid"].keys() == {"fp_full", "ptq_full"}
+    assert summary["fid"].keys() == {"fp_full", "ptq_full", "pq_full"}
     assert summary["fid_n"] == 6
     assert summary["bytes"].keys() == {"fp32_checkpoint", "checkpoint", "fp32_pte", "pte", "resident_weights"}
     assert summary["latency_ms"].keys() == {"fp32_eager", "fp32_compile", "compressed_compile", "pte_fp32", "pte"}
     assert summary["latency_batch"] == 1
     assert summary["threads"] == torch.get_num_threads()
-    assert summary["sqnr_db"].keys() == {"ptq_step", "pte_vs_eager", "pte_images"}
+    assert summary["sqnr_db"].keys() == {"ptq_step", "pq_step", "pte_vs_eager", "pte_images"}
+    keys = {"stage", "step", "from_bits", "to_bits", "momentum", "reason"}
+    assert all(transition.keys() == keys for transition in summary["transitions"])
+    assert [t["to_bits"] for t in summary["transitions"] if t["stage"] == "weights"][-1] == 4
     assert summary["arithmetic"]
-    assert not {"speedup_end_to_end", "transitions", "skipped"} & summary.keys()
+    assert not {"speedup_end_to_end", "skipped"} & summary.keys()
 
 
 def test_numbers_are_those_of_the_files(made: tuple[Path, dict[str, Any], list[str]]):

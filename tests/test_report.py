@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pqcad_ao.report import finite, grid, save_grid, save_samples, text_report, write_html, write_json
+from pqcad_ao.report import finite, grid, save_grid, save_learning, save_samples, text_report, write_html, write_json
 
 SUMMARY = {
     "steps": {"full": 20},
@@ -38,6 +38,7 @@ PLAN = [
         "activation_bits": None,
         "segments": [8, 8],
         "reason": "overrides['<glob>']",
+        "sensitivity": 0.01,
     }
 ]
 
@@ -119,3 +120,29 @@ def test_html_holds_everything_and_fetches_nothing(tmp_path: Path):
 def test_html_without_skipped_measurements_says_nothing_of_them(tmp_path: Path):
     write_html(tmp_path / "report.html", {k: v for k, v in SUMMARY.items() if k != "skipped"}, PLAN, [])
     assert "Not measured" not in (tmp_path / "report.html").read_text()
+
+
+LOG = [
+    {"update": k, "stage": "weights" if k < 5 else "activations", "bits": 8 if k < 3 else 4, "alpha": 1.0, "loss": 0.1}
+    | {"momentum": None if k == 3 else 0.1}
+    for k in range(10)
+]
+TRANSITIONS = [{"stage": "weights", "step": 3, "from_bits": 8, "to_bits": 4, "momentum": 0.1, "reason": "settled <b>"}]
+
+
+def test_a_learning_run_is_drawn(tmp_path: Path):
+    save_learning(LOG, TRANSITIONS, tmp_path / "new" / "learning.png")
+    with Image.open(tmp_path / "new" / "learning.png") as picture:
+        assert picture.width > 600
+    write_html(
+        tmp_path / "a.html", {**SUMMARY, "transitions": TRANSITIONS}, PLAN, [], tmp_path / "new" / "learning.png"
+    )
+    page = (tmp_path / "a.html").read_text()
+    assert "8 → 4" in page
+    assert "settled &lt;b&gt;" in page
+    assert page.count("<img") == 1
+
+
+def test_a_run_that_learned_nothing_cannot_be_drawn(tmp_path: Path):
+    with pytest.raises(ValueError, match="nothing was learned"):
+        save_learning([], [], tmp_path / "learning.png")

@@ -1,0 +1,97 @@
+"""The quality benchmark on a tiny network: rows, seeds, what is kept and reused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pqcad_ao.bench import quality as bench
+from pqcad_ao.evaluate import RealFeatures
+
+OPTIONS = {
+    "calibration_points": 16,
+    "calibration_steps": 4,
+    "calibration_batch_size": 8,
+    "timestep_groups": 4,
+    "learning_points": 16,
+    "batch_size": 4,
+    "iterations": 24,
+    "beta": 0.5,
+    "window": 1,
+    "patience": 1,
+}
+
+
+class Pixels(nn.Module):
+    """A feature network for 1×8×8 images: the means of four quarters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d(x, 4).flatten(1)
+
+
+def run(tiny_dir: Path, work: Path, **options):
+    generator = torch.Generator().manual_seed(0)
+    features = Pixels(), RealFeatures.from_features(torch.randn(64, 4, generator=generator))
+    said: list[str] = []
+    return bench.bench_quality(
+        str(tiny_dir),
+        **{"steps": 2, "n": 6, "work": work, "features": features, "options": OPTIONS, **options},
+        say=said.append,
+    ), said
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_dir, tmp_path_factory):
+    work = tmp_path_factory.mktemp("quality")
+    result, said = run(tiny_dir, work, rows=["fp_full", "ptq_full", "pq_full"], seeds=[0, 1])
+    return work, result, said
+
+
+def test_a_row_for_each_name_and_seed(measured):
+    _, result, said = measured
+    assert [(row["name"], row["seed"]) for row in result["rows"]] == [
+        (name, seed) for seed in (0, 1) for name in ("fp_full", "ptq_full", "pq_full")
+    ]
+    assert len(said) == 6
+    for row in result["rows"]:
+        assert (row["n"], row["steps"]) == (6, 2)
+        assert row["fid"] >= 0
+        assert row["fid_ci"][0] <= row["fid"] <= row["fid_ci"][1]
+        assert (row["sqnr_db"] is None) == (row["name"] == "fp_full")
+    learned = [row for row in result["rows"] if row["name"] == "pq_full"]
+    assert all(row["iterations"] == 24 and row["transitions"] for row in learned)
+    assert {"versions", "threads", "cpu"} <= result.keys()
+
+
+def test_the_table_has_the_spread_of_the_seeds(measured):
+    _, result, _ = measured
+    lines = bench.table(result).splitlines()
+    assert len(lines) == 5
+    assert "±" in lines[-1]
+    assert "progressive W4A4" in lines[-1]
+
+
+def test_what_was_measured_is_not_measured_again(measured, tiny_dir, monkeypatch):
+    work, result, _ = measured
+    monkeypatch.setattr(bench, "quantize_", lambda *args, **options: pytest.fail("it quantized again"))
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "sample", lambda *args, **options: pytest.fail("it sampled again"))
+        again, _ = run(tiny_dir, work, rows=["pq_full", "fp_full"], seeds=[1])
+    assert again["rows"] == [
+        row for name in ("pq_full", "fp_full") for row in result["rows"] if (row["name"], row["seed"]) == (name, 1)
+    ]
+    more, _ = run(tiny_dir, work, rows=["pq_full"], seeds=[1], steps=3)  # the network is there, its pictures are not
+    assert more["rows"][0]["steps"] == 3
+    assert more["rows"][0]["seconds"] == again["rows"][0]["seconds"]
+
+
+def test_bad_input_is_named(tiny_dir, tmp_path):
+    with pytest.raises(ValueError, match="rows best_full: allowed are fp_full"):
+        run(tiny_dir, tmp_path, rows=["best_full"])
+    with pytest.raises(ValueError, match="n=1"):
+        run(tiny_dir, tmp_path, n=1)
+
+
+def test_every_row_has_a_valid_configuration():
+    assert all((row.config(3) is None) == (name == "fp_full") for name, row in bench.ROWS.items())
