@@ -169,6 +169,8 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--images", type=positive, default=512, help="images behind each FID (default: 512)")
     demo.add_argument("--steps", type=positive, default=20, help="sampling steps (default: 20)")
 
+    demo.add_argument("--progressive", action="store_true", help="one more row, learned progressively: 90 seconds more")
+
     add_config_arguments(command("plan", run_plan, "print what happens to each layer and why"))
 
     compress = command("compress", run_compress, "quantize a network and save it in diffusers layout")
@@ -204,6 +206,9 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--out", type=Path, required=True, metavar="FILE", help="such as unet.pte")
     export.add_argument("--steps", type=positive, default=20, help="sampling steps of its schedule (default: 20)")
     export.add_argument("--batch-size", type=positive, default=1, help="images a call (default: 1)")
+    export.add_argument(
+        "--full-precision", action="store_true", help="write a network that is not quantized: the baseline in float32"
+    )
 
     from pqcad_ao.bench import compile as bench_compile
     from pqcad_ao.bench import quality as bench_quality
@@ -263,6 +268,7 @@ def run_demo(args: argparse.Namespace) -> dict[str, Any]:
         model=args.model,
         images=args.images,
         steps=args.steps,
+        config=PQCADConfig.fast(seed=args.seed) if args.progressive else None,
         seed=args.seed,
         command=shlex.join(["pqcad", *args.argv]),
         progress=sys.stderr.isatty(),
@@ -331,22 +337,26 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_export(args: argparse.Namespace) -> dict[str, Any]:
-    from pqcad_ao.edge import export_pte
+    from pqcad_ao.edge import export_fp32_pte, export_pte
 
     check_writable(args.out.parent)
     unet, scheduler = load_unconditional(args.model)
     start_executorch(torch.get_num_threads())
-    made = export_pte(
-        unet,
-        args.out,
-        scheduler=scheduler,
-        num_inference_steps=args.steps,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        progress=sys.stderr.isatty(),
-    )
+    if args.full_precision:
+        made = export_fp32_pte(unet, args.out, batch_size=args.batch_size)
+    else:
+        made = export_pte(
+            unet,
+            args.out,
+            scheduler=scheduler,
+            num_inference_steps=args.steps,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            progress=sys.stderr.isatty(),
+        )
     print(made)
-    return {**dataclasses.asdict(made), "path": str(made.path), "steps": args.steps, "batch_size": args.batch_size}
+    found = {**dataclasses.asdict(made), "path": str(made.path), "batch_size": args.batch_size}
+    return found if args.full_precision else {**found, "steps": args.steps}
 
 
 def quiet_dependencies() -> None:

@@ -29,11 +29,11 @@ from pqcad_ao.evaluate import RealFeatures, embedded_features, extract_features,
 from pqcad_ao.models import load_model, save_model
 from pqcad_ao.quantize import plan, quantize_
 from pqcad_ao.quiet import start_executorch
-from pqcad_ao.report import LATENCY_NAMES, save_learning, save_samples, text_report, write_html, write_json
+from pqcad_ao.report import LATENCY_NAMES, ROW_NAMES, save_learning, save_samples, text_report, write_html, write_json
 from pqcad_ao.sampling import sample
 from pqcad_ao.serialization import quantized_state
 
-TRAJECTORY_ROWS = 16  # images whose trajectories carry the SQNR
+TRAJECTORY_ROWS = 8  # images whose trajectories carry the SQNR
 WARMUP_CALLS = 3
 
 
@@ -71,7 +71,7 @@ def run(
     config: PQCADConfig | None = None,
     images: int = 512,
     steps: int = 20,
-    batch_size: int = 128,
+    batch_size: int = 32,
     seed: int = 0,
     latency_calls: int = 30,
     pictures: int = 64,
@@ -85,8 +85,8 @@ def run(
     Args:
         out: folder; receives summary.json, report.html, samples.png, model/ and unet.pte.
         model: as for :func:`~pqcad_ao.models.load_model`.
-        config: how to quantize progressively; ``PQCADConfig.fast(seed=seed)`` if None. The fixed-bit row has the same,
-            with ``mode="ptq"``.
+        config: how to quantize; if None, ``PQCADConfig(mode="ptq", seed=seed)``. Where it learns, there is one more
+            row, and the fixed-bit row has the same configuration with ``mode="ptq"``.
         images: behind each FID, from the same noise for all rows. steps: of the sampler. batch_size: images a call.
         latency_calls: timed calls behind each median. pictures: of each kind in samples.png, at most ``images``.
         features: feature network and real statistics; the embedded ones if None.
@@ -105,12 +105,12 @@ def run(
             f"images={images}, steps={steps}, batch_size={batch_size}, latency_calls={latency_calls}, "
             f"pictures={pictures}: allowed are whole numbers from 1, and at least 2 images"
         )
-    from pqcad_ao.edge import PTESampler, export_fp32_pte  # wants executorch, which is optional
+    from pqcad_ao.edge import PTESampler  # wants executorch, which is optional
 
     start_executorch(torch.get_num_threads())
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    config = config or PQCADConfig.fast(seed=seed)
+    config = config or PQCADConfig(mode="ptq", seed=seed)
     stages = Stages(say)
 
     with stages("load the teacher"):
@@ -120,14 +120,18 @@ def run(
         noise = torch.randn(images, *shape, generator=torch.Generator().manual_seed(seed))
         extract_features(noise[:2], network)  # a network for other images is refused now, not after sampling
 
-    with stages("fixed bits: calibrate on the teacher's own trajectories"):
-        fixed = copy.deepcopy(teacher)
-        quantize_(fixed, replace(config, mode="ptq"), scheduler=scheduler, progress=progress)
-    with stages(f"progressive: learn on the same trajectories, {config.iterations} updates"):
-        compressed = copy.deepcopy(teacher)
-        quantize_(compressed, config, scheduler=scheduler, progress=progress)
-        resolved, learned = plan(compressed), quantized_state(compressed)
-        assert learned is not None
+    networks = {"fp_full": teacher, "ptq_full": copy.deepcopy(teacher)}
+    with tempfile.TemporaryDirectory() as folder:  # the trajectories that calibrate are the ones to learn from
+        with stages("fixed bits: calibrate on the teacher's own trajectories"):
+            fixed = replace(config, mode="ptq")
+            quantize_(networks["ptq_full"], fixed, scheduler=scheduler, folder=folder, progress=progress)
+        if config.learns:
+            with stages(f"progressive: learn on the same trajectories, {config.iterations} updates"):
+                networks["pq_full"] = copy.deepcopy(teacher)
+                quantize_(networks["pq_full"], config, scheduler=scheduler, folder=folder, progress=progress)
+    name, compressed = list(networks.items())[-1]
+    resolved, learned = plan(compressed), quantized_state(compressed)
+    assert learned is not None
     say(f"           {resolved.summary()}")
 
     visited: list[tuple[Tensor, Tensor]] = []
@@ -136,48 +140,51 @@ def run(
         if first == 0:
             visited.append((x_t[:TRAJECTORY_ROWS].clone(), timestep))
 
-    draw = partial(sample, scheduler=scheduler, noise=noise, num_inference_steps=steps, batch_size=batch_size)
-    with stages(f"sample {images} images in {steps} steps, full precision"):
-        fp_full = draw(teacher, callback=keep, progress=progress)
-    with stages(f"sample {images} images in {steps} steps, fixed bits"):
-        ptq_full = draw(fixed, progress=progress)
-    with stages(f"sample {images} images in {steps} steps, progressive"):
-        pq_full = draw(compressed, progress=progress)
+    drawn: dict[str, Tensor] = {}
+    for row, unet in networks.items():
+        with stages(f"sample {images} images in {steps} steps: {ROW_NAMES[row]}"):
+            drawn[row] = sample(
+                unet,
+                scheduler,
+                noise,
+                steps,
+                batch_size=batch_size,
+                callback=keep if row == "fp_full" else None,
+                progress=progress,
+            )
     with stages("evaluate: FID, SQNR"):
-        fid = {
-            name: fid_kid(pixels, network, real, seed=seed)["fid"]
-            for name, pixels in (("fp_full", fp_full), ("ptq_full", ptq_full), ("pq_full", pq_full))
-        }
+        fid = {row: fid_kid(pixels, network, real, seed=seed)["fid"] for row, pixels in drawn.items()}
         sqnr = {
-            name: trajectory_sqnr(teacher, unet, visited)["sqnr_db"]
-            for name, unet in (("ptq_step", fixed), ("pq_step", compressed))
+            row.replace("full", "step"): trajectory_sqnr(teacher, unet, visited)["sqnr_db"]
+            for row, unet in networks.items()
+            if row != "fp_full"
         }
 
     with tempfile.TemporaryDirectory() as scratch:
-        with stages("save the compressed model"):
+        places = {"fp32": Path(scratch) / "fp32.pte", "compressed": out / "unet.pte"}
+        with stages("save both models"):
             fp32_checkpoint = save_model(teacher, scheduler, Path(scratch) / "model").stat().st_size
             checkpoint = save_model(compressed, scheduler, out / "model").stat().st_size
-        fp32_pte, pte = Path(scratch) / "fp32.pte", out / "unet.pte"
         x_t, timestep = noise[:1], visited[0][1]
         compiled = {
             "fp32_compile": lambda: partial(frozen(Step(copy.deepcopy(teacher)), (x_t, timestep)), x_t, timestep),
             "compressed_compile": lambda: partial(torch.compile(compressed, fullgraph=True), x_t, timestep),
         }
         with (
-            stages("export unet.pte in a second process; meanwhile the fp32 .pte and torch.compile"),
-            exporting(out / "model", pte, steps, Path(scratch) / "export.json") as finish,
+            stages("export unet.pte and its fp32 counterpart in processes of their own; meanwhile torch.compile"),
+            exporting(Path(scratch) / "model", places["fp32"], "--full-precision") as finish_fp32,
+            exporting(out / "model", places["compressed"], "--steps", str(steps)) as finish,
         ):
-            fp32_exported = export_fp32_pte(teacher, fp32_pte)
             calls, skipped = build(compiled)
-            exported = finish()
+            fp32_exported, exported = finish_fp32(), finish()
         shown = min(pictures, images)
         with stages(f"sample {shown} images with unet.pte"):
-            sampler = PTESampler(pte)
+            sampler = PTESampler(places["compressed"])
             pte_full = sampler.sample(noise[:shown], progress=progress)
         sqnr["pte_vs_eager"] = min(exported["sqnr_db"].values())
-        sqnr["pte_images"] = sqnr_db(pq_full[:shown], pte_full)
+        sqnr["pte_images"] = sqnr_db(drawn[name][:shown], pte_full)
         calls["fp32_eager"] = partial(teacher, x_t, timestep)
-        calls["pte_fp32"] = partial(load_step(fp32_pte), [x_t, timestep.reshape(1)])
+        calls["pte_fp32"] = partial(load_step(places["fp32"]), [x_t, timestep.reshape(1)])
         calls["pte"] = partial(sampler.predict, x_t, 0)
         with stages("time one step of each"):
             latency = {name: median_ms(calls[name], latency_calls) for name in LATENCY_NAMES if name in calls}
@@ -189,14 +196,13 @@ def run(
         "bytes": {
             "fp32_checkpoint": fp32_checkpoint,
             "checkpoint": checkpoint,
-            "fp32_pte": fp32_exported.bytes,
+            "fp32_pte": fp32_exported["bytes"],
             "pte": exported["bytes"],
             "resident_weights": module_bytes(compressed),
         },
         "latency_ms": latency,
         "latency_batch": 1,
         "sqnr_db": sqnr,
-        "transitions": learned.transitions,
         "arithmetic": ops.arithmetic(),
         "pte_arithmetic": dict(Counter(exported["arithmetic"].values()).most_common()),
         "plan_summary": resolved.summary(),
@@ -206,21 +212,22 @@ def run(
         **describe(torch.get_num_threads()),
         "stages_s": stages.seconds,
     }
+    if config.learns:
+        summary["transitions"] = learned.transitions
     if skipped:
         summary["skipped"] = skipped
     bits = f"W{config.weight_bits}A{config.activation_bits or ' float'}"
-    panels = {
-        f"full precision, {steps} steps\nFID {fid['fp_full']:.1f}": fp_full[:shown],
-        f"{bits} fixed, {steps} steps\nFID {fid['ptq_full']:.1f}": ptq_full[:shown],
-        f"{bits} progressive, {steps} steps\nFID {fid['pq_full']:.1f}": pq_full[:shown],
-        f"the same as unet.pte\n{sqnr['pte_images']:.0f} dB SQNR against its left": pte_full,
+    ways = {"fp_full": "full precision", "ptq_full": f"{bits} fixed", "pq_full": f"{bits} progressive"}
+    panels = {f"{ways[row]}, {steps} steps\nFID {fid[row]:.1f}": pixels[:shown] for row, pixels in drawn.items()} | {
+        f"the same as unet.pte\n{sqnr['pte_images']:.0f} dB SQNR against its left": pte_full
     }
     save_samples(panels, out / "samples.png")
     write_json(out / "summary.json", summary)
     with tempfile.TemporaryDirectory() as scratch:
-        drawn = Path(scratch) / "learning.png"
-        save_learning([asdict(update) for update in learned.log], learned.transitions, drawn)
-        write_html(out / "report.html", summary, resolved.to_list(), [out / "samples.png"], drawn)
+        learning = Path(scratch) / "learning.png" if config.learns else None
+        if learning is not None:
+            save_learning([asdict(update) for update in learned.log], learned.transitions, learning)
+        write_html(out / "report.html", summary, resolved.to_list(), [out / "samples.png"], learning)
     say("\n" + text_report(summary) + f"\n\narithmetic: {summary['arithmetic']}")
     say(f"\n{sum(stages.seconds.values()):.0f} s. Open {out / 'report.html'}")
     return summary
@@ -234,13 +241,14 @@ def load_step(path: Path) -> Callable[[list[Tensor]], Any]:
 
 
 @contextmanager
-def exporting(model: Path, pte: Path, steps: int, result: Path) -> Iterator[Callable[[], dict[str, Any]]]:
-    """``pqcad export`` in a second process, for lowering is Python on one core; yields what waits for its result.
+def exporting(model: Path, pte: Path, *options: str) -> Iterator[Callable[[], dict[str, Any]]]:
+    """``pqcad export`` in a process of its own, for lowering is Python on one core; yields what waits for its result.
 
     Raises (from the call):
         RuntimeError: the export failed; with what it said.
     """
-    command = ["export", "--model", str(model), "--out", str(pte), "--steps", str(steps), "--json", str(result)]
+    result = pte.with_suffix(".json")
+    command = ["export", "--model", str(model), "--out", str(pte), "--json", str(result), *options]
     process = subprocess.Popen(
         [sys.executable, "-m", "pqcad_ao.cli", *command, "--threads", "1"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -253,7 +261,9 @@ def exporting(model: Path, pte: Path, steps: int, result: Path) -> Iterator[Call
         _, complaint = process.communicate()
         if process.returncode:
             raise RuntimeError(f"pqcad {shlex.join(command)} failed: {complaint.strip()}")
-        return json.loads(result.read_text())
+        values = json.loads(result.read_text())
+        result.unlink()
+        return values
 
     try:
         yield finish

@@ -157,6 +157,7 @@ def export_pte(
     conditioning = capture.check_conditioning(unet, conditioning)
     shape = capture.sample_shape(unet, sample_shape)
     path = _check_writable(path)
+    unet = _contiguous(unet)
     stages = tqdm(total=4, desc="recording trajectories", disable=not progress, leave=False)
     with evaluation_mode(unet), torch.no_grad(), stages as bar:
         noise = torch.randn(trajectories, *shape, generator=torch.Generator().manual_seed(seed))
@@ -177,6 +178,13 @@ def export_pte(
     _write(path, program)
     delegates = calls.pop("executorch_call_delegate", 0)
     return PTEReport(path, len(program), delegates, dict(calls), sqnr_db, rounding_db, arithmetic)
+
+
+def _contiguous(unet: nn.Module) -> nn.Module:
+    """The network itself, or where weights are in channels-last layout, which XNNPACK's passes refuse, a copy."""
+    if all(parameter.is_contiguous() for parameter in unet.parameters()):
+        return unet
+    return copy.deepcopy(unet).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 def export_fp32_pte(
@@ -202,6 +210,7 @@ def export_fp32_pte(
     conditioning = capture.check_conditioning(unet, conditioning)
     shape = capture.sample_shape(unet, sample_shape)
     path = _check_writable(path)
+    unet = _contiguous(unet)
     with evaluation_mode(unet), torch.no_grad():
         step, inputs, _ = _step(unet, shape, batch_size, conditioning)
         program, calls = _lower(torch.export.export(step, inputs), {}, partitioner=XnnpackPartitioner())

@@ -138,6 +138,7 @@ class QuantizedLayer(nn.Module):
         """x as int8 integers of its timestep's grid, and the (B, segments) scale that belongs to them."""
         group = self.timestep.current(x.shape[0])
         scale, low = expand_grid(self.input_scale, self.input_low, group, self.segments, x.dim(), channel_dim)
+        low = low.float()  # a clamp that has to convert its bounds is several times slower
         integers = quantize(x.float(), scale, low, low + (2**self.activation_bits - 1))
         return integers.to(torch.int8), self.input_scale[group]
 

@@ -34,6 +34,7 @@ from pqcad_ao.transition import MomentumTransition
 
 CHECKPOINT_EVERY = 50  # updates
 DIVERGED = 10.0  # perturbation loss: ten times the power of what the network predicts
+WARMUP = 0.05  # part of the updates over which the learning rates rise
 LARGEST_GRADIENT = 1.0  # norm to which all gradients together are clipped
 SMALLEST_SCALE = 1e-8
 
@@ -219,11 +220,12 @@ class _Run:
             self.stage = "activations"
             self._insert_activations(fit=True)
         number, config = len(self.log), self.config
-        left = 1 - number / config.iterations
+        # Adam's first updates are of full size whatever the gradients' is, and undo what calibration found
+        pace = min((number + 1) / (WARMUP * config.iterations + 1), 1) * (1 - number / config.iterations)
         for group in self.optimizer.param_groups:
             scale = group.get("scale")
             rate = config.learning_rate if scale is None else config.scale_learning_rate * scale.detach().mean().item()
-            group["lr"] = left * rate
+            group["lr"] = pace * rate
         generator = torch.Generator().manual_seed((config.seed * 1_000_003 + number) % 2**63)
         rows = torch.randint(len(self.points), (config.batch_size,), generator=generator)
         batch = self.points[rows]

@@ -11,7 +11,7 @@ from pqcad_ao.observe import activation_quantizers, weight_quantizers
 from pqcad_ao.plan import Plan, PlanRow
 
 RUNGS = (6, 8)  # widths that a layer may be raised to
-POINTS = 32  # of the calibration set, behind each sensitivity
+POINTS = 16  # of the calibration set, behind each sensitivity
 
 
 def perturbation_loss(prediction: Tensor, reference: Tensor) -> Tensor:

@@ -137,7 +137,7 @@ def test_a_form_that_cannot_be_compiled_is_named():
 
 def test_an_export_that_fails_says_why(tmp_path: Path):
     with (
-        demo.exporting(tmp_path / "none", tmp_path / "a.pte", 3, tmp_path / "a.json") as finish,
+        demo.exporting(tmp_path / "none", tmp_path / "a.pte", "--steps", "3") as finish,
         pytest.raises(RuntimeError, match="no model"),
     ):
         finish()

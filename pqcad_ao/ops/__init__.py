@@ -1,7 +1,7 @@
 """The ``pqcad::`` operators: schema, shape rule and an exact reference kernel in plain PyTorch.
 
 Activations arrive as int8 integers on their 4- or 8-bit grid, weights packed (``pqcad_ao.packing``); what comes out is
-floating point: ``(Σ_s accumulator_s · input_scale_s) · weight_scale + bias``. Importing this module registers them.
+floating point: ``bias + Σ_s accumulator_s · (input_scale_s · weight_scale)``. Importing this module registers them.
 """
 
 from collections.abc import Iterator
@@ -94,6 +94,7 @@ def linear_accumulators(input: Tensor, weight: Tensor, weight_bits: int, segment
 
 
 def _rescale(
+    input: Tensor,
     accumulators: list[Tensor],
     weight_scale: Tensor,
     input_scale: Tensor,
@@ -104,14 +105,14 @@ def _rescale(
     rank = accumulators[0].dim()
     per_channel = [1] * rank
     per_channel[channel_dim] = -1
-    total = None
+    layout = torch._prims_common.suggest_memory_format(input)  # the shape rule promises the input's
+    output = None
     for sums, scale in zip(accumulators, input_scale.unbind(1), strict=True):
-        scaled = sums.float() * scale.view(-1, *[1] * (rank - 1))
-        total = scaled if total is None else total + scaled
-    output = total * weight_scale.view(per_channel)
+        scaled = sums.float().mul_(scale.view(-1, *[1] * (rank - 1)) * weight_scale.view(per_channel))
+        output = scaled if output is None else output.add_(scaled)
     if bias is not None:
-        output = output + bias.view(per_channel)
-    return output.to(dtype).contiguous()  # as the shape rule promises, whatever layout the sums came in
+        output = output.add_(bias.view(per_channel))
+    return output.to(dtype).contiguous(memory_format=layout)
 
 
 def _check(input: Tensor, input_scale: Tensor, segments: list[int], channels: int) -> None:
@@ -144,14 +145,14 @@ def _conv2d(
     if len(segments) > 1 and groups > 1:
         raise ValueError("a grouped convolution takes one segment of input channels")
     sums = conv2d_accumulators(input, weight, weight_bits, segments, kernel_size, stride, padding, dilation, groups)
-    return _rescale(sums, weight_scale, input_scale, bias, 1, dtype)
+    return _rescale(input, sums, weight_scale, input_scale, bias, 1, dtype)
 
 
 @torch.library.impl("pqcad::linear", "CompositeExplicitAutograd")
 def _linear(input, weight, weight_scale, input_scale, bias, weight_bits, segments, dtype):
     _check(input, input_scale, segments, input.shape[-1])
     return _rescale(
-        linear_accumulators(input, weight, weight_bits, segments), weight_scale, input_scale, bias, -1, dtype
+        input, linear_accumulators(input, weight, weight_bits, segments), weight_scale, input_scale, bias, -1, dtype
     )
 
 
@@ -175,7 +176,9 @@ def _(
         (length + 2 * p - d * (k - 1) - 1) // s + 1
         for length, p, d, k, s in zip(input.shape[2:], padding, dilation, kernel_size, stride, strict=True)
     ]
-    return input.new_empty([input.shape[0], weight_scale.shape[0], *size], dtype=dtype)
+    layout = torch._prims_common.suggest_memory_format(input)
+    shape = [input.shape[0], weight_scale.shape[0], *size]
+    return torch.empty(shape, dtype=dtype, device=input.device, memory_format=layout)
 
 
 @torch.library.register_fake("pqcad::linear")
