@@ -46,6 +46,7 @@ from pqcad_ao.bench.machine import (
     timed,
 )
 from pqcad_ao.capture import sample_shape
+from pqcad_ao.evaluate import sqnr_db
 from pqcad_ao.models import NAMES, load_model
 from pqcad_ao.sampling import predict, sample
 from pqcad_ao.serialization import quantized_state
@@ -368,14 +369,6 @@ def gmac_per_step(step: nn.Module, example: tuple[Tensor, ...]) -> float:
     return counter.get_total_flops() / 2e9
 
 
-def sqnr_db(references: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
-    """Signal power over error power in decibels over all batches; infinite where nothing differs."""
-    signal = sum(reference.double().square().sum().item() for reference in references)
-    pairs = zip(references, outputs, strict=True)
-    error = sum((reference.double() - output.double()).square().sum().item() for reference, output in pairs)
-    return math.inf if error == 0 else 10 * math.log10(max(signal, 1e-300) / error)
-
-
 def prepare(spec: dict[str, Any]) -> tuple[dict[str, Any], Callable[[int], dict[str, Any]]]:
     """The worker that is no contender: make the inputs for all and count the work; its turns measure the machine."""
     unet, scheduler = float_model(spec["model"])
@@ -403,7 +396,7 @@ def contend(spec: dict[str, Any]) -> tuple[dict[str, Any], Callable[[int], dict[
         raise FloatingPointError("its output holds NaN or infinity")
     if spec["name"] == REFERENCE:
         torch.save(outputs, folder / "reference.pt")
-    sqnr = sqnr_db(torch.load(folder / "reference.pt"), outputs)
+    sqnr = sqnr_db(torch.stack(torch.load(folder / "reference.pt")), torch.stack(outputs))
     del unet, work, inputs, outputs
     release_memory()
     facts = {

@@ -239,8 +239,8 @@ class _Run:
             )
         started = self.policy.update(value)
         loss.backward()
-        everything = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        torch.nn.utils.clip_grad_norm_(everything, LARGEST_GRADIENT)
+        # in the order of names, which a resumed run shares: the norm of all depends on the order in its last bit
+        torch.nn.utils.clip_grad_norm_([p for p in self.graph.parameters() if p.grad is not None], LARGEST_GRADIENT)
         self.optimizer.step()
         self.optimizer.zero_grad()
         with torch.no_grad():

@@ -79,10 +79,10 @@ def sample(
             x_t = noise[rows] * scheduler.init_noise_sigma
             chosen = take_rows(conditioning, rows)
             for index, timestep in enumerate(timesteps):
-                if callback is not None:
-                    callback(first, index, timestep, x_t)
                 # oneDNN and cuDNN convolve in this layout, and a network keeps its input's from end to end
                 x_t = x_t.to(memory_format=torch.channels_last)
+                if callback is not None:
+                    callback(first, index, timestep, x_t)
                 prediction = predict(unet, x_t, timestep.repeat(len(x_t)), chosen)
                 x_t = scheduler.step(prediction, timestep, x_t).prev_sample
                 bar.update()

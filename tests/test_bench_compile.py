@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import math
 import subprocess
 import sys
 import time
@@ -210,12 +209,6 @@ def test_gmac_counts_a_convolution():
 def test_shared_storage_counts_once():
     weight = torch.zeros(10)
     assert bench.tensor_bytes([weight, weight[2:4], torch.zeros(3, dtype=torch.int8)]) == 43
-
-
-def test_sqnr():
-    signal = [torch.tensor([3.0, 4.0])]
-    assert bench.sqnr_db(signal, [torch.tensor([3.0, 4.5])]) == pytest.approx(20)
-    assert bench.sqnr_db(signal, signal) == math.inf
 
 
 def test_peak_memory_of_a_child_is_its_own():

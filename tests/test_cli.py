@@ -146,6 +146,21 @@ def test_export_hands_on_what_was_asked_for(
     assert "30.0 dB at worst" in capsys.readouterr().out
 
 
+def test_export_of_the_baseline(tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("executorch", reason="export needs executorch")
+    asked: dict = {}
+
+    def export_fp32_pte(unet, path: Path, **options) -> edge.PTEReport:
+        asked.update(options, path=path)
+        return edge.PTEReport(path, 99, 1, {})
+
+    monkeypatch.setattr(edge, "export_fp32_pte", export_fp32_pte)
+    found = run_json(tmp_path, "export", "--model", tiny_dir, "--out", tmp_path / "fp32.pte", "--full-precision")
+    assert asked == {"path": tmp_path / "fp32.pte", "batch_size": 1}
+    assert found["bytes"] == 99
+    assert "steps" not in found, "it has no schedule in it"
+
+
 def test_export_of_a_network_in_full_precision_is_one_line(
     tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):

@@ -184,7 +184,7 @@ def test_bfloat16_leaves_the_grids_in_float32(quantized_unet):
     assert quantized_unet.dtype == quantized_unet.conv_norm_out.weight.dtype == torch.bfloat16
     output = quantized_unet(_images(4).bfloat16(), 300).sample
     assert output.dtype == torch.bfloat16
-    assert sqnr(expected, output) > 10
+    assert sqnr(expected, output) > 8
 
 
 def test_casting_there_and_back_is_exact(quantized_unet):

@@ -29,14 +29,17 @@ def features() -> tuple[nn.Module, RealFeatures]:
 
 
 def run_tiny(
-    out: Path, model: Path, features: tuple[nn.Module, RealFeatures], say: Callable[[str], None] = print
+    out: Path,
+    model: Path,
+    features: tuple[nn.Module, RealFeatures],
+    say: Callable[[str], None] = print,
+    mode: str = "progressive",
 ) -> dict[str, Any]:
+    sizes = {"calibration_points": 16, "timestep_groups": 4, "learning_points": 16, "batch_size": 4, "iterations": 40}
     return demo.run(
         out,
         model=str(model),
-        config=PQCADConfig.fast(
-            calibration_points=16, timestep_groups=4, learning_points=16, batch_size=4, iterations=40, beta=0.5
-        ),
+        config=PQCADConfig.fast(mode=mode, beta=0.5, **sizes),
         images=6,
         steps=3,
         batch_size=4,
@@ -63,7 +66,11 @@ def made(
 @pytest.mark.slow
 def test_with_the_compiler(tiny_dir: Path, features: tuple[nn.Module, RealFeatures], tmp_path: Path):
     pytest.importorskip("executorch", reason="the demo exports a .pte: needs executorch")
-    assert "skipped" not in run_tiny(tmp_path, tiny_dir, features)
+    summary = run_tiny(tmp_path, tiny_dir, features, mode="ptq")
+    assert "skipped" not in summary
+    assert summary["fid"].keys() == {"fp_full", "ptq_full"}
+    assert "transitions" not in summary
+    assert (tmp_path / "report.html").read_text().count("<img") == 1
 
 
 def test_summary_has_the_keys_that_are_promised_and_no_others(made: tuple[Path, dict[str, Any], list[str]]):

@@ -219,10 +219,13 @@ def test_autocast_does_not_round_the_sums():
 def test_the_inputs_layout_does_not_matter():
     x, *rest = _conv2d_arguments(segments=(3, 5))
     expected = torch.ops.pqcad.conv2d(x, *rest)
-    for other in (x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3)):
+    for other, layout in (
+        (x.to(memory_format=torch.channels_last), torch.channels_last),
+        (x.transpose(2, 3).contiguous().transpose(2, 3), torch.contiguous_format),
+    ):
         output = torch.ops.pqcad.conv2d(other, *rest)
         assert torch.equal(output, expected)
-        assert output.is_contiguous()
+        assert output.is_contiguous(memory_format=layout)
     x, *rest = _linear_arguments(shape=(4, 6))
     expected = torch.ops.pqcad.linear(x, *rest)
     assert torch.equal(torch.ops.pqcad.linear(x.transpose(0, 1).contiguous().transpose(0, 1), *rest), expected)
