@@ -68,7 +68,8 @@ class PQCADConfig(AOBaseConfig):
             more bits; None gives none.
         iterations: training updates, both stages together.
         batch_size: of a training update, at most 63.
-        learning_rate: of weights, biases and norms (Adam), after a short rise falling linearly to zero.
+        learning_rate: of weights, biases and norms (Adam), after a short rise falling linearly to zero; halved for each
+            bit that the current width is above the final one.
         scale_learning_rate: of the scales, as a part of their own size, falling alike.
         weight_ladder, activation_ladder: bits to step through before the final ones, falling; those not above the final
             ones are left out.

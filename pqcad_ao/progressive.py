@@ -222,6 +222,8 @@ class _Run:
         number, config = len(self.log), self.config
         # Adam's first updates are of full size whatever the gradients' is, and undo what calibration found
         pace = min((number + 1) / (WARMUP * config.iterations + 1), 1) * (1 - number / config.iterations)
+        # what there is to move by shrinks with the grid's step: at the final rate a wide grid only gathers Adam's noise
+        pace *= 2.0 ** (self.policy.ladder[-1] - self.policy.bits)
         for group in self.optimizer.param_groups:
             scale = group.get("scale")
             rate = config.learning_rate if scale is None else config.scale_learning_rate * scale.detach().mean().item()
