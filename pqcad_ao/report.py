@@ -169,7 +169,7 @@ def save_learning(log: list[dict[str, Any]], transitions: list[dict[str, Any]], 
         above.annotate(
             stage, (first, 0), xycoords=("data", "axes fraction"), fontsize=9, xytext=(4, 4), textcoords="offset points"
         )
-    above.legend(loc="upper right", fontsize=8)
+    above.legend(loc="lower right", fontsize=8)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
