@@ -90,7 +90,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         help="2 to 8, or float (default: %(default)s)",
     )
     parser.add_argument("--mode", choices=MODES, default=default.mode, help="how (default: %(default)s)")
-    parser.add_argument("--fast", action="store_true", help="learn for a tenth of the time, 90 seconds on two cores")
+    parser.add_argument("--fast", action="store_true", help="learn with fewer updates, within 90 seconds on two cores")
     parser.add_argument(
         "--iterations", type=positive, metavar="N", help=f"training updates (default: {default.iterations})"
     )

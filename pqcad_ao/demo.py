@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,11 @@ from pqcad_ao.capture import sample_shape
 from pqcad_ao.config import PQCADConfig
 from pqcad_ao.evaluate import RealFeatures, embedded_features, extract_features, fid_kid, sqnr_db, trajectory_sqnr
 from pqcad_ao.models import load_model, save_model
-from pqcad_ao.quantize import plan, quantize_
+from pqcad_ao.quantize import quantize_
 from pqcad_ao.quiet import start_executorch
 from pqcad_ao.report import LATENCY_NAMES, ROW_NAMES, save_learning, save_samples, text_report, write_html, write_json
 from pqcad_ao.sampling import sample
-from pqcad_ao.serialization import quantized_state
+from pqcad_ao.serialization import QuantizedState, quantized_state
 
 TRAJECTORY_ROWS = 8  # images whose trajectories carry the SQNR
 WARMUP_CALLS = 3
@@ -130,8 +130,8 @@ def run(
                 networks["pq_full"] = copy.deepcopy(teacher)
                 quantize_(networks["pq_full"], config, scheduler=scheduler, folder=folder, progress=progress)
     name, compressed = list(networks.items())[-1]
-    resolved, learned = plan(compressed), quantized_state(compressed)
-    assert learned is not None
+    learned = cast(QuantizedState, quantized_state(compressed))
+    resolved = learned.plan
     say(f"           {resolved.summary()}")
 
     visited: list[tuple[Tensor, Tensor]] = []

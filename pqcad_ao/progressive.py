@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 from torch.fx import GraphModule
 from tqdm.auto import tqdm
 
@@ -192,16 +191,14 @@ class _Run:
         weights = self.policies.get("weights")
         fit_weights(graph, self._widths("weights", weights.bits if weights else 0))
         left_alone = {row.fqn for row in resolved.rows if not row.quantized}
-        scales = {
-            id(scale) for module, _ in weight_quantizers(graph).values() for scale in (module.scale, module.next_scale)
-        }
-        self.parameters = [
+        parameters = [
             parameter
             for name, parameter in graph.named_parameters()
-            if id(parameter) not in scales and name.removeprefix("unet.").rpartition(".")[0] not in left_alone
+            if name.startswith("unet.") and name.removeprefix("unet.").rpartition(".")[0] not in left_alone
         ]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=0.0)
-        self._add_scales([module for module, _ in weight_quantizers(graph).values()])
+        self.optimizer = torch.optim.Adam(parameters, lr=0.0)
+        self.quantizers: list[Any] = [module for module, _ in weight_quantizers(graph).values()]  # of the stage
+        self._add_scales()
         self.stage = next(iter(self.policies))
         if self.stage == "activations":
             self._insert_activations(fit=True)
@@ -233,11 +230,11 @@ class _Run:
         batch = self.points[rows]
         loss = perturbation_loss(self.graph(batch.x_t, batch.timesteps, batch.conditioning), self.targets[rows])
         value = loss.item()
-        place = f"in stage {self.stage!r}, update {number}, at {self.policy.bits} bits"
         if not value < DIVERGED:
             raise FloatingPointError(
-                f"learning diverged {place}: the perturbation loss is {value:.3g}. Lower learning_rate "
-                f"({config.learning_rate:g}) or scale_learning_rate ({config.scale_learning_rate:g})"
+                f"learning diverged in stage {self.stage!r}, update {number}, at {self.policy.bits} bits: the "
+                f"perturbation loss is {value:.3g}. Lower learning_rate ({config.learning_rate:g}) or "
+                f"scale_learning_rate ({config.scale_learning_rate:g})"
             )
         started = self.policy.update(value)
         loss.backward()
@@ -264,14 +261,9 @@ class _Run:
         """Each layer's bits while its stage is at ``bits``: never fewer than the plan's."""
         return {fqn: max(target, bits) for fqn, target in self.bits[stage].items()}
 
-    def _quantizers(self) -> list[nn.Module]:
-        if self.stage == "weights":
-            return [module for module, _ in weight_quantizers(self.graph).values()]
-        return list(activation_quantizers(self.graph).values())
-
-    def _add_scales(self, modules: list[Any]) -> None:
+    def _add_scales(self) -> None:
         """Scales learn at a rate relative to their own size, so each is a group."""
-        for module in modules:
+        for module in self.quantizers:
             for scale in (module.scale, module.next_scale):
                 self.optimizer.add_param_group({"params": [scale], "scale": scale})
 
@@ -279,8 +271,8 @@ class _Run:
         config = self.config
         quantizer = PQCADQuantizer(self.plan, "activations", groups=config.timestep_groups, seed=config.seed)
         self.graph = insert_activations(self.graph, quantizer, self.num_train_timesteps)
-        modules = activation_quantizers(self.graph)
-        self._add_scales(list(modules.values()))
+        self.quantizers = list(activation_quantizers(self.graph).values())
+        self._add_scales()
         if fit:
             self._observe()
             fit_activations(self.graph, self._widths("activations", self.policy.bits))
@@ -298,11 +290,11 @@ class _Run:
         else:
             self._observe()
             fit_activations(self.graph, widths, blend=True)
-        for module in self._quantizers():
+        for module in self.quantizers:
             self.optimizer.state.pop(module.next_scale, None)
 
     def _blend(self) -> None:
-        for module in self._quantizers():
+        for module in self.quantizers:
             if module.blending:
                 module.alpha = self.policy.alpha
                 if module.alpha == 1.0:

@@ -132,6 +132,7 @@ def quantize_(
             calibrate(learned.graph, resolved, points, config, **keeps)
         timestep = Timestep(config.timestep_groups, num_train_timesteps)
         layers = fold(learned.graph, model, resolved, timestep)
+        values = dict(learned.graph.named_parameters(remove_duplicate=False))
         attach(model, config, resolved, timestep, learned.transitions, learned.log)
     except BaseException:
         if device is not None:
@@ -141,8 +142,9 @@ def quantize_(
         model.set_submodule(fqn, layer)
     if config.learns:
         with torch.no_grad():
-            for name, parameter in model.named_parameters():  # biases of layers left in float, norms
-                parameter.copy_(learned.graph.get_parameter(f"unet.{name}"))
+            for name, parameter in model.named_parameters():  # norms; what the forward never reads is not in the graph
+                if f"unet.{name}" in values:
+                    parameter.copy_(values[f"unet.{name}"])
     install_timestep(model, timestep)
 
 

@@ -245,6 +245,14 @@ def test_a_bfloat16_network_learns_in_float32():
     assert quantized_state(model).log[-1].loss < 2 * quantized_state(reference).log[-1].loss
 
 
+def test_a_parameter_that_the_forward_never_reads_stays_as_it_is():
+    model = Small()
+    model.idle = nn.Parameter(torch.ones(3))
+    quantize(model, config())
+    assert model.idle.tolist() == [1, 1, 1]
+    assert model.norm.bias.any()
+
+
 # What is seen while it runs
 
 
