@@ -1,15 +1,23 @@
 """Drop operators that return their input."""
 
+import operator
+
 import torch
 from torch.fx import GraphModule, Node
+from torch.nn import functional
 
-from pqcad_ao.passes.inline import finish
+from pqcad_ao.passes.inline import argument, finish, traced
 
 aten = torch.ops.aten
+# Each operator as torch.compile and as torch.export write it.
+DROPOUT = {functional.dropout, aten.dropout.default}
+BY_ONE = {operator.mul, operator.truediv, torch.mul, torch.div, aten.mul.Tensor, aten.div.Tensor}
 
 
 def drop_identities(graph: GraphModule) -> GraphModule:
     """Remove dropout out of training, casts to the same dtype, products with and quotients by one, in place.
+
+    Works on a graph of torch.compile or of torch.export.
 
     Returns:
         the same GraphModule.
@@ -24,12 +32,14 @@ def drop_identities(graph: GraphModule) -> GraphModule:
 
 
 def _is_identity(node: Node) -> bool:
-    if node.target is aten.dropout.default:
-        return not node.args[2]
+    if node.target in DROPOUT:
+        training = argument(node, 2, "training", True)
+        return not training or argument(node, 1, "p", 0.5) == 0
     if node.target is aten.to.dtype:
         source = node.args[0].meta.get("val")
         return source is not None and source.dtype == node.args[1]
-    if node.target in (aten.mul.Tensor, aten.div.Tensor):
-        one = node.args[1]
-        return isinstance(one, (int, float)) and one == 1 and node.args[0].meta["val"].dtype == node.meta["val"].dtype
+    if node.target in BY_ONE:
+        source, one = node.args
+        is_one = isinstance(source, Node) and isinstance(one, (int, float)) and one == 1
+        return is_one and getattr(traced(source), "dtype", None) == getattr(traced(node), "dtype", False)
     return False

@@ -50,3 +50,13 @@ def finish(graph: GraphModule) -> GraphModule:
     graph.graph.lint()
     graph.recompile()
     return graph
+
+
+def traced(node: Node) -> Any:
+    """What a node stood for while torch.compile or torch.export traced it."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def argument(node: Node, position: int, name: str, default: Any) -> Any:
+    """An argument of a call, wherever it was written."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional
 
 import pqcad_ao.ops  # noqa: F401  (registers the operators)
-from pqcad_ao.ops import unpack_conv_weight
+from pqcad_ao.ops.reference import unpack_conv_weight
 from pqcad_ao.packing import unpack
 from pqcad_ao.passes.inline import buffer, finish, inline, value_of
 
@@ -56,12 +56,12 @@ def span(bits: int) -> int:
 
 
 def _rewrite(graph: GraphModule, node: Node, fqn: str) -> str:
-    _, packed, weight_scale, scales, bias, weight_bits, segments, *conv, _ = node.args
-    x, low, bits = _quantized_input(node, fqn)
+    _, packed, weight_scale, _, bias, weight_bits, segments, *conv = node.args
+    x, scales, low, bits = _quantized_input(node, fqn)
     shape = list(x.meta["val"].shape)
     channel_dim = 1 if node.target is CONV else len(shape) - 1
     if node.target is CONV:
-        kernel_size, stride, padding, dilation, groups = conv
+        kernel_size, stride, padding, dilation, groups = conv[:5]
         weight = unpack_conv_weight(value_of(graph, packed), weight_bits, shape[1] // groups, kernel_size)
         product, options = functional.conv2d, (stride, padding, dilation, groups)
     else:
@@ -89,22 +89,13 @@ def _rewrite(graph: GraphModule, node: Node, fqn: str) -> str:
     return f"W{weight_bits}A{bits}: int8 × {'int4' if packs else 'int8'} products, float32 result, exact"
 
 
-def _quantized_input(node: Node, fqn: str) -> tuple[Node, Node, int]:
-    """The activation before it was quantized, its grid's lowest integers, broadcastable to it, and its bits.
-
-    ``clamp(round(x · reciprocal(scale)), low, low + 2^bits - 1).to(int8)``, as ``quantize_input`` writes.
-    """
-    chain = (aten.to.dtype, aten.clamp.Tensor, aten.round.default, aten.mul.Tensor)
-    source, found = node.args[0], []
-    for target in chain:
-        if source.target is not target:
-            raise NotImplementedError(f"{fqn}: its input is quantized by {source.target} where {target} is expected")
-        found.append(source)
-        source = source.args[0]
-    low, high = found[1].args[1:]
-    if high.target is not aten.add.Tensor or high.args[0] is not low:
-        raise NotImplementedError(f"{fqn}: the upper end of its grid, {high}, is not the lower end plus a constant")
-    return source, low, int(high.args[1] + 1).bit_length() - 1
+def _quantized_input(node: Node, fqn: str) -> tuple[Node, Node, Node, int]:
+    """The activation before it was quantized, its grid's (B, segments) scales and lowest integers, and its bits."""
+    source = node.args[0]
+    if source.target is not torch.ops.pqcad.quantize.default:
+        raise NotImplementedError(f"{fqn}: its input comes from {source.target}, not from pqcad.quantize")
+    x, scales, low, _, bits, _ = source.args
+    return x, scales, low, bits
 
 
 def _with_zeros(weight: Tensor) -> Tensor:
@@ -117,11 +108,8 @@ def _segments(x, scales, low, bits, segments, channel_dim, rank):
     start = 0
     for index, channels in enumerate(segments):
         scale = scales[:1, index : index + 1].view([1] * rank)
-        first, part = low[:1], x
-        if len(segments) > 1:
-            first = aten.slice.Tensor(first, channel_dim, start, start + 1)
-            part = aten.slice.Tensor(x, channel_dim, start, start + channels)
-        first = first.to(torch.float32)
+        first = low[:1, index : index + 1].view([1] * rank).to(torch.float32)
+        part = x if len(segments) == 1 else aten.slice.Tensor(x, channel_dim, start, start + channels)
         offset = ROUNDER - first
         steps = functional.hardtanh(part * scale.reciprocal() + offset, ROUNDER, ROUNDER + 2**bits - 1)
         yield (steps - offset) * scale, scale, first

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import pqcad_ao.ops  # noqa: F401  (registers the operators)
-from pqcad_ao.fake_quant import expand_grid, quantize, timestep_group
-from pqcad_ao.ops import unpack_conv_weight
+from pqcad_ao.fake_quant import timestep_group
+from pqcad_ao.ops.reference import unpack_conv_weight
 from pqcad_ao.packing import pack, packed_size, unpack
 
 
@@ -137,10 +137,9 @@ class QuantizedLayer(nn.Module):
     def quantize_input(self, x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
         """x as int8 integers of its timestep's grid, and the (B, segments) scale that belongs to them."""
         group = self.timestep.current(x.shape[0])
-        scale, low = expand_grid(self.input_scale, self.input_low, group, self.segments, x.dim(), channel_dim)
-        low = low.float()  # a clamp that has to convert its bounds is several times slower
-        integers = quantize(x.float(), scale, low, low + (2**self.activation_bits - 1))
-        return integers.to(torch.int8), self.input_scale[group]
+        scale = self.input_scale[group]
+        grid = (scale, self.input_low[group], self.segments, self.activation_bits, channel_dim)
+        return torch.ops.pqcad.quantize(x, *grid), scale
 
     def weight_integers(self) -> Tensor:
         """(O, K) int8, in the order in which they are packed."""
@@ -213,6 +212,7 @@ class QuantizedConv2d(QuantizedLayer):
             self.dilation,
             self.groups,
             x.dtype,
+            self.activation_bits,
         )
 
     def extra_repr(self) -> str:

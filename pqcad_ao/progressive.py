@@ -312,7 +312,7 @@ class _Run:
         names = {parameter: name for name, parameter in self.graph.named_parameters()}
         for parameter, state in self.optimizer.state.items():
             for entry, value in state.items():
-                tensors[f"adam.{entry}.{names[parameter]}"] = value
+                tensors[f"adam.{entry}.{names[parameter]}"] = value.contiguous()
         header = {
             "key": self.key,
             "stage": self.stage,

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from pqcad_ao.ops import conv2d_accumulators, exact_dtype, linear_accumulators, unpack_conv_weight
+from pqcad_ao.ops.reference import conv2d_accumulators, exact_dtype, linear_accumulators, unpack_conv_weight
 from pqcad_ao.packing import pack
 
 
@@ -177,6 +177,32 @@ def test_opcheck_linear(options):
     torch.library.opcheck(torch.ops.pqcad.linear.default, _linear_arguments(**options))
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 6, 7), (2, 4, 1, 1)])
+def test_opcheck_addends(shape):
+    addend = torch.randn(shape)
+    torch.library.opcheck(torch.ops.pqcad.conv2d.default, _conv2d_arguments(), {"input_bits": 8, "addend": addend})
+    torch.library.opcheck(
+        torch.ops.pqcad.linear.default, _linear_arguments(shape=(2, 5)), {"addend": torch.randn(2, 5, 3)}
+    )
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((2, 5, 3, 4), 1), ((2, 3, 4, 5), -1), ((3, 5), -1), ((0, 2, 5), -1)])
+@pytest.mark.parametrize("segments", [[5], [2, 3]])
+def test_opcheck_quantize(shape, dim, segments):
+    grid = (torch.rand(shape[0], len(segments)) + 0.1, torch.full((shape[0], len(segments)), -3, dtype=torch.int16))
+    arguments = (torch.randn(shape), *grid, segments, 4, dim)
+    torch.library.opcheck(torch.ops.pqcad.quantize.default, arguments)
+
+
+@pytest.mark.parametrize(("groups", "silu", "upsample"), [(0, False, 1), (2, True, 1), (4, True, 2)])
+@pytest.mark.parametrize("channels", [[8], [3, 5]])
+def test_opcheck_norm_silu_quantize(groups, silu, upsample, channels):
+    grid = (torch.rand(2, 1) + 0.1, torch.full((2, 1), -3, dtype=torch.int16), [8], 4, upsample)
+    inputs = [torch.randn(2, count, 3, 4) for count in channels]
+    arguments = (inputs, torch.randn(8), torch.randn(8), groups, 1e-5, silu, *grid)
+    torch.library.opcheck(torch.ops.pqcad.norm_silu_quantize.default, arguments)
+
+
 @pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
 def test_conv2d_is_the_convolution_of_dequantized_values(options):
     x, packed, weight_scale, scale, bias, bits, segments, kernel, *geometry, groups, dtype = arguments = (
@@ -188,7 +214,7 @@ def test_conv2d_is_the_convolution_of_dequantized_values(options):
     output = torch.ops.pqcad.conv2d(*arguments)
     assert output.dtype == dtype
     assert output.shape == expected.shape
-    assert output.is_contiguous()
+    assert output.is_contiguous(memory_format=torch.channels_last)
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(output.double(), expected, rtol=tolerance, atol=tolerance)
 
@@ -219,13 +245,10 @@ def test_autocast_does_not_round_the_sums():
 def test_the_inputs_layout_does_not_matter():
     x, *rest = _conv2d_arguments(segments=(3, 5))
     expected = torch.ops.pqcad.conv2d(x, *rest)
-    for other, layout in (
-        (x.to(memory_format=torch.channels_last), torch.channels_last),
-        (x.transpose(2, 3).contiguous().transpose(2, 3), torch.contiguous_format),
-    ):
+    for other in (x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3)):
         output = torch.ops.pqcad.conv2d(other, *rest)
         assert torch.equal(output, expected)
-        assert output.is_contiguous(memory_format=layout)
+        assert output.is_contiguous(memory_format=torch.channels_last)
     x, *rest = _linear_arguments(shape=(4, 6))
     expected = torch.ops.pqcad.linear(x, *rest)
     assert torch.equal(torch.ops.pqcad.linear(x.transpose(0, 1).contiguous().transpose(0, 1), *rest), expected)
@@ -243,10 +266,10 @@ def test_samples_do_not_touch_each_other(batch, order):
 
 def test_unquantized_input_is_an_error():
     x, *rest = _conv2d_arguments()
-    with pytest.raises(TypeError, match=r"input is torch\.float32: .* take int8"):
+    with pytest.raises(TypeError, match="(?i)input is .*float.* take int8"):
         torch.ops.pqcad.conv2d(x.float(), *rest)
     x, *rest = _linear_arguments()
-    with pytest.raises(TypeError, match=r"input is torch\.int32: .* take int8"):
+    with pytest.raises(TypeError, match="(?i)input is .*int.* take int8"):
         torch.ops.pqcad.linear(x.int(), *rest)
 
 
@@ -268,5 +291,5 @@ def test_segments_and_scales_must_fit_the_input():
 
 def test_a_weight_of_another_size_is_an_error():
     x, weight, *rest = _linear_arguments()
-    with pytest.raises(ValueError, match="7 values of 4 bits are 4 bytes"):
+    with pytest.raises(ValueError, match=r"7 values of 4 bits are 4 bytes|expected uint8 \(.*, 4\)"):
         torch.ops.pqcad.linear(x, weight[:, :-1], *rest)

@@ -161,9 +161,9 @@ def test_xnnpack_form_of_grouped_convolutions_is_float32_and_says_so():
 def test_xnnpack_form_refuses_another_quantization(quantized):
     graph, _ = graph_of(Denoiser(quantized), noise(), at(400), {})
     for node in graph.graph.nodes:
-        if node.target is aten.round.default:
-            node.target = aten.floor.default
-    with pytest.raises(NotImplementedError, match=r"first: its input is quantized by aten\.floor"):
+        if node.target is torch.ops.pqcad.quantize.default:
+            node.target, node.args = aten.floor.default, node.args[:1]
+    with pytest.raises(NotImplementedError, match=r"first: its input comes from aten\.floor"):
         to_xnnpack(graph)
 
 

@@ -1,0 +1,54 @@
+"""Let a quantized convolution add what is added to its result: a residual, or the time embedding's channels."""
+
+import operator
+
+import torch
+from torch.fx import GraphModule, Node
+
+import pqcad_ao.ops  # noqa: F401  (registers the operators)
+from pqcad_ao.passes.inline import argument, finish, traced
+
+ADD = {operator.add, operator.iadd, torch.add, torch.ops.aten.add.Tensor}
+CONV = {torch.ops.pqcad.conv2d, torch.ops.pqcad.conv2d.default}
+
+
+def fuse_addends(graph: GraphModule) -> int:
+    """Turn ``conv2d(...) + y`` into ``conv2d(..., addend=y)``, in place, where nothing else reads the convolution.
+
+    Of the sum of two convolutions the later one takes the earlier one's result. y has the result's shape, or one value
+    for each sample and channel, and its type.
+
+    Returns:
+        how many sums are gone.
+    """
+    order = {node: index for index, node in enumerate(graph.graph.nodes)}
+    fused = 0
+    for node in list(graph.graph.nodes):
+        if node.target not in ADD or len(node.args) != 2 or node.kwargs.get("alpha", 1) != 1:
+            continue
+        pairs = [pair for pair in (node.args, node.args[::-1]) if _takes(*pair)]
+        if not pairs:
+            continue
+        conv, addend = max(pairs, key=lambda pair: order[pair[0]])
+        with graph.graph.inserting_before(node):  # here, where the addend is known
+            kwargs = {**conv.kwargs, "addend": addend}
+            replacement = graph.graph.call_function(conv.target, conv.args, kwargs)
+        replacement.meta = dict(node.meta)
+        order[replacement] = order[node]
+        node.replace_all_uses_with(replacement)
+        graph.graph.erase_node(node)
+        graph.graph.erase_node(conv)
+        fused += 1
+    finish(graph)
+    return fused
+
+
+def _takes(conv: object, addend: object) -> bool:
+    if not (isinstance(conv, Node) and isinstance(addend, Node) and conv.target in CONV and len(conv.users) == 1):
+        return False
+    if argument(conv, 14, "addend", None) is not None:
+        return False
+    result, other = traced(conv), traced(addend)
+    if not isinstance(other, torch.Tensor) or other.dtype != result.dtype or other.dim() != 4:
+        return False
+    return other.shape == result.shape or (other.shape[:2] == result.shape[:2] and other.shape[2:] == (1, 1))

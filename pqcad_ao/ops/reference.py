@@ -1,0 +1,185 @@
+"""The operators' arithmetic in plain PyTorch: exact integer sums, carried by floating-point multiply-accumulates."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from pqcad_ao.packing import unpack
+
+
+def unpack_conv_weight(weight: Tensor, bits: int, in_channels: int, kernel_size: list[int]) -> Tensor:
+    """Packed rows in (kh, kw, in) order to (out, in, kh, kw) int8. ``in_channels`` is per group."""
+    height, width = kernel_size
+    rows = unpack(weight, bits, height * width * in_channels)
+    return rows.unflatten(1, (height, width, in_channels)).permute(0, 3, 1, 2)
+
+
+def exact_dtype(weight_bits: int, reduction: int) -> torch.dtype:
+    """The floating-point type in which a sum of ``reduction`` products of an int8 and a weight is exact.
+
+    float32 holds every integer up to 2^24, in any order of summation; float64 up to 2^53.
+    """
+    return torch.float32 if reduction * 128 * 2 ** (weight_bits - 1) <= 2**24 else torch.float64
+
+
+@contextmanager
+def _exact(device: torch.device) -> Iterator[None]:
+    """Keep autocast from rounding sums to bfloat16, and cuDNN from algorithms (Winograd) whose sums are not exact."""
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        with torch.backends.cudnn.flags(enabled=False):
+            yield
+
+
+def conv2d_accumulators(
+    input: Tensor,
+    weight: Tensor,
+    weight_bits: int,
+    segments: list[int],
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> list[Tensor]:
+    """Integer sums, one tensor (B, O, H', W') for each segment of the input channels, as integer-valued floats."""
+    in_channels = input.shape[1] // groups
+    dtype = exact_dtype(weight_bits, in_channels * kernel_size[0] * kernel_size[1])
+    integers = unpack_conv_weight(weight, weight_bits, in_channels, kernel_size).to(dtype)
+    with _exact(input.device):
+        if len(segments) == 1:
+            return [torch.nn.functional.conv2d(input.to(dtype), integers, None, stride, padding, dilation, groups)]
+        return [
+            torch.nn.functional.conv2d(part.to(dtype), rows, None, stride, padding, dilation)
+            for part, rows in zip(input.split(segments, 1), integers.split(segments, 1), strict=True)
+        ]
+
+
+def linear_accumulators(input: Tensor, weight: Tensor, weight_bits: int, segments: list[int]) -> list[Tensor]:
+    """Integer sums, one tensor (B, ..., O) for each segment of the input features, as integer-valued floats."""
+    dtype = exact_dtype(weight_bits, input.shape[-1])
+    integers = unpack(weight, weight_bits, input.shape[-1]).to(dtype)
+    with _exact(input.device):
+        return [
+            torch.nn.functional.linear(part.to(dtype), rows)
+            for part, rows in zip(input.split(segments, -1), integers.split(segments, -1), strict=True)
+        ]
+
+
+def _rescale(
+    accumulators: list[Tensor],
+    weight_scale: Tensor,
+    input_scale: Tensor,
+    bias: Tensor | None,
+    addend: Tensor | None,
+    channel_dim: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    rank = accumulators[0].dim()
+    per_channel = [1] * rank
+    per_channel[channel_dim] = -1
+    output = None
+    for sums, scale in zip(accumulators, input_scale.unbind(1), strict=True):
+        scaled = sums.float().mul_(scale.view(-1, *[1] * (rank - 1)) * weight_scale.view(per_channel))
+        output = scaled if output is None else output.add_(scaled)
+    if bias is not None:
+        output = output.add_(bias.view(per_channel))
+    if addend is not None:
+        output = output.add_(addend)
+    return output.to(dtype)
+
+
+def _check(input: Tensor, input_scale: Tensor, segments: list[int], channels: int) -> None:
+    if input.dtype != torch.int8:
+        raise TypeError(f"input is {input.dtype}: the pqcad operators take int8 integers (quantize first)")
+    if sum(segments) != channels:
+        raise ValueError(f"segments {list(segments)} sum to {sum(segments)}, the input has {channels} channels")
+    if input_scale.shape != (input.shape[0], len(segments)):
+        expected = (input.shape[0], len(segments))
+        raise ValueError(f"input_scale has shape {tuple(input_scale.shape)}: expected (batch, segments) = {expected}")
+
+
+def conv2d(
+    input,
+    weight,
+    weight_scale,
+    input_scale,
+    bias,
+    weight_bits,
+    segments,
+    kernel_size,
+    stride,
+    padding,
+    dilation,
+    groups,
+    dtype,
+    input_bits=8,
+    addend=None,
+) -> Tensor:
+    """``pqcad::conv2d`` on any device."""
+    _check(input, input_scale, segments, input.shape[1])
+    if len(segments) > 1 and groups > 1:
+        raise ValueError("a grouped convolution takes one segment of input channels")
+    sums = conv2d_accumulators(input, weight, weight_bits, segments, kernel_size, stride, padding, dilation, groups)
+    output = _rescale(sums, weight_scale, input_scale, bias, addend, 1, dtype)
+    # strides, too, are what the shape rule promises, where a dimension of one leaves a choice
+    return torch.empty_like(output, memory_format=torch.channels_last).copy_(output)
+
+
+def linear(input, weight, weight_scale, input_scale, bias, weight_bits, segments, dtype, addend=None) -> Tensor:
+    """``pqcad::linear`` on any device."""
+    _check(input, input_scale, segments, input.shape[-1])
+    sums = linear_accumulators(input, weight, weight_bits, segments)
+    return _rescale(sums, weight_scale, input_scale, bias, addend, -1, dtype)
+
+
+def quantize(input: Tensor, scale: Tensor, low: Tensor, segments: list[int], bits: int, channel_dim: int) -> Tensor:
+    """``pqcad::quantize`` on any device."""
+    _check_grid(scale, low, segments, input.shape[0], input.shape[channel_dim])
+    shape = [1] * input.dim()
+    shape[0], shape[channel_dim] = input.shape[0], sum(segments)
+    counts = torch.tensor(segments, device=scale.device)
+    scale, low = (t.float().repeat_interleave(counts, 1, output_size=sum(segments)).view(shape) for t in (scale, low))
+    integers = (input.float() * scale.reciprocal()).round_().clamp_(low, low + (2**bits - 1))
+    layout = torch.channels_last if input.dim() == 4 and channel_dim == 1 else torch.contiguous_format
+    return torch.empty_like(integers, dtype=torch.int8, memory_format=layout).copy_(integers)
+
+
+def norm_silu_quantize(
+    inputs: list[Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm_groups: int,
+    eps: float,
+    silu: bool,
+    scale: Tensor,
+    low: Tensor,
+    segments: list[int],
+    bits: int,
+    upsample: int,
+) -> Tensor:
+    """``pqcad::norm_silu_quantize`` on any device."""
+    x = torch.cat(inputs, 1).float()
+    if norm_groups > 0:
+        weight, bias = (None if t is None else t.float() for t in (weight, bias))
+        x = torch.nn.functional.group_norm(x, norm_groups, weight, bias, eps)
+    if silu:
+        x = torch.nn.functional.silu(x)
+    x = quantize(x, scale, low, segments, bits, 1)
+    if upsample == 1:
+        return x
+    return x.repeat_interleave(upsample, 2).repeat_interleave(upsample, 3).contiguous(memory_format=torch.channels_last)
+
+
+def _check_grid(scale: Tensor, low: Tensor, segments: list[int], batch: int, channels: int) -> None:
+    if sum(segments) != channels:
+        raise ValueError(f"segments {list(segments)} sum to {sum(segments)}, the input has {channels} channels")
+    if scale.shape != (batch, len(segments)) or low.shape != scale.shape:
+        raise ValueError(
+            f"scale and low have shapes {tuple(scale.shape)} and {tuple(low.shape)}: expected (batch, segments) = "
+            f"{(batch, len(segments))}"
+        )

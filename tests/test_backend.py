@@ -1,0 +1,224 @@
+"""``torch.compile(unet, backend="pqcad")``: found by its name, one graph, no recompiling, the eager network's values."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from networks import SHAPE, Plain, Small, cosine_scheduler, quick, sqnr
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pqcad_ao import quantize_
+from pqcad_ao.backend import fuse, pqcad
+from pqcad_ao.capture import Denoiser, capture
+from pqcad_ao.passes.fuse_addends import CONV, fuse_addends
+from pqcad_ao.passes.fuse_quantize import QUANTIZE, fuse_quantize
+from pqcad_ao.passes.identities import drop_identities
+
+FUSED = torch.ops.pqcad.norm_silu_quantize
+
+
+def quantized(model: nn.Module, **options) -> nn.Module:
+    quantize_(model, quick(**options), scheduler=cosine_scheduler(), sample_shape=SHAPE, progress=False)
+    return model
+
+
+def noise(batch: int = 2, seed: int = 1) -> Tensor:
+    return torch.randn(batch, *SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def at(timestep: int, batch: int = 2) -> Tensor:
+    return torch.full((batch,), timestep)
+
+
+def graph_of(model: nn.Module, *inputs):
+    """The graph that torch.compile hands to a backend, and a call of it."""
+    found = []
+
+    def keep(graph, example_inputs):
+        if any(node.target in QUANTIZE or node.target in CONV for node in graph.graph.nodes):
+            found.append((graph, example_inputs))
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=keep)(*inputs)
+    assert len(found) == 1
+    return found[0]
+
+
+def count(graph, targets) -> int:
+    return sum(node.target in targets for node in graph.graph.nodes)
+
+
+# -------------------------------------------------------------------------------------------------- the passes
+
+
+@torch.no_grad()
+def test_everything_in_front_of_a_quantizer_is_fused(quantized_unet):
+    graph, inputs = graph_of(quantized_unet, noise(), at(500))
+    before = graph(*inputs)
+    assert fuse(graph) == 25 + 4 * 4  # convolutions, and the linears of four attentions
+    assert count(graph, QUANTIZE) == 4  # what attention's output projections read
+    fused = [node for node in graph.graph.nodes if node.target is FUSED]
+    assert len(fused) == 37
+    assert sum(len(node.args[0]) == 2 for node in fused) == 8  # four concatenations, each with a norm and a shortcut
+    assert {node.args[-1] for node in fused} == {1, 2}
+    assert count(graph, {F.group_norm, F.interpolate}) == 0
+    # rounding is all that moves, and only values on a threshold
+    for expected, found in zip(before, graph(*inputs), strict=True):
+        assert sqnr(expected, found) > 60
+
+
+@torch.no_grad()
+def test_addends_go_into_the_convolutions(quantized_unet):
+    graph, inputs = graph_of(quantized_unet, noise(), at(500))
+    before = graph(*inputs)
+    drop_identities(graph)
+    convolutions = count(graph, CONV)
+    assert fuse_addends(graph) == 16  # two for each of eight residual blocks
+    assert count(graph, CONV) == convolutions
+    for expected, found in zip(before, graph(*inputs), strict=True):
+        assert sqnr(expected, found) > 60
+
+
+class Awkward(Plain):
+    """Sums and norms that must stay as they are."""
+
+    def build(self) -> None:
+        self.one, self.two, self.three = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
+        self.norm = nn.GroupNorm(2, 8)
+
+    def middle(self, h: Tensor) -> Tensor:
+        one = self.one(h)
+        normal = self.norm(one)
+        two = self.two(F.silu(normal)) + normal  # the norm has a second reader
+        three = self.three(F.interpolate(two, scale_factor=2.0, mode="bilinear"))[:, :, ::2, ::2]
+        return three + one.mean((0, 2, 3), keepdim=True) + one * one  # one is read three times; no addend of a batch
+
+
+@torch.no_grad()
+def test_what_something_else_reads_stays():
+    model = quantized(Awkward())
+    graph, inputs = graph_of(model, noise(), at(300))
+    (before,) = graph(*inputs)
+    fuse(graph)
+    assert count(graph, {F.group_norm}) == 1
+    assert count(graph, {F.interpolate}) == 1
+    (after,) = graph(*inputs)
+    assert sqnr(before, after) > 60
+
+
+@torch.no_grad()
+def test_the_passes_take_exported_graphs_too():
+    model = quantized(Small())
+    captured = capture(model, SHAPE, {})
+    call = (noise(2), at(700), {})
+    before = captured.graph(*call)
+    drop_identities(captured.graph)
+    assert fuse_quantize(captured.graph) == 10
+    assert fuse_addends(captured.graph) == 2
+    assert sqnr(before, captured.graph(*call)) > 60
+    assert sqnr(Denoiser(model)(*call), before) > 60
+
+
+# ------------------------------------------------------------------------------------------------- the backend
+
+
+@torch.no_grad()
+def test_compiled_equals_eager_over_a_trajectory(quantized_unet):
+    compiled = torch.compile(quantized_unet, backend="pqcad", fullgraph=True)
+    for step, timestep in enumerate((999, 700, 400, 100, 0)):
+        x = noise(seed=step)
+        expected, found = quantized_unet(x, at(timestep)).sample, compiled(x, at(timestep)).sample
+        assert sqnr(expected, found) > 45
+
+
+@torch.no_grad()
+def test_it_compiles_once_for_timesteps_and_once_more_for_batches(quantized_unet):
+    torch._dynamo.reset()
+    graphs = []
+
+    def counting(graph, example_inputs):
+        if count(graph, QUANTIZE):
+            graphs.append(graph)
+        return pqcad(graph, example_inputs)
+
+    compiled = torch.compile(quantized_unet, backend=counting, fullgraph=True)
+    for timestep in (999, 501, 3):
+        compiled(noise(2), at(timestep, 2))
+    assert len(graphs) == 1
+    for batch in (3, 5, 7):
+        x = noise(batch)
+        assert sqnr(quantized_unet(x, at(10, batch)).sample, compiled(x, at(10, batch)).sample) > 45
+    assert len(graphs) == 2
+
+
+@torch.no_grad()
+def test_a_float_network_passes_through_and_is_told():
+    torch._dynamo.reset()
+    model = Small()
+    with pytest.warns(
+        UserWarning, match=r"no layer quantized by pqcad_ao among 11 convolutions and linears.*quantize_"
+    ):
+        found = torch.compile(model, backend="pqcad")(noise(), at(10))
+    assert sqnr(model(noise(), at(10)), found) > 80
+
+
+@torch.no_grad()
+def test_inductors_configuration_stays_as_it_was():
+    import torch._inductor.config as inductor
+
+    torch._dynamo.reset()
+    before = inductor.save_config_portable()
+    model = quantized(Plain())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        compiled = torch.compile(model, backend="pqcad", options={"epilogue_fusion": False})
+        found = compiled(noise(), at(10))
+    assert sqnr(model(noise(), at(10)), found) > 45
+    assert inductor.save_config_portable() == before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_lower_precision_networks_compile(dtype):
+    torch._dynamo.reset()
+    model = quantized(Small()).to(dtype)
+    x = noise().to(dtype)
+    expected, found = model(x, at(200)), torch.compile(model, backend="pqcad")(x, at(200))
+    assert found.dtype == dtype
+    assert sqnr(expected.float(), found.float()) > 15  # bfloat16 between the layers: 8 bits, rounded elsewhere
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [(4, 8), (8, 8), (3, 4), (4, None)])
+def test_other_widths_compile(bits):
+    torch._dynamo.reset()
+    model = quantized(Small(), weight_bits=bits[0], activation_bits=bits[1])
+    found = torch.compile(model, backend="pqcad")(noise(), at(200))
+    assert sqnr(model(noise(), at(200)), found) > 45
+
+
+@torch.no_grad()
+def test_it_works_in_a_pipeline(quantized_unet, scheduler):
+    from diffusers import DDIMPipeline
+
+    torch._dynamo.reset()
+    call = {"num_inference_steps": 3, "batch_size": 2, "output_type": "np"}
+    images = []
+    for unet in (quantized_unet, torch.compile(quantized_unet, backend="pqcad")):
+        pipe = DDIMPipeline(unet, scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        images.append(torch.from_numpy(pipe(**call, generator=torch.Generator().manual_seed(0)).images))
+    assert sqnr(*images) > 30
+
+
+def test_the_name_is_enough(tmp_path, quantized_unet):
+    """Installation alone makes the string work: nothing of the package is imported before torch.compile sees it."""
+    program = (
+        "import torch, sys; assert 'pqcad' in torch.compiler.list_backends(); assert 'pqcad_ao' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path)

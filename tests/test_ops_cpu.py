@@ -1,0 +1,342 @@
+"""The CPU kernels against the reference kernel: every shape, every width, exact sums."""
+
+import subprocess
+import sys
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pqcad_ao.ops import arithmetic, cpu, reference
+from pqcad_ao.packing import pack
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    KERNELS = cpu.load()
+needs_kernels = pytest.mark.skipif(not KERNELS, reason="this machine has no AVX512-VNNI, or no C++ compiler")
+
+
+def _integers(generator: torch.Generator, bits: int, *shape: int) -> Tensor:
+    return torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), shape, generator=generator, dtype=torch.int8)
+
+
+@st.composite
+def convolutions(draw, winograd: bool):
+    """Arguments of ``pqcad::conv2d``; with ``winograd`` those that the exact Winograd form takes."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    groups = 1 if winograd else draw(st.sampled_from([1, 1, 1, 2, 3]))
+    if groups == 1:
+        segments = draw(st.lists(st.integers(1, 70), min_size=1, max_size=3))
+    else:
+        segments = [groups * draw(st.integers(1, 9))]
+    out_channels = groups * draw(st.integers(1, 80 if groups == 1 else 9))
+    weight_bits = draw(st.integers(2, 4 if winograd else 8))
+    input_bits = draw(st.integers(2, 5 if winograd else 8))
+    kernel = [3, 3] if winograd else [draw(st.integers(1, 4)) for _ in range(2)]
+    stride, dilation = ([1, 1] if winograd else [draw(st.integers(1, 3)) for _ in range(2)] for _ in range(2))
+    padding = [draw(st.integers(0, 3)) for _ in range(2)]
+    size = [max(d * (k - 1) + 1 - 2 * p, 1) + draw(st.integers(0, 6)) for d, k, p in zip(dilation, kernel, padding)]
+    batch = draw(st.integers(0, 3))
+    # a grid anywhere, zero in it, as post-SiLU activations have it
+    low = -draw(st.integers(0, 2 ** min(input_bits, 7) - 1))
+    high = min(low + 2**input_bits - 1, 127)
+    x = torch.randint(low, high + 1, (batch, sum(segments), *size), generator=generator, dtype=torch.int8)
+    if draw(st.booleans()):
+        x = x.contiguous(memory_format=torch.channels_last)
+    reduction = kernel[0] * kernel[1] * sum(segments) // groups
+    return (
+        x,
+        pack(_integers(generator, weight_bits, out_channels, reduction), weight_bits),
+        torch.rand(out_channels, generator=generator) + 0.1,
+        torch.rand(batch, len(segments), generator=generator) + 0.1,
+        draw(st.sampled_from([None, torch.randn(out_channels, generator=generator)])),
+        weight_bits,
+        segments,
+        kernel,
+        stride,
+        padding,
+        dilation,
+        groups,
+        torch.float32,
+        input_bits,
+    )
+
+
+def _bound(expected: Tensor) -> float:
+    """For sums of segments and addends that cancel: the last bits of the largest."""
+    return 1e-5 * max(1.0, float(expected.abs().max()) if expected.numel() else 0.0)
+
+
+def _same(arguments, addend: Tensor | None = None) -> None:
+    expected = reference.conv2d(*arguments, addend)
+    output = torch.ops.pqcad.conv2d(*arguments, addend)
+    assert output.shape == expected.shape
+    assert output.dtype == expected.dtype
+    assert output.stride() == expected.stride()
+    # the sums are the same integers: what differs is the last bit of a scale's product
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=_bound(expected))
+
+
+@needs_kernels
+@settings(max_examples=60)
+@given(convolutions(winograd=True))
+def test_winograd_equals_the_reference(arguments):
+    _same(arguments)
+
+
+@needs_kernels
+@settings(max_examples=60)
+@given(convolutions(winograd=False))
+def test_direct_convolution_equals_the_reference(arguments):
+    _same(arguments)
+
+
+@needs_kernels
+@settings(max_examples=30)
+@given(st.booleans().flatmap(lambda winograd: convolutions(winograd=winograd)))
+def test_integer_sums_are_exact(arguments):
+    """With scales of one and no bias the output is the sum itself."""
+    x, packed, weight_scale, scale, _, weight_bits, segments, *rest = arguments
+    ones = (torch.ones_like(weight_scale), torch.ones_like(scale), None)
+    output = torch.ops.pqcad.conv2d(x, packed, *ones, weight_bits, segments, *rest)
+    sums = reference.conv2d_accumulators(x, packed, weight_bits, segments, *rest[:5])
+    assert torch.equal(output.double(), sum(part.double() for part in sums))
+
+
+@needs_kernels
+@pytest.mark.parametrize(("low", "high"), [(-31, 0), (0, 31), (-16, 15), (-15, 0)])
+@pytest.mark.parametrize("weights", ["lowest", "highest", "signs"])
+def test_winograd_is_exact_at_the_extremes(low, high, weights):
+    """The transformed values reach the ends of what eight bits hold, and no sum leaves its range."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.where(torch.rand(2, 64, 8, 8, generator=generator) < 0.5, low, high).to(torch.int8)
+    x[0] = high
+    weight = {"lowest": torch.full((16, 576), -8), "highest": torch.full((16, 576), 7)}.get(weights)
+    if weight is None:
+        weight = torch.where(torch.rand(16, 576, generator=generator) < 0.5, -8, 7)
+    arguments = (x, pack(weight, 4), torch.ones(16), torch.ones(2, 1), None, 4, [64], *([[k, k] for k in (3, 1, 1, 1)]))
+    output = torch.ops.pqcad.conv2d(*arguments, 1, torch.float32, 5)
+    assert torch.equal(output, reference.conv2d(*arguments, 1, torch.float32, 5))
+
+
+@needs_kernels
+@settings(max_examples=30)
+@given(st.booleans().flatmap(lambda winograd: convolutions(winograd=winograd)), st.booleans(), st.booleans())
+def test_addends_are_added(arguments, per_sample, last):
+    shape = reference.conv2d(*arguments).shape
+    addend = torch.randn(*shape[:2], *((1, 1) if per_sample else shape[2:]))
+    _same(arguments, addend.contiguous(memory_format=torch.channels_last) if last else addend)
+
+
+@needs_kernels
+@settings(max_examples=40)
+@given(
+    st.integers(2, 8),
+    st.lists(st.integers(1, 90), min_size=1, max_size=3),
+    st.lists(st.integers(0, 9), min_size=1, max_size=3),
+    st.integers(1, 150),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+def test_linear_equals_the_reference(bits, segments, batch, out_features, bias, seed):
+    generator = torch.Generator().manual_seed(seed)
+    arguments = (
+        _integers(generator, 8, *batch, sum(segments)),
+        pack(_integers(generator, bits, out_features, sum(segments)), bits),
+        torch.rand(out_features, generator=generator),
+        torch.rand(batch[0], len(segments), generator=generator),
+        torch.randn(out_features, generator=generator) if bias else None,
+        bits,
+        segments,
+        torch.float32,
+    )
+    expected = reference.linear(*arguments)
+    bound = _bound(expected)
+    torch.testing.assert_close(torch.ops.pqcad.linear(*arguments), expected, rtol=1e-5, atol=bound)
+    addend = torch.randn_like(expected)
+    expected = reference.linear(*arguments, addend)
+    torch.testing.assert_close(torch.ops.pqcad.linear(*arguments, addend), expected, rtol=1e-5, atol=bound)
+
+
+@st.composite
+def images(draw):
+    """Arguments of ``pqcad::norm_silu_quantize``."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    groups = draw(st.integers(0, 4))
+    channels = draw(st.lists(st.integers(1, 40), min_size=1, max_size=3))
+    channels[-1] += -sum(channels) % max(groups, 1)
+    batch, height, width = draw(st.integers(0, 5)), draw(st.integers(1, 6)), draw(st.integers(2, 6))
+    xs = [3 * torch.randn(batch, c, height, width, generator=generator) + 1 for c in channels]
+    if draw(st.booleans()):
+        xs = [x.contiguous(memory_format=torch.channels_last) for x in xs]
+    segments = draw(st.sampled_from([channels, [sum(channels)]]))
+    bits = draw(st.integers(2, 8))
+    affine = [torch.randn(sum(channels), generator=generator) for _ in range(2)] if draw(st.booleans()) else [None] * 2
+    scale = torch.rand(batch, len(segments), generator=generator) * 0.3 + 0.02
+    low = torch.randint(-(2 ** (bits - 1)), 1, (batch, len(segments)), generator=generator, dtype=torch.int16)
+    upsample = draw(st.sampled_from([1, 1, 2, 3]))
+    return (xs, *affine, groups, 1e-5, draw(st.booleans()), scale, low, segments, bits, upsample)
+
+
+@needs_kernels
+@settings(max_examples=60)
+@given(images())
+def test_quantizing_an_image_equals_the_reference(arguments):
+    """Up to values that lie on a threshold, where the last bit of the norm decides: none of a thousand."""
+    expected, output = (f(*arguments) for f in (reference.norm_silu_quantize, torch.ops.pqcad.norm_silu_quantize))
+    assert output.shape == expected.shape
+    assert output.stride() == expected.stride()
+    moved = (output.int() - expected.int()).abs()
+    assert not moved.numel() or (moved.max() <= 1 and moved.float().mean() <= 1e-3 + 1 / moved.numel())
+
+
+@needs_kernels
+@settings(max_examples=30)
+@given(images(), st.booleans())
+def test_quantizing_equals_the_reference(arguments, tokens):
+    xs, *_, scale, low, segments, bits, _ = arguments
+    x = torch.cat(xs, 1)
+    x, dim = (x.flatten(2).transpose(1, 2), -1) if tokens else (x, 1)
+    grid = (scale, low, segments, bits, dim)
+    output, expected = torch.ops.pqcad.quantize(x, *grid), reference.quantize(x, *grid)
+    assert torch.equal(output, expected)
+    assert output.stride() == expected.stride()
+
+
+@needs_kernels
+def test_silu_is_exact_to_the_last_bits():
+    x = torch.cat([torch.linspace(-120, 120, 200_001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e30, -1e30])])
+    x = x.view(1, 1, 1, -1)
+    fine = torch.nn.functional.silu(x.double())
+    for scale in (1e-2, 1e-1, 1.0):  # a fine grid near zero, a wide one far out
+        grid = (torch.full((1, 1), scale), torch.full((1, 1), -64), [1], 7, 1)
+        found = torch.ops.pqcad.norm_silu_quantize([x], None, None, 0, 0.0, True, *grid).double()
+        exact = (fine / scale).clamp(-64, 63)
+        assert ((found - exact).abs() <= 0.5 + 1e-4).all()
+
+
+@needs_kernels
+@settings(max_examples=10)
+@given(convolutions(winograd=True), images())
+def test_threads_do_not_change_a_bit(convolution, image):
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            results.append(
+                (torch.ops.pqcad.conv2d(*convolution), torch.ops.pqcad.norm_silu_quantize(*image).to(torch.float32))
+            )
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert torch.equal(result[0], results[0][0])
+        # sums of a sample are taken in another order where its rows are shared out
+        assert (result[1] - results[0][1]).abs().max() <= 1 if result[1].numel() else True
+
+
+@needs_kernels
+def test_results_of_other_types():
+    (x, *rest) = [
+        torch.zeros(1, 8, 4, 4, dtype=torch.int8),
+        torch.zeros(4, 36, dtype=torch.uint8),
+        *(torch.ones(4), torch.ones(1, 1), None, 4, [8], [3, 3], [1, 1], [1, 1], [1, 1], 1),
+    ]
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        assert torch.ops.pqcad.conv2d(x, *rest, dtype, 4).dtype == dtype
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: torch.zeros(8, 4, 4, dtype=torch.int8)}, "dimensions"),
+        ({1: torch.zeros(4, 35, dtype=torch.uint8)}, r"expected uint8 \(4, 36\)"),
+        ({4: torch.ones(5)}, "bias has 5 values: expected 4"),
+        ({5: 9}, "weight_bits=9"),
+        ({0: torch.zeros(1, 8, 1, 1, dtype=torch.int8), 9: [0, 0]}, "leaves nothing"),
+        ({14: torch.ones(1, 4, 2, 4)}, "addend has shape"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    arguments = [
+        torch.zeros(1, 8, 4, 4, dtype=torch.int8),
+        torch.zeros(4, 36, dtype=torch.uint8),
+        *(torch.ones(4), torch.ones(1, 1), None, 4, [8], [3, 3], [1, 1], [1, 1], [1, 1], 1, torch.float32, 4, None),
+    ]
+    for position, value in change.items():
+        arguments[position] = value
+    with pytest.raises((ValueError, IndexError), match=message):
+        torch.ops.pqcad.conv2d(*arguments)
+
+
+# ----------------------------------------------------------------------------------------------- finding them
+
+
+def test_the_switch_turns_them_off(monkeypatch):
+    monkeypatch.setenv(cpu.SWITCH, "0")
+    assert cpu.load.__wrapped__() == ""
+
+
+def test_a_compiler_that_fails_is_a_warning(monkeypatch):
+    from torch._inductor.codecache import CppCodeCache
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("no g++ here")
+
+    monkeypatch.delenv(cpu.SWITCH, raising=False)
+    monkeypatch.setattr(CppCodeCache, "load", fail)
+    with pytest.warns(UserWarning, match=r"could not be compiled.*reference kernel.*no g\+\+ here"):
+        assert cpu.load.__wrapped__() == ""
+
+
+def test_a_processor_without_the_instructions_is_a_warning(monkeypatch):
+    from torch._inductor.codecache import CppCodeCache
+
+    class Kernels:
+        def __call__(self) -> bytes:
+            return b""
+
+    library = SimpleNamespace(pqcad_cpu_kernels=Kernels())
+    monkeypatch.delenv(cpu.SWITCH, raising=False)
+    monkeypatch.setattr(CppCodeCache, "load", lambda *args, **kwargs: library)
+    with pytest.warns(UserWarning, match="no AVX512-VNNI"):
+        assert cpu.load.__wrapped__() == ""
+
+
+ONE_CALL = """
+import torch
+from pqcad_ao import ops
+x = torch.ones(1, 8, 4, 4, dtype=torch.int8)
+weight = torch.full((4, 36), 0x11, dtype=torch.uint8)
+y = torch.ops.pqcad.conv2d(
+    x, weight, torch.ones(4), torch.ones(1, 1), None, 4, [8], [3, 3], [1, 1], [1, 1], [1, 1], 1, torch.float32, 4)
+assert y[0, 0, 1, 1] == 72 and y[0, 0, 0, 0] == 32, y
+print(ops.arithmetic())
+"""
+
+
+def test_without_them_the_reference_computes_and_says_so(monkeypatch):
+    monkeypatch.setenv(cpu.SWITCH, "0")
+    result = subprocess.run([sys.executable, "-c", ONE_CALL], capture_output=True, text=True, check=True)
+    assert "floating-point multiply-accumulates" in result.stdout
+
+
+@needs_kernels
+def test_two_processes_may_compile_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    both = [subprocess.Popen([sys.executable, "-c", ONE_CALL], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in both:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0
+        assert "AVX512-VNNI" in output
+
+
+@needs_kernels
+def test_what_is_multiplied_is_said():
+    assert "8-bit multiply-accumulates (AVX512-VNNI" in arithmetic("cpu")
+    assert "floating-point" in arithmetic("cuda")
