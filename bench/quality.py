@@ -29,7 +29,7 @@ from pqcad_ao.report import write_json
 from pqcad_ao.sampling import sample
 from pqcad_ao.serialization import quantized_state
 
-BATCH = 128
+BATCH = 32  # more do not stay in the cache, and take longer for each image
 TRAJECTORIES = 16  # images whose trajectories carry the SQNR
 BOOTSTRAP = 200
 

@@ -166,10 +166,15 @@ def build_parser() -> argparse.ArgumentParser:
         "demo", run_demo, "compress the embedded teacher and measure everything on the spot", default_model="demo"
     )
     demo.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="(default: demo-out)")
-    demo.add_argument("--images", type=positive, default=512, help="images behind each FID (default: 512)")
+    demo.add_argument("--images", type=positive, default=384, help="images behind each FID (default: 384)")
     demo.add_argument("--steps", type=positive, default=20, help="sampling steps (default: 20)")
 
-    demo.add_argument("--progressive", action="store_true", help="one more row, learned progressively: 90 seconds more")
+    demo.add_argument(
+        "--progressive",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="a row that is learned progressively, about 60 seconds (default: yes)",
+    )
 
     add_config_arguments(command("plan", run_plan, "print what happens to each layer and why"))
 

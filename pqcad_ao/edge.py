@@ -4,8 +4,6 @@ import copy
 import json
 import math
 import operator
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +23,7 @@ from tqdm.auto import tqdm
 
 from pqcad_ao import capture
 from pqcad_ao.calibration import as_ddim
+from pqcad_ao.files import check_writable, write_whole
 from pqcad_ao.nn import QuantizedLayer
 from pqcad_ao.passes.attention import decompose_attention
 from pqcad_ao.passes.fold_constants import fold_constants
@@ -156,7 +155,7 @@ def export_pte(
         raise ValueError(f"num_inference_steps={num_inference_steps}: the scheduler has {trained} timesteps")
     conditioning = capture.check_conditioning(unet, conditioning)
     shape = capture.sample_shape(unet, sample_shape)
-    path = _check_writable(path)
+    path = check_writable(path)
     unet = _contiguous(unet)
     stages = tqdm(total=4, desc="recording trajectories", disable=not progress, leave=False)
     with evaluation_mode(unet), torch.no_grad(), stages as bar:
@@ -175,7 +174,7 @@ def export_pte(
         bar.set_description("comparing")
         sqnr_db, rounding_db = _parity(program, unet, records, schedule["timesteps"], batch_size, min_sqnr_db)
         bar.update()
-    _write(path, program)
+    write_whole(path, program)
     delegates = calls.pop("executorch_call_delegate", 0)
     return PTEReport(path, len(program), delegates, dict(calls), sqnr_db, rounding_db, arithmetic)
 
@@ -209,12 +208,12 @@ def export_fp32_pte(
     _check_counts(batch_size=batch_size)
     conditioning = capture.check_conditioning(unet, conditioning)
     shape = capture.sample_shape(unet, sample_shape)
-    path = _check_writable(path)
+    path = check_writable(path)
     unet = _contiguous(unet)
     with evaluation_mode(unet), torch.no_grad():
         step, inputs, _ = _step(unet, shape, batch_size, conditioning)
         program, calls = _lower(torch.export.export(step, inputs), {}, partitioner=XnnpackPartitioner())
-    _write(path, program)
+    write_whole(path, program)
     delegates = calls.pop("executorch_call_delegate", 0)
     return PTEReport(path, len(program), delegates, dict(calls))
 
@@ -340,36 +339,6 @@ def _check_counts(**counts: int) -> None:
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r}: allowed are whole numbers from 1")
-
-
-def _check_writable(path: str | Path) -> Path:
-    """``path`` as a Path.
-
-    Raises:
-        OSError: a file cannot be made there.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: write the name of a file, such as {path / 'unet.pte'}")
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
-            pass
-    except OSError as error:
-        raise type(error)(error.errno, f"cannot write into the folder {path.parent}: {error.strerror}") from error
-    return path
-
-
-def _write(path: Path, program: bytes) -> None:
-    """Write the whole file or none: under another name first, then moved."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(program)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _rows(count: int, size: int) -> Tensor:

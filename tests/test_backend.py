@@ -1,4 +1,4 @@
-"""``torch.compile(unet, backend="pqcad")``: found by its name, one graph, no recompiling, the eager network's values."""
+"""``torch.compile(unet, backend="pqcad")``: found by name, one graph, no recompiling, the eager network's values."""
 
 import subprocess
 import sys
@@ -6,16 +6,18 @@ import warnings
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from networks import SHAPE, Plain, Small, cosine_scheduler, quick, sqnr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pqcad_ao import quantize_
-from pqcad_ao.backend import fuse, pqcad
+from pqcad_ao.backend import export_pt2, fuse, load_pt2, pqcad
 from pqcad_ao.capture import Denoiser, capture
 from pqcad_ao.passes.fuse_addends import CONV, fuse_addends
 from pqcad_ao.passes.fuse_quantize import QUANTIZE, fuse_quantize
 from pqcad_ao.passes.identities import drop_identities
+from pqcad_ao.sampling import sample
 
 FUSED = torch.ops.pqcad.norm_silu_quantize
 
@@ -222,3 +224,101 @@ def test_the_name_is_enough(tmp_path, quantized_unet):
         "import torch, sys; assert 'pqcad' in torch.compiler.list_backends(); assert 'pqcad_ao' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- AOTInductor
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """A small network and its package with a scheduler."""
+    model = quantized(Small())
+    path = tmp_path_factory.mktemp("package") / "unet.pt2"
+    export_pt2(model, path, scheduler=cosine_scheduler(), sample_shape=SHAPE)
+    return model, path
+
+
+LOAD = """
+import sys, torch
+from pqcad_ao.backend import load_pt2
+unet = load_pt2(sys.argv[1])
+x = torch.load(sys.argv[2])
+torch.save([unet(x, 400), unet(x[:1], torch.tensor([10])), unet.sample(x, 3)], sys.argv[3])
+"""
+
+
+@torch.no_grad()
+def test_a_package_runs_in_a_fresh_process(package, tmp_path):
+    model, path = package
+    x = noise(5)
+    torch.save(x, tmp_path / "x.pt")
+    files = [str(path), str(tmp_path / "x.pt"), str(tmp_path / "y.pt")]
+    subprocess.run([sys.executable, "-c", LOAD, *files], check=True)
+    five, one, images = torch.load(tmp_path / "y.pt")
+    assert sqnr(model(x, at(400, 5)), five) > 45
+    assert sqnr(model(x[:1], at(10, 1)), one) > 45
+    assert sqnr(sample(model, cosine_scheduler(), x, 3), images) > 30
+
+
+def test_a_package_refuses_what_it_cannot_take(package):
+    unet = load_pt2(package[1])
+    with pytest.raises(ValueError, match=r"shape \(2, 1, 8, 9\): this package takes \(1 to 63, 1, 8, 8\)"):
+        unet(torch.zeros(2, 1, 8, 9), 3)
+    with pytest.raises(ValueError, match="1 to 63"):
+        unet(torch.zeros(64, *SHAPE), 3)
+
+
+@torch.no_grad()
+def test_a_package_bound_to_a_schedule(tmp_path):
+    model = quantized(Small())
+    path = export_pt2(
+        model, tmp_path / "s.pt2", scheduler=cosine_scheduler(), num_inference_steps=4, batch_size=2, sample_shape=SHAPE
+    )
+    unet, x = load_pt2(path), noise(4)
+    assert unet.timesteps == [999, 749, 499, 249]
+    assert sqnr(model(x[:2], at(499)), unet(x[:2], at(499))) > 45
+    assert sqnr(sample(model, cosine_scheduler(), x, 4), unet.sample(x)) > 30
+    for wrong in (
+        lambda: unet(x[:2], 500),
+        lambda: unet(x, 499),
+        lambda: unet.sample(x, 5),
+        lambda: unet.sample(x[:3]),
+    ):
+        with pytest.raises(ValueError, match="this package"):
+            wrong()
+
+
+def test_what_cannot_be_packaged_is_refused(tmp_path, quantized_unet):
+    with pytest.raises(ValueError, match="not quantized by pqcad_ao"):
+        export_pt2(Small(), tmp_path / "unet.pt2")
+    with pytest.raises(ValueError, match="500 training timesteps"):
+        export_pt2(quantized_unet, tmp_path / "unet.pt2", scheduler=DDIMScheduler(num_train_timesteps=500))
+    with pytest.raises(ValueError, match="pass the scheduler as well"):
+        export_pt2(quantized_unet, tmp_path / "unet.pt2", num_inference_steps=4)
+    with pytest.raises(ValueError, match="batch_size=3 without num_inference_steps"):
+        export_pt2(quantized_unet, tmp_path / "unet.pt2", batch_size=3)
+    with pytest.raises(ValueError, match="allowed are 1 to 1000"):
+        export_pt2(quantized_unet, tmp_path / "unet.pt2", scheduler=cosine_scheduler(), num_inference_steps=0)
+    with pytest.raises(OSError, match="folder"):
+        export_pt2(quantized_unet, tmp_path / "nowhere" / "unet.pt2")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_pt2(tmp_path / "missing.pt2")
+    (tmp_path / "damaged.pt2").write_bytes(b"not a package")
+    with pytest.raises(ValueError, match=r"no package that pqcad_ao\.export_pt2 wrote"):
+        load_pt2(tmp_path / "damaged.pt2")
+
+
+def test_a_package_that_departs_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("pqcad_ao.backend.fuse", lambda graph: _spoil(graph))
+    with pytest.raises(RuntimeError, match=r"departs from the network: .* dB"):
+        export_pt2(quantized(Plain()), tmp_path / "unet.pt2", sample_shape=SHAPE)
+    assert not list(tmp_path.iterdir())
+
+
+def _spoil(graph) -> None:
+    """Halve what the network returns."""
+    output = next(reversed(graph.graph.nodes))
+    with graph.graph.inserting_before(output):
+        half = graph.graph.call_function(torch.ops.aten.mul.Tensor, (output.args[0][0], 0.5))
+    output.args = ((half,),)
+    graph.recompile()

@@ -41,7 +41,7 @@ def run_tiny(
         model=str(model),
         config=PQCADConfig.fast(mode=mode, beta=0.5, **sizes),
         images=6,
-        steps=3,
+        steps=4,
         batch_size=4,
         latency_calls=2,
         pictures=4,
@@ -68,7 +68,9 @@ def test_with_the_compiler(tiny_dir: Path, features: tuple[nn.Module, RealFeatur
     pytest.importorskip("executorch", reason="the demo exports a .pte: needs executorch")
     summary = run_tiny(tmp_path, tiny_dir, features, mode="ptq")
     assert "skipped" not in summary
-    assert summary["fid"].keys() == {"fp_full", "ptq_full"}
+    assert summary["fid"].keys() == {"fp_full", "ptq_full", "fp_half", "ptq_half"}
+    latency = summary["latency_ms"]
+    assert summary["speedup_end_to_end"] == pytest.approx(2 * latency["fp32_compile"] / latency["compressed_compile"])
     assert "transitions" not in summary
     assert (tmp_path / "report.html").read_text().count("<img") == 1
 
@@ -76,8 +78,8 @@ def test_with_the_compiler(tiny_dir: Path, features: tuple[nn.Module, RealFeatur
 def test_summary_has_the_keys_that_are_promised_and_no_others(made: tuple[Path, dict[str, Any], list[str]]):
     out, _, _ = made
     summary = json.loads((out / "summary.json").read_text(), parse_constant=pytest.fail)
-    assert summary["steps"] == {"full": 3}
-    assert summary["fid"].keys() == {"fp_full", "ptq_full", "pq_full"}
+    assert summary["steps"] == {"full": 4, "half": 2}
+    assert summary["fid"].keys() == {"fp_full", "ptq_full", "pq_full", "fp_half", "pq_half"}
     assert summary["fid_n"] == 6
     assert summary["bytes"].keys() == {"fp32_checkpoint", "checkpoint", "fp32_pte", "pte", "resident_weights"}
     assert summary["latency_ms"].keys() == {"fp32_eager", "fp32_compile", "compressed_compile", "pte_fp32", "pte"}
@@ -88,7 +90,9 @@ def test_summary_has_the_keys_that_are_promised_and_no_others(made: tuple[Path, 
     assert all(transition.keys() == keys for transition in summary["transitions"])
     assert [t["to_bits"] for t in summary["transitions"] if t["stage"] == "weights"][-1] == 4
     assert summary["arithmetic"]
-    assert not {"speedup_end_to_end", "skipped"} & summary.keys()
+    latency = summary["latency_ms"]
+    assert summary["speedup_end_to_end"] == pytest.approx(2 * latency["fp32_compile"] / latency["compressed_compile"])
+    assert "skipped" not in summary
 
 
 def test_numbers_are_those_of_the_files(made: tuple[Path, dict[str, Any], list[str]]):

@@ -13,8 +13,9 @@ from networks import SHAPE, Plain, Small, cosine_scheduler, quick, sqnr
 from torch import nn
 from torch.fx import Graph
 
-from pqcad_ao import edge, quantize_
+from pqcad_ao import edge, files, quantize_
 from pqcad_ao.edge import ParityError, PTEReport, PTESampler, export_fp32_pte, export_pte, layers_of_calls
+from pqcad_ao.files import write_whole
 from pqcad_ao.models import assets_dir, load_model
 from pqcad_ao.sampling import predict, sample
 
@@ -180,9 +181,9 @@ def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(edge.os, "replace", interrupt)
+    monkeypatch.setattr(files.os, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        edge._write(path, b"newer")
+        write_whole(path, b"newer")
     assert [file.read_text() for file in tmp_path.iterdir()] == ["older"]
 
 

@@ -39,7 +39,10 @@ def convolutions(draw, winograd: bool):
     kernel = [3, 3] if winograd else [draw(st.integers(1, 4)) for _ in range(2)]
     stride, dilation = ([1, 1] if winograd else [draw(st.integers(1, 3)) for _ in range(2)] for _ in range(2))
     padding = [draw(st.integers(0, 3)) for _ in range(2)]
-    size = [max(d * (k - 1) + 1 - 2 * p, 1) + draw(st.integers(0, 6)) for d, k, p in zip(dilation, kernel, padding)]
+    size = [
+        max(d * (k - 1) + 1 - 2 * p, 1) + draw(st.integers(0, 6))
+        for d, k, p in zip(dilation, kernel, padding, strict=True)
+    ]
     batch = draw(st.integers(0, 3))
     # a grid anywhere, zero in it, as post-SiLU activations have it
     low = -draw(st.integers(0, 2 ** min(input_bits, 7) - 1))

@@ -614,34 +614,37 @@ void coefficients(const Quantize& p, int64_t sample, const double* sums, float* 
     }
 }
 
+template <bool NORM, bool SILU>
 void quantize_rows(const Quantize& p, int64_t sample, int64_t from, int64_t to, const float* of) {
   const float *factor = of, *shift = of + p.C, *steps = of + 2 * p.C, *low = of + 3 * p.C, *high = of + 4 * p.C;
   const int64_t U = p.upsample, line = p.W * U * p.C;
   for (int64_t h = from; h < to; h++) {
     int8_t* top = p.output + (sample * p.H + h) * U * line;
-    for (auto& source : p.sources) {
-      const float* x = source.data + (sample * p.H + h) * p.W * source.channels;
-      for (int64_t w = 0; w < p.W; w++, x += source.channels) {
-        int8_t* to_pixel = top + w * U * p.C + source.first;
-        for (int64_t k = 0; k < source.channels; k += LANES) {
-          const __mmask16 lanes = source.channels - k >= LANES ? 0xffff : (__mmask16)((1u << (source.channels - k)) - 1);
-          const int64_t c = source.first + k;
-          __m512 v = _mm512_maskz_loadu_ps(lanes, x + k);
-          if (p.norm_groups > 0)
-            v = _mm512_fmadd_ps(v, _mm512_maskz_loadu_ps(lanes, factor + c), _mm512_maskz_loadu_ps(lanes, shift + c));
-          if (p.silu) v = silu_of(v);
-          v = _mm512_roundscale_ps(_mm512_mul_ps(v, _mm512_maskz_loadu_ps(lanes, steps + c)), 8);
-          v = _mm512_min_ps(_mm512_max_ps(v, _mm512_maskz_loadu_ps(lanes, low + c)), _mm512_maskz_loadu_ps(lanes, high + c));
-          const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v));
-          for (int64_t u = 0; u < U; u++) _mm_mask_storeu_epi8(to_pixel + u * p.C + k, lanes, bytes);
+    for (auto& source : p.sources)
+      for (int64_t k = 0; k < source.channels; k += LANES) {
+        const __mmask16 lanes = source.channels - k >= LANES ? 0xffff : (__mmask16)((1u << (source.channels - k)) - 1);
+        const int64_t c = source.first + k;
+        const __m512 factors = _mm512_maskz_loadu_ps(lanes, factor + c), shifts = _mm512_maskz_loadu_ps(lanes, shift + c),
+                     step = _mm512_maskz_loadu_ps(lanes, steps + c), least = _mm512_maskz_loadu_ps(lanes, low + c),
+                     most = _mm512_maskz_loadu_ps(lanes, high + c);
+        const float* x = source.data + (sample * p.H + h) * p.W * source.channels + k;
+        int8_t* to = top + c;
+        for (int64_t w = 0; w < p.W; w++, x += source.channels, to += U * p.C) {
+          __m512 v = _mm512_maskz_loadu_ps(lanes, x);
+          if (NORM) v = _mm512_fmadd_ps(v, factors, shifts);
+          if (SILU) v = silu_of(v);
+          v = _mm512_roundscale_ps(_mm512_mul_ps(v, step), 8);
+          const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(v, least), most)));
+          for (int64_t u = 0; u < U; u++) _mm_mask_storeu_epi8(to + u * p.C, lanes, bytes);
         }
       }
-    }
     for (int64_t u = 1; u < U; u++) std::memcpy(top + u * line, top, line);
   }
 }
 
 void quantize(const Quantize& p) {
+  const auto rows_of = p.norm_groups > 0 ? (p.silu ? quantize_rows<true, true> : quantize_rows<true, false>)
+                                         : (p.silu ? quantize_rows<false, true> : quantize_rows<false, false>);
   const int64_t threads = at::get_num_threads(), rows = p.B * p.H;
   if (p.B >= threads) {  // a sample's second pass finds it in the cache
     at::parallel_for(0, p.B, 1, [&](int64_t begin, int64_t end) {
@@ -651,7 +654,7 @@ void quantize(const Quantize& p) {
         std::fill(sums.begin(), sums.end(), 0.0);
         if (p.norm_groups > 0) moments(p, b, 0, p.H, sums.data());
         coefficients(p, b, sums.data(), of.data());
-        quantize_rows(p, b, 0, p.H, of.data());
+        rows_of(p, b, 0, p.H, of.data());
       }
     });
     return;
@@ -670,7 +673,7 @@ void quantize(const Quantize& p) {
   }
   at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++)
-      quantize_rows(p, r / p.H, r % p.H, r % p.H + 1, of.data() + r / p.H * 5 * p.C);
+      rows_of(p, r / p.H, r % p.H, r % p.H + 1, of.data() + r / p.H * 5 * p.C);
   });
 }
 
@@ -743,7 +746,7 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const Tensor& weight_sc
     p.output = output.mutable_data_ptr<float>();
     fill_parts(p, segments);
     const bool three = p.KH == 3 && p.KW == 3 && p.SH == 1 && p.SW == 1 && p.DH == 1 && p.DW == 1 && groups == 1;
-    if (three && weight_bits <= 4 && input_bits <= 5 && !getenv("NOWINO"))
+    if (three && weight_bits <= 4 && input_bits <= 5)
       winograd(p);
     else
       direct(p);

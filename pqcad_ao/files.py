@@ -1,0 +1,35 @@
+"""Write a file whole or not at all, and say before the work begins if that cannot be done."""
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def check_writable(path: str | Path) -> Path:
+    """``path`` as a Path.
+
+    Raises:
+        OSError: a file cannot be made there.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: write the name of a file, such as {path / 'unet.pte'}")
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            pass
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot write into the folder {path.parent}: {error.strerror}") from error
+    return path
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write the whole file or none: under another name first, then moved."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
