@@ -166,7 +166,7 @@ def build_parser() -> argparse.ArgumentParser:
         "demo", run_demo, "compress the embedded teacher and measure everything on the spot", default_model="demo"
     )
     demo.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="(default: demo-out)")
-    demo.add_argument("--images", type=positive, default=384, help="images behind each FID (default: 384)")
+    demo.add_argument("--images", type=positive, default=320, help="images behind each FID (default: 320)")
     demo.add_argument("--steps", type=positive, default=20, help="sampling steps (default: 20)")
 
     demo.add_argument(

@@ -18,7 +18,6 @@ ROW_NAMES = {
     "fp_full": "full precision (fp32)",
     "ptq_full": "W4A4, fixed-bit calibration",
     "pq_full": "W4A4, progressive",
-    "fp_half": "full precision (fp32), half the steps",
     "ptq_half": "W4A4, fixed-bit calibration, half the steps",
     "pq_half": "W4A4, progressive, half the steps",
 }

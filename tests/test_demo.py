@@ -68,7 +68,7 @@ def test_with_the_compiler(tiny_dir: Path, features: tuple[nn.Module, RealFeatur
     pytest.importorskip("executorch", reason="the demo exports a .pte: needs executorch")
     summary = run_tiny(tmp_path, tiny_dir, features, mode="ptq")
     assert "skipped" not in summary
-    assert summary["fid"].keys() == {"fp_full", "ptq_full", "fp_half", "ptq_half"}
+    assert summary["fid"].keys() == {"fp_full", "ptq_full", "ptq_half"}
     latency = summary["latency_ms"]
     assert summary["speedup_end_to_end"] == pytest.approx(2 * latency["fp32_compile"] / latency["compressed_compile"])
     assert "transitions" not in summary
@@ -79,7 +79,7 @@ def test_summary_has_the_keys_that_are_promised_and_no_others(made: tuple[Path, 
     out, _, _ = made
     summary = json.loads((out / "summary.json").read_text(), parse_constant=pytest.fail)
     assert summary["steps"] == {"full": 4, "half": 2}
-    assert summary["fid"].keys() == {"fp_full", "ptq_full", "pq_full", "fp_half", "pq_half"}
+    assert summary["fid"].keys() == {"fp_full", "ptq_full", "pq_full", "pq_half"}
     assert summary["fid_n"] == 6
     assert summary["bytes"].keys() == {"fp32_checkpoint", "checkpoint", "fp32_pte", "pte", "resident_weights"}
     assert summary["latency_ms"].keys() == {"fp32_eager", "fp32_compile", "compressed_compile", "pte_fp32", "pte"}

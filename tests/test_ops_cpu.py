@@ -1,5 +1,6 @@
 """The CPU kernels against the reference kernel: every shape, every width, exact sums."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -282,7 +283,7 @@ def test_wrong_arguments_are_named(change, message):
 
 def test_the_switch_turns_them_off(monkeypatch):
     monkeypatch.setenv(cpu.SWITCH, "0")
-    assert cpu.load.__wrapped__() == ""
+    assert cpu._load.__wrapped__() == ""
 
 
 def test_a_compiler_that_fails_is_a_warning(monkeypatch):
@@ -294,7 +295,7 @@ def test_a_compiler_that_fails_is_a_warning(monkeypatch):
     monkeypatch.delenv(cpu.SWITCH, raising=False)
     monkeypatch.setattr(CppCodeCache, "load", fail)
     with pytest.warns(UserWarning, match=r"could not be compiled.*reference kernel.*no g\+\+ here"):
-        assert cpu.load.__wrapped__() == ""
+        assert cpu._load.__wrapped__() == ""
 
 
 def test_a_processor_without_the_instructions_is_a_warning(monkeypatch):
@@ -308,7 +309,7 @@ def test_a_processor_without_the_instructions_is_a_warning(monkeypatch):
     monkeypatch.delenv(cpu.SWITCH, raising=False)
     monkeypatch.setattr(CppCodeCache, "load", lambda *args, **kwargs: library)
     with pytest.warns(UserWarning, match="no AVX512-VNNI"):
-        assert cpu.load.__wrapped__() == ""
+        assert cpu._load.__wrapped__() == ""
 
 
 ONE_CALL = """
@@ -329,6 +330,18 @@ def test_without_them_the_reference_computes_and_says_so(monkeypatch):
     assert "floating-point multiply-accumulates" in result.stdout
 
 
+def test_a_cache_folder_that_cannot_be_written_is_a_warning(tmp_path):
+    (tmp_path / "file").touch()
+    program = "import torch._inductor.codecache\n" + ONE_CALL  # which makes Inductor's own folder, or fails to
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file" / "cache")}
+    environment.pop(cpu.SWITCH, None)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "floating-point" in result.stdout
+    assert "could not be compiled" in result.stderr
+
+
+@pytest.mark.slow
 @needs_kernels
 def test_two_processes_may_compile_at_once(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

@@ -2,42 +2,49 @@
 
 import functools
 import os
+import threading
 import warnings
 from pathlib import Path
 
 SWITCH = "PQCAD_CPU_KERNELS"  # set to 0, the reference kernel runs in their place
 
 
-@functools.cache
+_loading = threading.Lock()
+
+
 def load() -> str:
     """Compile or find the kernels and register them; what they multiply with, or "" where there are none.
 
     Says in a warning, once, why there are none: a machine without the instructions, or no compiler. The reference
     kernel then goes on computing the same.
     """
+    with _loading:  # a thread that comes second waits for the first one's compiler
+        return _load()
+
+
+@functools.cache
+def _load() -> str:
     if os.environ.get(SWITCH) == "0":
         return ""
     # private names: torch's own extension builder would want ninja, and has no cache that two processes can share
     from ctypes import c_char_p
 
     from torch._inductor.codecache import CppCodeCache
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     try:
         source = (Path(__file__).parent / "cpu.cpp").read_text()
-        # -O2: at -O3 g++ 12 unrolls the transforms beyond what the registers hold
-        library = CppCodeCache.load(source, extra_flags=("-march=native",) if pick_vec_isa() else ())
+        library = CppCodeCache.load(source)
         library.pqcad_cpu_kernels.restype = c_char_p
         instructions = library.pqcad_cpu_kernels().decode()
     except Exception as error:  # a missing compiler, a cache folder that cannot be written: each has its own type
         warnings.warn(
             f"the CPU kernels could not be compiled, the slower reference kernel runs in their place: {error}",
-            stacklevel=2,
+            stacklevel=4,
         )
         return ""
     if not instructions:
         warnings.warn(
             "this CPU has no AVX512-VNNI, which the CPU kernels need: the slower reference kernel runs in their place",
-            stacklevel=2,
+            stacklevel=4,
         )
     return instructions
