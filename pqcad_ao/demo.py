@@ -236,7 +236,7 @@ def run(
             :shown
         ]
         for row, pixels in drawn.items()
-    } | {f"the same as unet.pte\n{sqnr['pte_images']:.0f} dB SQNR against eager": pte_full}
+    } | {f"{ways[name]}, {steps} steps, unet.pte\n{sqnr['pte_images']:.0f} dB SQNR against eager": pte_full}
     save_samples(panels, out / "samples.png")
     write_json(out / "summary.json", summary)
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,6 +1,5 @@
 """The CPU kernels against the reference kernel: every shape, every width, exact sums."""
 
-import os
 import subprocess
 import sys
 import warnings
@@ -286,15 +285,16 @@ def test_the_switch_turns_them_off(monkeypatch):
     assert cpu._load.__wrapped__() == ""
 
 
-def test_a_compiler_that_fails_is_a_warning(monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError("no g++ here"), OSError(30, "Read-only file system")])
+def test_a_compiler_or_a_cache_folder_that_fails_is_a_warning(monkeypatch, error):
     from torch._inductor.codecache import CppCodeCache
 
     def fail(*args, **kwargs):
-        raise RuntimeError("no g++ here")
+        raise error
 
     monkeypatch.delenv(cpu.SWITCH, raising=False)
     monkeypatch.setattr(CppCodeCache, "load", fail)
-    with pytest.warns(UserWarning, match=r"could not be compiled.*reference kernel.*no g\+\+ here"):
+    with pytest.warns(UserWarning, match=r"could not be compiled.*reference kernel.*(no g\+\+ here|Read-only)"):
         assert cpu._load.__wrapped__() == ""
 
 
@@ -328,17 +328,6 @@ def test_without_them_the_reference_computes_and_says_so(monkeypatch):
     monkeypatch.setenv(cpu.SWITCH, "0")
     result = subprocess.run([sys.executable, "-c", ONE_CALL], capture_output=True, text=True, check=True)
     assert "floating-point multiply-accumulates" in result.stdout
-
-
-def test_a_cache_folder_that_cannot_be_written_is_a_warning(tmp_path):
-    (tmp_path / "file").touch()
-    program = "import torch._inductor.codecache\n" + ONE_CALL  # which makes Inductor's own folder, or fails to
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file" / "cache")}
-    environment.pop(cpu.SWITCH, None)
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-    assert "floating-point" in result.stdout
-    assert "could not be compiled" in result.stderr
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The CPU kernels: compiled on first use with the toolchain that Inductor needs, kept in Inductor's cache."""
 
+import ctypes
 import functools
 import os
 import threading
@@ -26,15 +27,13 @@ def load() -> str:
 def _load() -> str:
     if os.environ.get(SWITCH) == "0":
         return ""
-    # private names: torch's own extension builder would want ninja, and has no cache that two processes can share
-    from ctypes import c_char_p
-
-    from torch._inductor.codecache import CppCodeCache
-
     try:
+        # private: torch's own extension builder would want ninja, and has no cache that two processes can share
+        from torch._inductor.codecache import CppCodeCache
+
         source = (Path(__file__).parent / "cpu.cpp").read_text()
         library = CppCodeCache.load(source)
-        library.pqcad_cpu_kernels.restype = c_char_p
+        library.pqcad_cpu_kernels.restype = ctypes.c_char_p
         instructions = library.pqcad_cpu_kernels().decode()
     except Exception as error:  # a missing compiler, a cache folder that cannot be written: each has its own type
         warnings.warn(
