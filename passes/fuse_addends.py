@@ -6,9 +6,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 import pqcad_ao.ops  # noqa: F401  (registers the operators)
-from pqcad_ao.passes.inline import argument, finish, traced
+from pqcad_ao.passes.inline import Order, argument, finish, traced
 
-ADD = {operator.add, operator.iadd, torch.add, torch.ops.aten.add.Tensor}
+ADD = {operator.add, torch.add, torch.ops.aten.add.Tensor}
 CONV = {torch.ops.pqcad.conv2d, torch.ops.pqcad.conv2d.default}
 
 
@@ -21,20 +21,19 @@ def fuse_addends(graph: GraphModule) -> int:
     Returns:
         how many sums are gone.
     """
-    order = {node: index for index, node in enumerate(graph.graph.nodes)}
-    fused = 0
+    fused, nodes = 0, Order(graph)
     for node in list(graph.graph.nodes):
         if node.target not in ADD or len(node.args) != 2 or node.kwargs.get("alpha", 1) != 1:
             continue
-        pairs = [pair for pair in (node.args, node.args[::-1]) if _takes(*pair)]
+        pairs = [pair for pair in (node.args, node.args[::-1]) if _takes(*pair) and nodes.calm(pair[0], node)]
         if not pairs:
             continue
-        conv, addend = max(pairs, key=lambda pair: order[pair[0]])
+        conv, addend = max(pairs, key=lambda pair: nodes.position[pair[0]])
         with graph.graph.inserting_before(node):  # here, where the addend is known
             kwargs = {**conv.kwargs, "addend": addend}
             replacement = graph.graph.call_function(conv.target, conv.args, kwargs)
         replacement.meta = dict(node.meta)
-        order[replacement] = order[node]
+        nodes.position[replacement] = nodes.position[node]
         node.replace_all_uses_with(replacement)
         graph.graph.erase_node(node)
         graph.graph.erase_node(conv)

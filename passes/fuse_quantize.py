@@ -7,7 +7,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional
 
 import pqcad_ao.ops  # noqa: F401  (registers the operators)
-from pqcad_ao.passes.inline import argument, finish, traced
+from pqcad_ao.passes.inline import Order, argument, finish, traced
 
 aten, pqcad = torch.ops.aten, torch.ops.pqcad
 # Each operator as torch.compile and as torch.export write it; methods by name.
@@ -28,60 +28,72 @@ def fuse_quantize(graph: GraphModule) -> int:
     Returns:
         how many quantizers there are.
     """
-    found = 0
+    found, nodes = 0, Order(graph)
     for node in list(graph.graph.nodes):
         if node.target not in QUANTIZE:
             continue
         found += 1
-        x, scale, low, segments, bits, channel_dim = node.args
-        rank = traced(x).dim()
-        transposed = channel_dim in (-1, rank - 1)
-        if transposed:
-            norm = x.args[0] if x.target in TRANSPOSE and _swaps(x, rank) else None
-            if rank != 3 or norm is None or norm.target not in GROUP_NORM:
-                continue
-            x = norm
-        x, upsample = _upsampling(x) if not transposed else (x, 1)
-        x, silu = (x.args[0], True) if x.target in SILU else (x, False)
-        norm, x = (x, x.args[0]) if x.target in GROUP_NORM else (None, x)
-        groups, weight, bias, eps = _norm(norm) if norm is not None else (0, None, None, 0.0)
-        inputs = list(x.args[0]) if x.target in CAT and _along_channels(x) and not transposed else [x]
-        with graph.graph.inserting_before(node):
-            if transposed:
-                inputs = [graph.graph.call_method("unsqueeze", (x, -1))]
-            grid = (scale, low, segments, bits, upsample)
-            fused = graph.graph.call_function(
-                pqcad.norm_silu_quantize, (inputs, weight, bias, groups, eps, silu, *grid)
-            )
-            if transposed:
-                fused = graph.graph.call_method("squeeze", (fused, -1))
-                fused = graph.graph.call_method("transpose", (fused, 1, 2))
-        node.replace_all_uses_with(fused)
-        graph.graph.erase_node(node)
+        channel_dim, rank = node.args[-1], traced(node.args[0]).dim()
+        if rank == 4 and channel_dim == 1:
+            _fuse_image(graph, node, nodes)
+        elif rank == 3 and channel_dim in (-1, 2):
+            _fuse_tokens(graph, node, nodes)
     finish(graph)
     return found
 
 
-def _upsampling(node: Node) -> tuple[Node, int]:
-    """What is upsampled, and the factor; 1 where nothing is, or not by a whole factor to the nearest."""
-    if node.target not in UPSAMPLE:
-        return node, 1
+def _fuse_image(graph: GraphModule, node: Node, nodes: Order) -> None:
+    """quantize(upsample(silu(norm(cat(...))))), or as much of it as there is."""
+    x, scale, low, segments, bits, _ = node.args
+
+    def is_one(x: Node, targets: set) -> bool:
+        return x.target in targets and nodes.calm(x, node)
+
+    upsample = _upsampling(x) if is_one(x, UPSAMPLE) else 1
+    x = x.args[0] if upsample > 1 else x
+    silu = is_one(x, SILU)
+    x = x.args[0] if silu else x
+    norm = x if is_one(x, GROUP_NORM) else None
+    x = x if norm is None else x.args[0]
+    inputs = list(x.args[0]) if is_one(x, CAT) and _along_channels(x) else [x]
+    with graph.graph.inserting_before(node):
+        options = (*_norm(norm), silu, scale, low, segments, bits, upsample)
+        fused = graph.graph.call_function(pqcad.norm_silu_quantize, (inputs, *options))
+    node.replace_all_uses_with(fused)
+    graph.graph.erase_node(node)
+
+
+def _fuse_tokens(graph: GraphModule, node: Node, nodes: Order) -> None:
+    """quantize(norm(...).transpose(1, 2)), the input of attention's projections; (B, C, L) is an image (B, C, L, 1)."""
+    turned, scale, low, segments, bits, _ = node.args
+    norm = turned.args[0] if turned.target in TRANSPOSE and _swaps(turned) else None
+    if norm is None or norm.target not in GROUP_NORM or not nodes.calm(norm, node):
+        return
+    with graph.graph.inserting_before(node):
+        image = graph.graph.call_method("unsqueeze", (norm.args[0], -1))
+        options = (*_norm(norm), False, scale, low, segments, bits, 1)
+        fused = graph.graph.call_function(pqcad.norm_silu_quantize, ([image], *options))
+        fused = graph.graph.call_method("squeeze", (fused, -1))
+        fused = graph.graph.call_method("transpose", (fused, 1, 2))
+    node.replace_all_uses_with(fused)
+    graph.graph.erase_node(node)
+
+
+def _upsampling(node: Node) -> int:
+    """By what whole factor a node upsamples to the nearest; 1 where it does something else."""
     if node.target is functional.interpolate and argument(node, 3, "mode", "nearest") != "nearest":
-        return node, 1
+        return 1
     (small, large) = (traced(n).shape[2:] for n in (node.args[0], node))
     factor = int(large[0]) // int(small[0]) if all(isinstance(n, int) for n in (*small, *large)) else 0
-    if factor < 1 or tuple(large) != tuple(factor * n for n in small):
-        return node, 1
-    return node.args[0], factor
+    return factor if factor > 1 and tuple(large) == tuple(factor * n for n in small) else 1
 
 
-def _norm(node: Node) -> tuple[int, Any, Any, float]:
-    return (
-        argument(node, 1, "num_groups", 0),
-        argument(node, 2, "weight", None),
-        argument(node, 3, "bias", None),
-        argument(node, 4, "eps", 1e-5),
-    )
+def _norm(node: Node | None) -> tuple[Any, Any, int, float]:
+    """Weight, bias, groups and eps of a GroupNorm; no groups where there is none."""
+    if node is None:
+        return None, None, 0, 0.0
+    weight, bias = argument(node, 2, "weight", None), argument(node, 3, "bias", None)
+    return weight, bias, argument(node, 1, "num_groups", 0), argument(node, 4, "eps", 1e-5)
 
 
 def _along_channels(node: Node) -> bool:
@@ -89,6 +101,6 @@ def _along_channels(node: Node) -> bool:
     return rank == 4 and argument(node, 1, "dim", 0) in (1, 1 - rank)
 
 
-def _swaps(node: Node, rank: int) -> bool:
+def _swaps(node: Node) -> bool:
     """Whether a transposition of three dimensions swaps the last two."""
-    return rank == 3 and {dim % rank for dim in node.args[1:3]} == {1, 2}
+    return {dim % 3 for dim in node.args[1:3]} == {1, 2}

@@ -1,12 +1,20 @@
 """Write a rewrite as a plain function of tensors, and put its operators into a graph."""
 
+import inspect
+import operator
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Node, Proxy
 from torch.fx.node import map_arg
 from torch.fx.proxy import GraphAppendingTracer
+
+# a += b and its kin, and a[i] = b
+_IN_PLACE = {getattr(operator, name) for name in dir(operator) if name[0] == "i" and hasattr(operator, name[1:])}
+_IN_PLACE |= {operator.iand, operator.ior, operator.setitem, operator.delitem}
 
 
 def inline(graph: GraphModule, node: Node, function: Callable[..., Any], *args: Any) -> None:
@@ -46,7 +54,8 @@ def value_of(graph: GraphModule, node: Node) -> Tensor:
 
 def finish(graph: GraphModule) -> GraphModule:
     """Drop what nothing reads any more, check the graph and make it runnable again."""
-    graph.graph.eliminate_dead_code()
+    # torch 2.13 counts what Python's operators and torch.nn.functional change in place as dead where nobody reads it
+    graph.graph.eliminate_dead_code(lambda node: node.is_impure() or writes(node))
     graph.graph.lint()
     graph.recompile()
     return graph
@@ -60,3 +69,32 @@ def traced(node: Node) -> Any:
 def argument(node: Node, position: int, name: str, default: Any) -> Any:
     """An argument of a call, wherever it was written."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def writes(node: Node) -> bool:
+    """Whether a node changes a tensor in place."""
+    target, name = node.target, getattr(node.target, "__name__", str(node.target))
+    if isinstance(target, OpOverload):
+        return target._schema.is_mutable
+    if target in _IN_PLACE or node.kwargs.get("out") is not None:
+        return True
+    if name.endswith("_") and not name.endswith("__"):  # a name of torch's, not and_ or or_
+        return getattr(target, "__module__", "") != operator.and_.__module__
+    try:
+        given = inspect.signature(target).bind(*node.args, **node.kwargs).arguments
+    except (TypeError, ValueError):  # not a function, or a builtin that shows no signature
+        given = node.kwargs
+    return bool(given.get("inplace", False))
+
+
+class Order:
+    """Where a graph's nodes stand, and between which of them nothing is changed in place."""
+
+    def __init__(self, graph: GraphModule) -> None:
+        self.position = {node: index for index, node in enumerate(graph.graph.nodes)}
+        self._writes = [index for node, index in self.position.items() if writes(node)]
+
+    def calm(self, first: Node, last: Node) -> bool:
+        """Whether ``last`` may work out again what ``first`` did: no tensor is changed from the one to the other."""
+        start, end = (bisect_left(self._writes, self.position[node]) for node in (first, last))
+        return start == end

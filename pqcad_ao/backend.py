@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 
-from pqcad_ao.calibration import as_ddim
+from pqcad_ao.calibration import matching_ddim
 from pqcad_ao.capture import MAX_BATCH, Denoiser, capture, check_conditioning, conditioning_rows, placement
 from pqcad_ao.capture import sample_shape as find_sample_shape
 from pqcad_ao.evaluate import sqnr_db
@@ -107,12 +107,7 @@ def export_pt2(
         raise ValueError(f"the network is on {device}: export_pt2 compiles for the CPU, write unet.to('cpu')")
     trained = state.timestep.num_train_timesteps
     if scheduler is not None:
-        scheduler = as_ddim(scheduler)
-        if scheduler.config.num_train_timesteps != trained:
-            raise ValueError(
-                f"the scheduler has {scheduler.config.num_train_timesteps} training timesteps, the network was "
-                f"quantized for {trained}: pass the scheduler it was quantized with"
-            )
+        scheduler = matching_ddim(scheduler, trained)
     if num_inference_steps is not None:
         if scheduler is None:
             raise ValueError("num_inference_steps binds the package to a schedule: pass the scheduler as well")
@@ -134,7 +129,6 @@ def export_pt2(
     rows = take_rows(conditioning, torch.arange(count) % conditioning_rows(conditioning))
     facts = {
         "sample_shape": list(shape),
-        "num_train_timesteps": trained,
         "dtype": str(dtype).removeprefix("torch."),
         "scheduler_config": None if scheduler is None else scheduler.to_json_string(),
         "timesteps": None if num_inference_steps is None else scheduler.timesteps.tolist(),

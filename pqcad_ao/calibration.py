@@ -65,6 +65,22 @@ def as_ddim(scheduler) -> DDIMScheduler:
     return DDIMScheduler.from_config(scheduler.config)
 
 
+def matching_ddim(scheduler, num_train_timesteps: int) -> DDIMScheduler:
+    """:func:`as_ddim` of the scheduler that a network was quantized with.
+
+    Raises:
+        ValueError: as :func:`as_ddim`, or it has another number of training timesteps.
+    """
+    scheduler = as_ddim(scheduler)
+    trained = scheduler.config.num_train_timesteps
+    if trained != num_train_timesteps:
+        raise ValueError(
+            f"the scheduler has {trained} training timesteps, the network was quantized for {num_train_timesteps}: "
+            "pass the scheduler it was quantized with"
+        )
+    return scheduler
+
+
 def find_scheduler(model: nn.Module) -> DDIMScheduler | None:
     """The scheduler saved beside a network that was loaded from a diffusers folder, if there is one.
 

@@ -222,8 +222,7 @@ def run(
         "stages_s": stages.seconds,
     }
     if "half" in lengths and {"fp32_compile", "compressed_compile"} <= latency.keys():
-        times = {"fp32_compile": steps, "compressed_compile": lengths["half"]}
-        whole, half = (latency[form] * count for form, count in times.items())
+        whole, half = latency["fp32_compile"] * steps, latency["compressed_compile"] * lengths["half"]
         summary["speedup_end_to_end"] = whole / half
     if config.learns:
         summary["transitions"] = learned.transitions

@@ -22,7 +22,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 from tqdm.auto import tqdm
 
 from pqcad_ao import capture
-from pqcad_ao.calibration import as_ddim
+from pqcad_ao.calibration import matching_ddim
 from pqcad_ao.files import check_writable, write_whole
 from pqcad_ao.nn import QuantizedLayer
 from pqcad_ao.passes.attention import decompose_attention
@@ -142,14 +142,8 @@ def export_pte(
     """
     _require_executorch()
     _check_network(unet)
-    scheduler = as_ddim(scheduler)
-    state = quantized_state(unet)
-    trained = scheduler.config.num_train_timesteps
-    if trained != state.timestep.num_train_timesteps:
-        raise ValueError(
-            f"the scheduler has {trained} training timesteps, the network was quantized for "
-            f"{state.timestep.num_train_timesteps}: pass the scheduler it was quantized with"
-        )
+    trained = quantized_state(unet).timestep.num_train_timesteps
+    scheduler = matching_ddim(scheduler, trained)
     _check_counts(num_inference_steps=num_inference_steps, batch_size=batch_size, trajectories=trajectories)
     if num_inference_steps > trained:
         raise ValueError(f"num_inference_steps={num_inference_steps}: the scheduler has {trained} timesteps")

@@ -14,10 +14,15 @@ from torch import Tensor
 from pqcad_ao.ops import arithmetic, cpu, reference
 from pqcad_ao.packing import pack
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    KERNELS = cpu.load()
-needs_kernels = pytest.mark.skipif(not KERNELS, reason="this machine has no AVX512-VNNI, or no C++ compiler")
+needs_kernels = pytest.mark.usefixtures("kernels")
+
+
+@pytest.fixture(scope="module")
+def kernels() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if not cpu.load():
+            pytest.skip("this machine has no AVX512-VNNI, or no C++ compiler")
 
 
 def _integers(generator: torch.Generator, bits: int, *shape: int) -> Tensor:

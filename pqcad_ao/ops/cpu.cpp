@@ -679,18 +679,20 @@ void quantize(const Quantize& p) {
 
 // ------------------------------------------------------------------------------------------------ operators
 
-void check(const Tensor& input, const Tensor& weight, const Tensor& weight_scale, const Tensor& input_scale,
-           const std::optional<Tensor>& bias, int64_t bits, at::IntArrayRef segments, int64_t channels, int64_t rows,
-           int64_t reduction) {
-  TORCH_CHECK_TYPE(input.scalar_type() == at::kChar, "input is ", input.scalar_type(),
-                   ": the pqcad operators take int8 integers (quantize first)");
+// Scales (and lows) of `name` are (batch, segments), and the segments make up the channels.
+void check_grid(const char* name, const Tensor& values, at::IntArrayRef segments, int64_t batch, int64_t channels) {
   int64_t sum = 0;
   for (auto s : segments) sum += s;
   TORCH_CHECK_VALUE(sum == channels, "segments ", segments, " sum to ", sum, ", the input has ", channels, " channels");
-  TORCH_CHECK_VALUE(input_scale.dim() == 2 && input_scale.size(0) == input.size(0) &&
-                        input_scale.size(1) == (int64_t)segments.size(),
-                    "input_scale has shape ", input_scale.sizes(), ": expected (batch, segments) = (", input.size(0),
-                    ", ", segments.size(), ")");
+  TORCH_CHECK_VALUE(values.dim() == 2 && values.size(0) == batch && values.size(1) == (int64_t)segments.size(), name,
+                    " has shape ", values.sizes(), ": expected (batch, segments) = (", batch, ", ", segments.size(), ")");
+}
+
+void check(const Tensor& input, const Tensor& weight, const Tensor& input_scale, const std::optional<Tensor>& bias,
+           int64_t bits, at::IntArrayRef segments, int64_t channels, int64_t rows, int64_t reduction) {
+  TORCH_CHECK_TYPE(input.scalar_type() == at::kChar, "input is ", input.scalar_type(),
+                   ": the pqcad operators take int8 integers (quantize first)");
+  check_grid("input_scale", input_scale, segments, input.size(0), channels);
   TORCH_CHECK_VALUE(bits >= 2 && bits <= 8, "weight_bits=", bits, ": allowed are 2 to 8");
   TORCH_CHECK_VALUE(weight.scalar_type() == at::kByte && weight.dim() == 2 && weight.size(0) == rows &&
                         weight.size(1) == (reduction * bits + 7) / 8,
@@ -710,6 +712,23 @@ void fill_parts(Problem& p, at::IntArrayRef segments) {
   }
 }
 
+// Runs `method` on a problem whose sizes are set; input and addend are laid out already, channels innermost.
+void compute(Problem& p, void (*method)(const Problem&), const Tensor& input, const Tensor& weight,
+             const Tensor& weight_scale, const Tensor& input_scale, const std::optional<Tensor>& bias,
+             const Tensor& addend, at::IntArrayRef segments, Tensor& output) {
+  if (output.numel() == 0) return;
+  const Tensor w = weight.contiguous(), ws = weight_scale.to(at::kFloat).contiguous(),
+               is = input_scale.to(at::kFloat).contiguous(), b = bias ? bias->to(at::kFloat).contiguous() : Tensor();
+  p.input = input.const_data_ptr<int8_t>(), p.weight = w.const_data_ptr<uint8_t>();
+  p.weight_bytes = w.numel(), p.row = w.size(1);
+  p.weight_scale = ws.const_data_ptr<float>(), p.input_scale = is.const_data_ptr<float>();
+  p.bias = b.defined() ? b.const_data_ptr<float>() : nullptr;
+  p.addend = addend.defined() ? addend.const_data_ptr<float>() : nullptr;
+  p.output = output.mutable_data_ptr<float>();
+  fill_parts(p, segments);
+  method(p);
+}
+
 Tensor conv2d(const Tensor& input, const Tensor& weight, const Tensor& weight_scale, const Tensor& input_scale,
               const std::optional<Tensor>& bias, int64_t weight_bits, at::IntArrayRef segments,
               at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
@@ -722,13 +741,10 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const Tensor& weight_sc
   p.PW = padding[1], p.DH = dilation[0], p.DW = dilation[1], p.groups = groups, p.bits = (int)weight_bits;
   p.OH = (p.H + 2 * p.PH - p.DH * (p.KH - 1) - 1) / p.SH + 1;
   p.OW = (p.W + 2 * p.PW - p.DW * (p.KW - 1) - 1) / p.SW + 1;
-  check(input, weight, weight_scale, input_scale, bias, weight_bits, segments, p.C, p.O, p.in_group() * p.KH * p.KW);
+  check(input, weight, input_scale, bias, weight_bits, segments, p.C, p.O, p.in_group() * p.KH * p.KW);
   TORCH_CHECK_VALUE(p.OH > 0 && p.OW > 0, "kernel of ", kernel_size, " on an input of ", input.sizes(), " leaves nothing");
   Tensor output = at::empty({p.B, p.O, p.OH, p.OW}, input.options().dtype(at::kFloat), at::MemoryFormat::ChannelsLast);
-  const Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast), w = weight.contiguous(),
-               ws = weight_scale.to(at::kFloat).contiguous(), is = input_scale.to(at::kFloat).contiguous();
-  Tensor b, a;
-  if (bias) b = bias->to(at::kFloat).contiguous();
+  Tensor a;
   if (addend) {
     const bool per_sample = addend->size(2) == 1 && addend->size(3) == 1;
     TORCH_CHECK_VALUE(addend->dim() == 4 && addend->size(0) == p.B && addend->size(1) == p.O &&
@@ -738,19 +754,9 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const Tensor& weight_sc
     p.addend_sample = per_sample ? p.O : p.O * p.OH * p.OW;
     p.addend_pixel = per_sample ? 0 : p.O;
   }
-  if (output.numel() > 0) {
-    p.input = x.const_data_ptr<int8_t>(), p.weight = w.const_data_ptr<uint8_t>();
-    p.weight_bytes = w.numel(), p.row = w.size(1);
-    p.weight_scale = ws.const_data_ptr<float>(), p.input_scale = is.const_data_ptr<float>();
-    p.bias = bias ? b.const_data_ptr<float>() : nullptr, p.addend = addend ? a.const_data_ptr<float>() : nullptr;
-    p.output = output.mutable_data_ptr<float>();
-    fill_parts(p, segments);
-    const bool three = p.KH == 3 && p.KW == 3 && p.SH == 1 && p.SW == 1 && p.DH == 1 && p.DW == 1 && groups == 1;
-    if (three && weight_bits <= 4 && input_bits <= 5)
-      winograd(p);
-    else
-      direct(p);
-  }
+  const bool three = p.KH == 3 && p.KW == 3 && p.SH == 1 && p.SW == 1 && p.DH == 1 && p.DW == 1 && groups == 1;
+  compute(p, three && weight_bits <= 4 && input_bits <= 5 ? winograd : direct,
+          input.contiguous(at::MemoryFormat::ChannelsLast), weight, weight_scale, input_scale, bias, a, segments, output);
   return output.to(dtype);
 }
 
@@ -762,41 +768,18 @@ Tensor linear(const Tensor& input, const Tensor& weight, const Tensor& weight_sc
   p.B = input.size(0), p.C = input.size(-1), p.O = weight_scale.numel();
   p.H = p.B * p.C ? input.numel() / (p.B * p.C) : 0, p.OH = p.H, p.bits = (int)weight_bits;
   p.W = p.OW = p.KH = p.KW = p.SH = p.SW = p.DH = p.DW = p.groups = 1;
-  check(input, weight, weight_scale, input_scale, bias, weight_bits, segments, p.C, p.O, p.C);
+  check(input, weight, input_scale, bias, weight_bits, segments, p.C, p.O, p.C);
   auto shape = input.sizes().vec();
   shape.back() = p.O;
   Tensor output = at::empty(shape, input.options().dtype(at::kFloat));
-  const Tensor x = input.contiguous(), w = weight.contiguous(), ws = weight_scale.to(at::kFloat).contiguous(),
-               is = input_scale.to(at::kFloat).contiguous();
-  Tensor b, a;
-  if (bias) b = bias->to(at::kFloat).contiguous();
+  Tensor a;
   if (addend) {
     TORCH_CHECK_VALUE(addend->sizes() == output.sizes(), "addend has shape ", addend->sizes(), ": expected ", output.sizes());
     a = addend->to(at::kFloat).contiguous();
     p.addend_sample = p.H * p.O, p.addend_pixel = p.O;
   }
-  if (output.numel() > 0) {
-    p.input = x.const_data_ptr<int8_t>(), p.weight = w.const_data_ptr<uint8_t>();
-    p.weight_bytes = w.numel(), p.row = w.size(1);
-    p.weight_scale = ws.const_data_ptr<float>(), p.input_scale = is.const_data_ptr<float>();
-    p.bias = bias ? b.const_data_ptr<float>() : nullptr, p.addend = addend ? a.const_data_ptr<float>() : nullptr;
-    p.output = output.mutable_data_ptr<float>();
-    fill_parts(p, segments);
-    direct(p);
-  }
+  compute(p, direct, input.contiguous(), weight, weight_scale, input_scale, bias, a, segments, output);
   return output.to(dtype);
-}
-
-void check_grid(const Tensor& scale, const Tensor& low, at::IntArrayRef segments, int64_t batch, int64_t channels,
-                int64_t bits) {
-  int64_t sum = 0;
-  for (auto s : segments) sum += s;
-  TORCH_CHECK_VALUE(sum == channels, "segments ", segments, " sum to ", sum, ", the input has ", channels, " channels");
-  TORCH_CHECK_VALUE(scale.dim() == 2 && scale.size(0) == batch && scale.size(1) == (int64_t)segments.size() &&
-                        low.sizes() == scale.sizes(),
-                    "scale and low have shapes ", scale.sizes(), " and ", low.sizes(),
-                    ": expected (batch, segments) = (", batch, ", ", segments.size(), ")");
-  TORCH_CHECK_VALUE(bits >= 2 && bits <= 8, "bits=", bits, ": allowed are 2 to 8");
 }
 
 Tensor norm_silu_quantize(at::TensorList inputs, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
@@ -816,7 +799,9 @@ Tensor norm_silu_quantize(at::TensorList inputs, const std::optional<Tensor>& we
   }
   p.B = head.size(0), p.H = head.size(2), p.W = head.size(3), p.norm_groups = norm_groups, p.upsample = upsample;
   p.eps = eps, p.silu = silu, p.bits = (int)bits, p.segments = segments.vec();
-  check_grid(scale, low, segments, p.B, p.C, bits);
+  check_grid("scale", scale, segments, p.B, p.C);
+  check_grid("low", low, segments, p.B, p.C);
+  TORCH_CHECK_VALUE(bits >= 2 && bits <= 8, "bits=", bits, ": allowed are 2 to 8");
   TORCH_CHECK_VALUE(norm_groups == 0 || p.C % norm_groups == 0, p.C, " channels in ", norm_groups, " groups");
   Tensor output = at::empty({p.B, p.C, p.H * upsample, p.W * upsample}, head.options().dtype(at::kChar),
                             at::MemoryFormat::ChannelsLast);

@@ -96,11 +96,7 @@ def _rescale(
 def _check(input: Tensor, input_scale: Tensor, segments: list[int], channels: int) -> None:
     if input.dtype != torch.int8:
         raise TypeError(f"input is {input.dtype}: the pqcad operators take int8 integers (quantize first)")
-    if sum(segments) != channels:
-        raise ValueError(f"segments {list(segments)} sum to {sum(segments)}, the input has {channels} channels")
-    if input_scale.shape != (input.shape[0], len(segments)):
-        expected = (input.shape[0], len(segments))
-        raise ValueError(f"input_scale has shape {tuple(input_scale.shape)}: expected (batch, segments) = {expected}")
+    _check_grid("input_scale", input_scale, segments, input.shape[0], channels)
 
 
 def conv2d(
@@ -139,7 +135,8 @@ def linear(input, weight, weight_scale, input_scale, bias, weight_bits, segments
 
 def quantize(input: Tensor, scale: Tensor, low: Tensor, segments: list[int], bits: int, channel_dim: int) -> Tensor:
     """``pqcad::quantize`` on any device."""
-    _check_grid(scale, low, segments, input.shape[0], input.shape[channel_dim])
+    for name, values in (("scale", scale), ("low", low)):
+        _check_grid(name, values, segments, input.shape[0], input.shape[channel_dim])
     shape = [1] * input.dim()
     shape[0], shape[channel_dim] = input.shape[0], sum(segments)
     counts = torch.tensor(segments, device=scale.device)
@@ -175,11 +172,10 @@ def norm_silu_quantize(
     return x.repeat_interleave(upsample, 2).repeat_interleave(upsample, 3).contiguous(memory_format=torch.channels_last)
 
 
-def _check_grid(scale: Tensor, low: Tensor, segments: list[int], batch: int, channels: int) -> None:
+def _check_grid(name: str, values: Tensor, segments: list[int], batch: int, channels: int) -> None:
+    """Scales and lows are (batch, segments), and the segments make up the channels."""
     if sum(segments) != channels:
         raise ValueError(f"segments {list(segments)} sum to {sum(segments)}, the input has {channels} channels")
-    if scale.shape != (batch, len(segments)) or low.shape != scale.shape:
-        raise ValueError(
-            f"scale and low have shapes {tuple(scale.shape)} and {tuple(low.shape)}: expected (batch, segments) = "
-            f"{(batch, len(segments))}"
-        )
+    expected = (batch, len(segments))
+    if values.shape != expected:
+        raise ValueError(f"{name} has shape {tuple(values.shape)}: expected (batch, segments) = {expected}")
