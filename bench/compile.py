@@ -816,9 +816,10 @@ def whole_numbers(text: str) -> list[int]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``pqcad bench compile``."""
     parser.add_argument("--model", default="demo", help=f"{', '.join(NAMES)}, or a folder with a diffusers UNet")
-    parser.add_argument("--batches", type=whole_numbers, default=[1, 8], metavar="N,N", help="batch sizes (1,8)")
+    parser.add_argument("--batches", type=whole_numbers, metavar="N,N", help="batch sizes (1,8; on a GPU 1,16,64,256)")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda for the GPU's own contenders (cpu)")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each contender (7)")
-    parser.add_argument("--iterations", type=int, default=3, help="timed steps in a turn (3)")
+    parser.add_argument("--iterations", type=int, help="timed steps in a turn (3; on a GPU 10)")
     parser.add_argument("--threads", type=int, help="for every contender (all available cores)")
     parser.add_argument("--rows", type=lambda text: text.split(","), metavar="ROW,ROW", help=f"of {', '.join(ROWS)}")
     parser.add_argument("--seed", type=int, default=0, help="of the inputs (0)")
@@ -827,12 +828,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure what the parsed options ask for and print the table."""
+    """Measure what the parsed options ask for and print the table.
+
+    Raises:
+        ValueError: as :func:`bench_compile`, or options that the chosen device does not have.
+    """
+    if args.device != "cpu":
+        from pqcad_ao.bench import compile_gpu
+
+        if args.plot or args.threads:
+            raise ValueError("--plot and --threads belong to --device cpu")
+        asked = {"batches": args.batches, "iterations": args.iterations, "rows": args.rows, "json_path": args.json}
+        result = compile_gpu.bench_compile_gpu(
+            args.model,
+            device=args.device,
+            rounds=args.rounds,
+            seed=args.seed,
+            **{name: value for name, value in asked.items() if value is not None},
+        )
+        print(compile_gpu.table(result))
+        return result
     result = bench_compile(
         args.model,
-        batches=args.batches,
+        batches=args.batches or (1, 8),
         rounds=args.rounds,
-        iterations=args.iterations,
+        iterations=args.iterations or 3,
         threads=args.threads,
         rows=args.rows,
         seed=args.seed,

@@ -60,6 +60,21 @@ def check_threads(threads: int | None) -> int:
     return threads
 
 
+def check_device(text: str | torch.device) -> torch.device:
+    """A device that this PyTorch can put tensors on.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {str(text)!r} cannot be used with torch {torch.__version__}: {reason}") from error
+    return device
+
+
 def _cpuinfo(*keys: str) -> str:
     """The first of these fields in /proc/cpuinfo; empty on systems without that file."""
     path = Path("/proc/cpuinfo")

@@ -18,9 +18,9 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from pqcad_ao.bench.machine import describe, peak_rss_bytes
+from pqcad_ao.bench.machine import check_device, describe, peak_rss_bytes
 from pqcad_ao.calibration import digest
-from pqcad_ao.capture import sample_shape
+from pqcad_ao.capture import placement, sample_shape
 from pqcad_ao.config import PQCADConfig
 from pqcad_ao.evaluate import RealFeatures, embedded_features, fid_kid, trajectory_sqnr
 from pqcad_ao.models import load_model, save_model
@@ -72,6 +72,7 @@ def bench_quality(
     n: int = 2000,
     seeds: list[int] | None = None,
     work: str | Path = "quality-work",
+    device: torch.device | str = "cpu",
     threads: int | None = None,
     features: tuple[nn.Module, RealFeatures] | None = None,
     options: dict[str, Any] | None = None,
@@ -85,6 +86,7 @@ def bench_quality(
         rows: names of ``ROWS``; ``DEFAULT_ROWS`` if None. steps: of the sampler. n: images behind each FID.
         seeds: of learning and of the noise alike; [0] if None.
         work: folder with what every row and seed leaves behind.
+        device: where networks learn and sample.
         features: feature network and real statistics; the embedded ones if None.
         options: further options of every row's :class:`PQCADConfig`.
         say: receives a line for each result.
@@ -105,7 +107,9 @@ def bench_quality(
     if threads is not None:
         torch.set_num_threads(threads)
     network, real = features or embedded_features()
+    place = check_device(device)
     teacher, scheduler = load_model(model)
+    teacher = teacher.to(place)
     found = []
     for seed in seeds:
         for name in rows:
@@ -120,7 +124,7 @@ def bench_quality(
             else:
                 home.mkdir(parents=True, exist_ok=True)
                 unet, made = quantized(teacher, scheduler, config, home, progress)
-                images, sqnr = pictures(teacher, unet, scheduler, steps, n, seed, progress)
+                images, sqnr = pictures(teacher, unet.to(place), scheduler, steps, n, seed, progress)
                 quality = fid_kid(images, network, real, seed=seed, bootstrap=BOOTSTRAP)
                 result = {
                     "name": name,
@@ -166,8 +170,9 @@ def pictures(
 ) -> tuple[Tensor, float | None]:
     """``n`` images of a row's network, and its SQNR against the teacher on trajectories; None for the teacher."""
     shape = sample_shape(teacher)
-    noise = torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed))
-    images = sample(unet, scheduler, noise, steps, batch_size=BATCH, progress=progress)
+    device, _ = placement(teacher)
+    noise = torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    images = sample(unet, scheduler, noise, steps, batch_size=BATCH, progress=progress).cpu()
     if unet is teacher:
         return images, None
     visited: list[tuple[Tensor, Tensor]] = []
@@ -176,7 +181,7 @@ def pictures(
         scheduler,
         noise[:TRAJECTORIES],
         steps,
-        callback=lambda first, step, t, x_t: visited.append((x_t.clone(), t)),
+        callback=lambda first, step, t, x_t: visited.append((x_t.clone(), t.to(device))),
     )
     return images, float(trajectory_sqnr(teacher, unet, visited)["sqnr_db"])  # type: ignore[arg-type]
 
@@ -224,6 +229,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--work", type=Path, default=Path("quality-work"), metavar="DIR", help="(default: quality-work)"
     )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     parser.add_argument("--threads", type=int, help="(default: PyTorch's)")
     parser.add_argument("--json", metavar="FILE", help="write the result there")
 
@@ -237,6 +243,7 @@ def run(args: argparse.Namespace, progress: bool = False) -> dict[str, Any]:
         n=args.n,
         seeds=[*range(args.seed, args.seed + args.seeds)],
         work=args.work,
+        device=args.device,
         threads=args.threads,
         progress=progress,
     )

@@ -19,11 +19,13 @@ from pqcad_ao.capture import MAX_BATCH, Denoiser, capture, check_conditioning, c
 from pqcad_ao.capture import sample_shape as find_sample_shape
 from pqcad_ao.evaluate import sqnr_db
 from pqcad_ao.files import check_writable, write_whole
-from pqcad_ao.ops import cpu
+from pqcad_ao.ops import cpu, gpu_kernels, has_gpu_kernels, reference
 from pqcad_ao.passes.fold_timesteps import fold_timesteps
 from pqcad_ao.passes.fuse_addends import fuse_addends
 from pqcad_ao.passes.fuse_quantize import fuse_quantize
 from pqcad_ao.passes.identities import drop_identities
+from pqcad_ao.passes.inline import traced
+from pqcad_ao.passes.to_triton import to_triton
 from pqcad_ao.sampling import evaluation_mode, predict, sample, take_rows
 from pqcad_ao.serialization import quantized_state
 
@@ -41,7 +43,10 @@ def pqcad(graph: GraphModule, example_inputs: list[Any], *, options: dict[str, A
     """
     from torch._inductor.compile_fx import compile_fx
 
-    if not fuse(graph):
+    quantizers, decompositions = fuse(graph), None
+    if quantizers and any(has_gpu_kernels(device) for device in devices(graph)):
+        decompositions = for_gpu(graph)
+    if not quantizers:
         products = sum(node.target in PRODUCTS for node in graph.graph.nodes)
         if products:
             warnings.warn(
@@ -49,7 +54,7 @@ def pqcad(graph: GraphModule, example_inputs: list[Any], *, options: dict[str, A
                 "Inductor compiles them as they are. Call pqcad_ao.quantize_(unet, PQCADConfig()) first",
                 stacklevel=2,
             )
-    return compile_fx(graph, example_inputs, config_patches=options)
+    return compile_fx(graph, example_inputs, config_patches=options, decompositions=decompositions)
 
 
 def fuse(graph: GraphModule) -> int:
@@ -59,6 +64,28 @@ def fuse(graph: GraphModule) -> int:
     if quantizers:
         fuse_addends(graph)
     return quantizers
+
+
+def devices(graph: GraphModule) -> set[torch.device]:
+    """Where a graph's tensors were while it was traced."""
+    values = (traced(node) for node in graph.graph.nodes)
+    return {value.device for value in values if isinstance(value, Tensor)}
+
+
+def for_gpu(graph: GraphModule) -> dict[Any, Callable]:
+    """Turn a fused graph's layers into Triton kernels, in place; returns Inductor's table of decompositions for it.
+
+    The quantizers become plain PyTorch there, which Inductor fuses with the norms in front of them.
+    """
+    from torch._inductor.decomposition import select_decomp_table
+
+    gpu = gpu_kernels()
+    to_triton(graph, None if gpu is None else gpu.faster_form)
+    plain = {
+        torch.ops.pqcad.quantize.default: reference.quantize,
+        torch.ops.pqcad.norm_silu_quantize.default: reference.norm_silu_quantize,
+    }
+    return {**select_decomp_table(), **plain}
 
 
 def export_pt2(

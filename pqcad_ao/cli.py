@@ -67,6 +67,16 @@ def bits(text: str) -> int | None:
     return int(text)
 
 
+def device(text: str) -> torch.device:
+    """argparse type: a device that is there."""
+    from pqcad_ao.bench.machine import check_device
+
+    try:
+        return check_device(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def override(text: str) -> tuple[str, dict[str, int | None]]:
     """argparse type: ``ROLE=W,A`` or ``GLOB=W,A``, each side bits or ``float``; ``ROLE=W`` leaves activations alone."""
     key, equals, value = text.rpartition("=")
@@ -125,6 +135,10 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+
+
 def config_from(args: argparse.Namespace) -> PQCADConfig:
     asked = {} if args.iterations is None else {"iterations": args.iterations}
     return (PQCADConfig.fast if args.fast else PQCADConfig)(
@@ -144,6 +158,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, images: int) -> None
     parser.add_argument("--n", type=positive, default=images, help="images (default: %(default)s)")
     parser.add_argument("--steps", type=positive, default=20, help="sampling steps (default: %(default)s)")
     parser.add_argument("--batch-size", type=positive, default=128, help="images a call (default: %(default)s)")
+    add_device_argument(parser)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -186,6 +201,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="keeps checkpoints and a log; the same command with the same folder goes on where it was killed",
     )
+    add_device_argument(compress)
     add_config_arguments(compress)
 
     sampling = command("sample", run_sample, "draw images into one picture")
@@ -260,8 +276,9 @@ def check_writable(folder: Path) -> None:
 def sampled(args: argparse.Namespace, unet: nn.Module, scheduler: Any) -> Tensor:
     """``args.n`` images (N, C, H, W) in [-1, 1] from noise that ``args.seed`` and N alone decide."""
     generator = torch.Generator().manual_seed(args.seed)
-    noise = torch.randn(args.n, *sample_shape(unet), generator=generator)
-    return sample(unet, scheduler, noise, args.steps, batch_size=args.batch_size, progress=sys.stderr.isatty())
+    noise = torch.randn(args.n, *sample_shape(unet), generator=generator).to(args.device)
+    unet.to(args.device)
+    return sample(unet, scheduler, noise, args.steps, batch_size=args.batch_size, progress=sys.stderr.isatty()).cpu()
 
 
 def run_demo(args: argparse.Namespace) -> dict[str, Any]:
@@ -294,7 +311,8 @@ def run_compress(args: argparse.Namespace) -> dict[str, Any]:
             check_writable(place)
     unet, scheduler = load_unconditional(args.model)
     begin = time.perf_counter()
-    quantize_(unet, config, scheduler=scheduler, folder=args.folder, progress=sys.stderr.isatty())
+    progress = sys.stderr.isatty()
+    quantize_(unet, config, device=args.device, scheduler=scheduler, folder=args.folder, progress=progress)
     seconds = time.perf_counter() - begin
     size = save_model(unet, scheduler, args.out).stat().st_size
     resolved, state = plan(unet), quantized_state(unet)
@@ -308,7 +326,7 @@ def run_compress(args: argparse.Namespace) -> dict[str, Any]:
         "summary": resolved.summary(),
         "rows": resolved.to_list(),
         "transitions": state.transitions if state else [],
-        "arithmetic": ops.arithmetic(),
+        "arithmetic": ops.arithmetic(str(args.device)),
     }
 
 

@@ -97,13 +97,13 @@ class PQCADConfig(AOBaseConfig):
     timestep_groups: int = 20
     overrides: dict[str, dict[str, int | None]] = field(default_factory=dict)
     target_bits: float | None = None
-    iterations: int = 800
+    iterations: int = 400
     batch_size: int = 32
-    learning_rate: float = 2e-4
+    learning_rate: float = 5e-4
     scale_learning_rate: float = 1e-3
-    weight_ladder: list[int] = field(default_factory=lambda: [8, 6, 5])
-    activation_ladder: list[int] = field(default_factory=lambda: [8, 6])
-    weight_share: float = 0.4
+    weight_ladder: list[int] = field(default_factory=lambda: [5])
+    activation_ladder: list[int] = field(default_factory=lambda: [6])
+    weight_share: float = 0.15
     transitions: str = "momentum"
     beta: float = 0.9
     tau: float = 0.02
@@ -112,7 +112,7 @@ class PQCADConfig(AOBaseConfig):
     learning_points: int = 4096
     calibration_points: int = 512
     calibration_steps: int = 20
-    calibration_timesteps: str = "normal"
+    calibration_timesteps: str = "uniform"
     calibration_mean: float = 0.4
     calibration_std: float = 0.4
     calibration_batch_size: int = 32
@@ -178,11 +178,14 @@ class PQCADConfig(AOBaseConfig):
     @classmethod
     def fast(cls, **options: Any) -> "PQCADConfig":
         """Fewer updates and widths: less than 90 seconds for a network of a million parameters on two cores."""
-        length: dict[str, Any] = {"iterations": 50, "learning_points": 512, "learning_rate": 5e-4}
+        length: dict[str, Any] = {"iterations": 50, "learning_points": 512}
         ladders = {"weight_ladder": [6], "activation_ladder": [6], "weight_share": 0.25}
         return cls(**{**length, **ladders, "beta": 0.5, "window": 3, "patience": 1, **options})
 
     @classmethod
     def paper(cls, **options: Any) -> "PQCADConfig":
-        """What is published of PQCAD-DM (arXiv 2506.16776): C_QC with normally distributed timesteps, momentum."""
-        return cls(**{"calibration_timesteps": "normal", "transitions": "momentum", **options})
+        """What is published of PQCAD-DM (arXiv 2506.16776): C_QC with normally distributed timesteps, momentum, and
+        from eight bits down, which takes more updates than the default's one step."""
+        length: dict[str, Any] = {"iterations": 800, "learning_rate": 2e-4, "weight_share": 0.4}
+        ladders = {"weight_ladder": [8, 6, 5], "activation_ladder": [8, 6]}
+        return cls(**{"calibration_timesteps": "normal", "transitions": "momentum", **length, **ladders, **options})

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
 
 from pqcad_ao.clipping import fit_activation_grid, fit_weight_scale, weight_range
+from pqcad_ao.ops.reference import per_channel
 
 _VALUES_PER_SAMPLE = 256  # activations kept of each observed sample, layer and segment
 _VALUES_PER_GROUP = 2048  # of those, how many a timestep group's grid is fitted to
@@ -60,8 +61,8 @@ def fake_quantize(
     The gradient to x passes inside [low, high] and is zero outside; that to scale is round(v) - v inside and the bound
     outside, where v = x / scale, times ``gradient_scale`` (LSQ's g = 1/√(values · largest integer), §2.2).
     """
-    # of x's type: a clamp that has to convert its bounds is several times slower
-    low, high = (torch.as_tensor(bound, device=x.device, dtype=x.dtype) for bound in (low, high))
+    # of x's type: a clamp that has to convert its bounds is several times slower; filled in place, not copied to a GPU
+    low, high = (b.to(x.dtype) if isinstance(b, Tensor) else x.new_full((), b) for b in (low, high))
     return _FakeQuantize.apply(x, scale, low, high, gradient_scale)
 
 
@@ -255,7 +256,5 @@ def expand_grid(
     shape = [-1] + [1] * (rank - 1)
     if len(segments) == 1:
         return scale[group, 0].view(shape), low[group, 0].view(shape)
-    counts = torch.tensor(segments, device=scale.device)
     shape[channel_dim] = sum(segments)
-    expanded = (table[group].repeat_interleave(counts, 1, output_size=sum(segments)) for table in (scale, low))
-    return tuple(values.view(shape) for values in expanded)
+    return tuple(per_channel(table[group], segments).view(shape) for table in (scale, low))

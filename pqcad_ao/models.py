@@ -12,7 +12,8 @@ from torch import nn
 
 from pqcad_ao.calibration import FAMILY, as_ddim
 
-NAMES = ("demo", "ddpm-cifar10")
+NAMES = ("demo", "ddpm-cifar10", "sd15")
+RANDOM = {"ddpm-cifar10": "cifar10.yaml", "sd15": "sd15.yaml"}  # published configurations, weights drawn
 UNETS: dict[str, Any] = {kind.__name__: kind for kind in (UNet2DModel, UNet2DConditionModel)}
 SCHEDULERS: dict[str, Any] = {kind.__name__: kind for kind in FAMILY}
 
@@ -26,16 +27,17 @@ def load_model(name_or_dir: str | Path) -> tuple[nn.Module, DDIMScheduler]:
     """A UNet in evaluation mode, and the DDIM sampler of the noise process it was trained on.
 
     Args:
-        name_or_dir: ``"demo"``, the embedded Fashion-MNIST teacher; ``"ddpm-cifar10"``, the published configuration
-            with seeded random weights, for speed and size and never for quality; or a folder: DIR with ``unet/`` and
+        name_or_dir: ``"demo"``, the embedded Fashion-MNIST teacher; ``"ddpm-cifar10"`` or ``"sd15"`` (Stable Diffusion
+            1.5), published configurations with seeded random weights, for speed and size and never for quality; or a
+            folder: DIR with ``unet/`` and
             ``scheduler/``, or DIR with ``config.json`` and the scheduler's ``scheduler_config.json`` in it or in a
             ``scheduler/`` in or beside it. The network may be a quantized one.
 
     Raises:
         ValueError: no such name or folder, not of that layout, or damaged.
     """
-    if name_or_dir == "ddpm-cifar10":
-        return _random_cifar10()
+    if name_or_dir in RANDOM:
+        return _random(RANDOM[str(name_or_dir)])
     folder = assets_dir() / "fashion_mnist" if name_or_dir == "demo" else Path(name_or_dir)
     if not folder.is_dir():
         raise ValueError(
@@ -78,12 +80,12 @@ def _class_of(config: Path, allowed: dict[str, Any]) -> Any:
     return allowed[name]
 
 
-def _random_cifar10() -> tuple[nn.Module, DDIMScheduler]:
-    text = (resources.files("pqcad_ao.recipes") / "configs" / "cifar10.yaml").read_text()
+def _random(file: str) -> tuple[nn.Module, DDIMScheduler]:
+    text = (resources.files("pqcad_ao.recipes") / "configs" / file).read_text()
     config: Any = OmegaConf.to_container(OmegaConf.create(text))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        unet: Any = UNet2DModel(**config["unet"])
+        unet: Any = UNETS[config.get("unet_class", "UNet2DModel")](**config["unet"])
     return unet.eval(), DDIMScheduler(**config["scheduler"])
 
 

@@ -221,14 +221,20 @@ class _Run:
         pace = min((number + 1) / (WARMUP * config.iterations + 1), 1) * (1 - number / config.iterations)
         # what there is to move by shrinks with the grid's step: at the final rate a wide grid only gathers Adam's noise
         pace *= 2.0 ** (self.policy.ladder[-1] - self.policy.bits)
+        scales = [group for group in self.optimizer.param_groups if "scale" in group]
+        with torch.no_grad():  # all in one list: on a GPU each number would be a synchronisation of its own
+            sizes = torch.stack([group["scale"].mean() for group in scales]).tolist() if scales else []
         for group in self.optimizer.param_groups:
-            scale = group.get("scale")
-            rate = config.learning_rate if scale is None else config.scale_learning_rate * scale.detach().mean().item()
-            group["lr"] = pace * rate
+            group["lr"] = pace * config.learning_rate
+        for group, size in zip(scales, sizes, strict=True):
+            group["lr"] = pace * config.scale_learning_rate * size
         generator = torch.Generator().manual_seed((config.seed * 1_000_003 + number) % 2**63)
         rows = torch.randint(len(self.points), (config.batch_size,), generator=generator)
         batch = self.points[rows]
-        loss = perturbation_loss(self.graph(batch.x_t, batch.timesteps, batch.conditioning), self.targets[rows])
+        device = batch.x_t.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            prediction = self.graph(batch.x_t, batch.timesteps, batch.conditioning)
+        loss = perturbation_loss(prediction, self.targets[rows])
         value = loss.item()
         if not value < DIVERGED:
             raise FloatingPointError(

@@ -67,15 +67,17 @@ def sample(
         (N, C, H, W) float tensor, on the noise's device.
     """
     scheduler = type(scheduler).from_config(scheduler.config)
-    scheduler.set_timesteps(num_inference_steps, device=noise.device)
+    scheduler.set_timesteps(num_inference_steps)
+    # the scheduler looks its constants up on the CPU: a timestep from a GPU would have to be waited for at every step
     timesteps = scheduler.timesteps
+    shown = timesteps.to(noise.device)
     conditioning = conditioning or {}
     images = torch.empty_like(noise)
     total = -(-noise.shape[0] // batch_size) * len(timesteps)
     with tqdm(total=total, desc="sampling", disable=not progress, leave=False) as bar:
         for first in range(0, noise.shape[0], batch_size):
             rows = slice(first, first + batch_size)
-            scheduler.set_timesteps(num_inference_steps, device=noise.device)  # some keep a history of the last batch
+            scheduler.set_timesteps(num_inference_steps)  # some keep a history of the last batch
             x_t = noise[rows] * scheduler.init_noise_sigma
             chosen = take_rows(conditioning, rows)
             for index, timestep in enumerate(timesteps):
@@ -83,7 +85,7 @@ def sample(
                 x_t = x_t.to(memory_format=torch.channels_last)
                 if callback is not None:
                     callback(first, index, timestep, x_t)
-                prediction = predict(unet, x_t, timestep.repeat(len(x_t)), chosen)
+                prediction = predict(unet, x_t, shown[index].repeat(len(x_t)), chosen)
                 x_t = scheduler.step(prediction, timestep, x_t).prev_sample
                 bar.update()
             images[rows] = x_t

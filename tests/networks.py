@@ -14,6 +14,7 @@ QUICK = {
     "calibration_batch_size": 8,
     "timestep_groups": 4,
     "mode": "ptq",
+    "calibration_timesteps": "normal",
 }
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operators import convolutions, integers
 from torch import Tensor
 
 from pqcad_ao.ops import arithmetic, cpu, reference
@@ -23,55 +24,6 @@ def kernels() -> None:
         warnings.simplefilter("ignore")
         if not cpu.load():
             pytest.skip("this machine has no AVX512-VNNI, or no C++ compiler")
-
-
-def _integers(generator: torch.Generator, bits: int, *shape: int) -> Tensor:
-    return torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), shape, generator=generator, dtype=torch.int8)
-
-
-@st.composite
-def convolutions(draw, winograd: bool):
-    """Arguments of ``pqcad::conv2d``; with ``winograd`` those that the exact Winograd form takes."""
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    groups = 1 if winograd else draw(st.sampled_from([1, 1, 1, 2, 3]))
-    if groups == 1:
-        segments = draw(st.lists(st.integers(1, 70), min_size=1, max_size=3))
-    else:
-        segments = [groups * draw(st.integers(1, 9))]
-    out_channels = groups * draw(st.integers(1, 80 if groups == 1 else 9))
-    weight_bits = draw(st.integers(2, 4 if winograd else 8))
-    input_bits = draw(st.integers(2, 5 if winograd else 8))
-    kernel = [3, 3] if winograd else [draw(st.integers(1, 4)) for _ in range(2)]
-    stride, dilation = ([1, 1] if winograd else [draw(st.integers(1, 3)) for _ in range(2)] for _ in range(2))
-    padding = [draw(st.integers(0, 3)) for _ in range(2)]
-    size = [
-        max(d * (k - 1) + 1 - 2 * p, 1) + draw(st.integers(0, 6))
-        for d, k, p in zip(dilation, kernel, padding, strict=True)
-    ]
-    batch = draw(st.integers(0, 3))
-    # a grid anywhere, zero in it, as post-SiLU activations have it
-    low = -draw(st.integers(0, 2 ** min(input_bits, 7) - 1))
-    high = min(low + 2**input_bits - 1, 127)
-    x = torch.randint(low, high + 1, (batch, sum(segments), *size), generator=generator, dtype=torch.int8)
-    if draw(st.booleans()):
-        x = x.contiguous(memory_format=torch.channels_last)
-    reduction = kernel[0] * kernel[1] * sum(segments) // groups
-    return (
-        x,
-        pack(_integers(generator, weight_bits, out_channels, reduction), weight_bits),
-        torch.rand(out_channels, generator=generator) + 0.1,
-        torch.rand(batch, len(segments), generator=generator) + 0.1,
-        draw(st.sampled_from([None, torch.randn(out_channels, generator=generator)])),
-        weight_bits,
-        segments,
-        kernel,
-        stride,
-        padding,
-        dilation,
-        groups,
-        torch.float32,
-        input_bits,
-    )
 
 
 def _bound(expected: Tensor) -> float:
@@ -153,8 +105,8 @@ def test_addends_are_added(arguments, per_sample, last):
 def test_linear_equals_the_reference(bits, segments, batch, out_features, bias, seed):
     generator = torch.Generator().manual_seed(seed)
     arguments = (
-        _integers(generator, 8, *batch, sum(segments)),
-        pack(_integers(generator, bits, out_features, sum(segments)), bits),
+        integers(generator, 8, *batch, sum(segments)),
+        pack(integers(generator, bits, out_features, sum(segments)), bits),
         torch.rand(out_features, generator=generator),
         torch.rand(batch[0], len(segments), generator=generator),
         torch.randn(out_features, generator=generator) if bias else None,

@@ -34,6 +34,11 @@ TINY = {
     "beta": 0.5,
     "window": 2,
     "patience": 1,
+    "weight_ladder": [8, 6, 5],
+    "activation_ladder": [8, 6],
+    "weight_share": 0.4,
+    "learning_rate": 2e-4,
+    "calibration_timesteps": "normal",
 }
 
 
@@ -43,7 +48,7 @@ def config(**options) -> PQCADConfig:
 
 def prepared(model: nn.Module, settings: PQCADConfig):
     """The graph that stage one begins with, its plan, and C_QC."""
-    captured = capture(copy.deepcopy(model), SHAPE, {})
+    captured = capture(copy.deepcopy(model).to(memory_format=torch.channels_last), SHAPE, {})
     resolved = resolve(captured, model, settings)
     points = calibration_set(model, cosine_scheduler(), SHAPE, settings)
     return insert_fake_quantizers(captured.graph, PQCADQuantizer(resolved, "weights")), resolved, points

@@ -20,9 +20,16 @@ them with the exact reference kernel (``pqcad_ao.ops.reference``); the first cal
     SiLU where silu is set, and nearest upsampling by a whole factor; channels last.
 """
 
+import functools
+import importlib.util
+import warnings
+from types import ModuleType
+
 import torch
 
 from pqcad_ao.ops import cpu, reference
+
+LEAST_CAPABILITY = (8, 0)  # int8 products of m16n8k32 and bfloat16
 
 torch.library.define(
     "pqcad::conv2d",
@@ -50,16 +57,45 @@ torch.library.define(
 )
 
 
+@functools.cache
+def gpu_kernels() -> ModuleType | None:
+    """The Triton kernels, ``pqcad_ao.ops.gpu``; None, said once in a warning, where Triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        warnings.warn("Triton is not installed: on a GPU the slower reference kernel runs", stacklevel=2)
+        return None
+    from pqcad_ao.ops import gpu
+
+    return gpu
+
+
+@functools.cache
+def has_gpu_kernels(device: torch.device) -> bool:
+    """Whether the Triton kernels run on ``device``; says once in a warning why they do not on a GPU."""
+    if device.type != "cuda" or gpu_kernels() is None:
+        return False
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        warnings.warn(
+            f"{torch.cuda.get_device_name(device)} has compute capability {capability}, the Triton kernels need "
+            f"{LEAST_CAPABILITY}: the slower reference kernel runs in their place",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
 def arithmetic(device: str = "cpu") -> str:
     """What the machine really multiplies when these operators run on ``device``."""
     instructions = cpu.load() if device == "cpu" else ""
+    if has_gpu_kernels(torch.device(device)):
+        instructions = "Triton, the GPU's int8 matrix units"
     if instructions:
         return f"4-bit weights and activations carried to 8-bit multiply-accumulates ({instructions}, exact integers)"
     return "4-bit weights and activations carried to floating-point multiply-accumulates (exact integers)"
 
 
 def _default(name: str):
-    """Register the default kernel: the CPU's own where there is one, else the reference.
+    """Register the default kernel: the device's own where there is one, else the reference.
 
     Once the CPU's kernels are registered, the dispatcher no longer comes here for tensors on the CPU.
     """
@@ -69,6 +105,8 @@ def _default(name: str):
         device = (input if isinstance(input, torch.Tensor) else input[0]).device
         if device.type == "cpu" and cpu.load():
             return getattr(torch.ops.pqcad, name)(input, *args, **kwargs)
+        if name in ("conv2d", "linear") and has_gpu_kernels(device):
+            return getattr(gpu_kernels(), name)(input, *args, **kwargs)
         return getattr(reference, name)(input, *args, **kwargs)
 
 

@@ -133,14 +133,20 @@ def linear(input, weight, weight_scale, input_scale, bias, weight_bits, segments
     return _rescale(sums, weight_scale, input_scale, bias, addend, -1, dtype)
 
 
+def per_channel(values: Tensor, segments: list[int]) -> Tensor:
+    """(B, segments) to (B, channels): each segment's value for each of its channels."""
+    # of plain views: a tensor of the counts would have to travel to a GPU at every call
+    parts = values.unbind(1)
+    return torch.cat([part[:, None].expand(-1, count) for part, count in zip(parts, segments, strict=True)], 1)
+
+
 def quantize(input: Tensor, scale: Tensor, low: Tensor, segments: list[int], bits: int, channel_dim: int) -> Tensor:
     """``pqcad::quantize`` on any device."""
     for name, values in (("scale", scale), ("low", low)):
         _check_grid(name, values, segments, input.shape[0], input.shape[channel_dim])
     shape = [1] * input.dim()
     shape[0], shape[channel_dim] = input.shape[0], sum(segments)
-    counts = torch.tensor(segments, device=scale.device)
-    scale, low = (t.float().repeat_interleave(counts, 1, output_size=sum(segments)).view(shape) for t in (scale, low))
+    scale, low = (per_channel(values.float(), segments).view(shape) for values in (scale, low))
     integers = (input.float() * scale.reciprocal()).round_().clamp_(low, low + (2**bits - 1))
     layout = torch.channels_last if input.dim() == 4 and channel_dim == 1 else torch.contiguous_format
     return torch.empty_like(integers, dtype=torch.int8, memory_format=layout).copy_(integers)
