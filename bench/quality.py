@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from pqcad_ao.bench.machine import check_device, describe, peak_rss_bytes
 from pqcad_ao.calibration import digest
 from pqcad_ao.capture import placement, sample_shape
-from pqcad_ao.config import PQCADConfig
+from pqcad_ao.config import CADConfig, PQCADConfig
+from pqcad_ao.distill import distill_
 from pqcad_ao.evaluate import RealFeatures, embedded_features, fid_kid, trajectory_sqnr
 from pqcad_ao.models import load_model, save_model
 from pqcad_ao.quantize import plan, quantize_
@@ -36,16 +37,30 @@ BOOTSTRAP = 200
 
 @dataclass(frozen=True)
 class Row:
-    """What a row is: options of :class:`PQCADConfig`, or None for full precision."""
+    """How a row's network is made.
+
+    Attributes:
+        options: of :class:`PQCADConfig`; None: nothing is quantized in this row.
+        cad: options of :class:`CADConfig`, the distillation that follows; None: none.
+        base: the row whose network this one starts from, with that one's sampler; None: the teacher.
+        part: the row is sampled in this part of the steps: 1, 2 (half) or 4.
+    """
 
     title: str
     options: dict[str, Any] | None = field(default_factory=dict)
     fast: bool = False
+    cad: dict[str, Any] | None = None
+    base: str | None = None
+    part: int = 1
 
-    def config(self, seed: int) -> PQCADConfig | None:
+    def config(self, seed: int, extra: dict[str, Any] | None = None) -> PQCADConfig | None:
         if self.options is None:
             return None
-        return (PQCADConfig.fast if self.fast else PQCADConfig)(seed=seed, **self.options)
+        return (PQCADConfig.fast if self.fast else PQCADConfig)(seed=seed, **{**self.options, **(extra or {})})
+
+
+def _distilled(title: str, base: str = "pq_full", part: int = 2, **cad: Any) -> Row:
+    return Row(title, None, cad=cad, base=base, part=part)
 
 
 ROWS = {
@@ -60,7 +75,25 @@ ROWS = {
     "pq_w4a8": Row("progressive W4A8", {"activation_bits": 8}),
     "pq_w3a8": Row("progressive W3A8", {"weight_bits": 3, "activation_bits": 8}),
     "pq_w3a4": Row("progressive W3A4", {"weight_bits": 3}),
+    "fp_half": Row("full precision, half the steps", None, part=2),
+    "pq_half": Row("progressive W4A4, half the steps", None, base="pq_full", part=2),
+    "pqcad_half": _distilled("W4A4, distilled to half the steps"),
+    "pqcad_quarter": _distilled("W4A4, distilled to a quarter of the steps", part=4, halvings=2),
 }
+# What each part of distillation adds. All take the same number of updates.
+ABLATIONS = {
+    "cad_teacher": _distilled("W4A4 distilled: quantized teacher alone", teacher_weight=1.0, reference_weight=0.0),
+    "cad_both": _distilled("W4A4 distilled: quantized teacher and reference", teacher_weight=0.5, reference_weight=0.5),
+    "cad_inject": _distilled("W4A4 distilled: noise injected", noise_injection=0.05),
+    "cad_own": _distilled("W4A4 distilled: a quarter from its own trajectories", own_share=0.25),
+    "cad_x": _distilled("W4A4 distilled: x-space, truncated SNR", space="x"),
+    "cad_from_fixed": _distilled("W4A4 distilled, from fixed-bit learning", base="fixed_full"),
+    "cad_from_ptq": _distilled("W4A4 distilled, nothing learned before", base="ptq_full"),
+    "cad_joint": _distilled("W4A4 quantized and distilled at once, twice the updates", base="ptq_full", iterations=800),
+    "pd_half": _distilled("full precision, distilled to half the steps", base="fp_full"),
+    "pd_then_q": Row("distilled, then progressive W4A4", base="pd_half", part=2),
+}
+ROWS |= ABLATIONS
 DEFAULT_ROWS = ["fp_full", "ptq_full", "pq_full"]
 
 
@@ -76,6 +109,7 @@ def bench_quality(
     threads: int | None = None,
     features: tuple[nn.Module, RealFeatures] | None = None,
     options: dict[str, Any] | None = None,
+    cad_options: dict[str, Any] | None = None,
     progress: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -88,7 +122,7 @@ def bench_quality(
         work: folder with what every row and seed leaves behind.
         device: where networks learn and sample.
         features: feature network and real statistics; the embedded ones if None.
-        options: further options of every row's :class:`PQCADConfig`.
+        options, cad_options: further options of every row's :class:`PQCADConfig` and :class:`CADConfig`.
         say: receives a line for each result.
 
     Returns:
@@ -109,60 +143,94 @@ def bench_quality(
     network, real = features or embedded_features()
     place = check_device(device)
     teacher, scheduler = load_model(model)
-    teacher = teacher.to(place)
+    bench = _Bench(teacher.to(place), scheduler, steps, Path(work), options or {}, cad_options or {}, progress)
     found = []
     for seed in seeds:
         for name in rows:
             row = ROWS[name]
-            config = row.config(seed)
-            if config is not None and options:
-                config = type(config)(**{**vars(config), **options})
-            home = Path(work) / f"{name}-{digest(config, teacher.state_dict())[:8]}-seed{seed}"
-            file = home / f"steps{steps}-n{n}.json"
+            file = bench.home(name, seed) / f"steps{steps // row.part}-n{n}.json"
             if file.is_file():
                 result = json.loads(file.read_text())
             else:
-                home.mkdir(parents=True, exist_ok=True)
-                unet, made = quantized(teacher, scheduler, config, home, progress)
-                images, sqnr = pictures(teacher, unet.to(place), scheduler, steps, n, seed, progress)
+                unet, sampler, made = bench.network(name, seed)
+                images, sqnr = pictures(teacher, unet, sampler, steps // row.part, n, seed, progress)
                 quality = fid_kid(images, network, real, seed=seed, bootstrap=BOOTSTRAP)
                 result = {
                     "name": name,
                     "title": row.title,
                     **quality,
-                    "steps": steps,
+                    "steps": steps // row.part,
                     "seed": seed,
-                    "sqnr_db": sqnr,
+                    "sqnr_db": sqnr if row.part == 1 else None,  # a distilled step is another function by design
                     **made,
                 }
                 write_json(file, result)
             found.append(result)
-            say(f"{name} seed {seed}: FID {result['fid']:.3f}, {result['n']} images, {steps} steps")
+            say(f"{name} seed {seed}: FID {result['fid']:.3f}, {result['n']} images, {result['steps']} steps")
     return {"rows": found, "model": model, **describe(torch.get_num_threads())}
 
 
-def quantized(
-    teacher: nn.Module, scheduler, config: PQCADConfig | None, home: Path, progress: bool
-) -> tuple[nn.Module, dict[str, Any]]:
-    """A row's network, as it was left in its folder or made now, and what making it took."""
-    if config is None:
-        return teacher, {}
-    made = home / "made.json"
-    if made.is_file():
-        return load_model(str(home / "model"))[0], json.loads(made.read_text())
-    unet, begin = copy.deepcopy(teacher), time.perf_counter()
-    quantize_(unet, config, scheduler=scheduler, folder=home / "learning", progress=progress)
-    state = quantized_state(unet)
-    facts = {
-        "seconds": time.perf_counter() - begin,
-        "peak_rss_bytes": peak_rss_bytes(),
-        "average_bits": plan(unet).average_bits,
-        "iterations": config.iterations if config.learns else 0,
-        "transitions": state.transitions if state else [],
-    }
-    save_model(unet, scheduler, home / "model")
-    write_json(made, facts)
-    return unet, facts
+@dataclass
+class _Bench:
+    """The rows' networks, as they were left in their folders or made now."""
+
+    teacher: nn.Module
+    scheduler: Any
+    steps: int
+    work: Path
+    options: dict[str, Any]
+    cad_options: dict[str, Any]
+    progress: bool
+
+    def settings(self, name: str, seed: int) -> tuple[PQCADConfig | None, CADConfig | None]:
+        row = ROWS[name]
+        # a network that was distilled before is calibrated on the steps that it now takes
+        shorter = {"calibration_steps": self.steps // ROWS[row.base].part} if row.base else {}
+        cad = None if row.cad is None else CADConfig(seed=seed, **{"steps": self.steps, **row.cad, **self.cad_options})
+        return row.config(seed, {**shorter, **self.options}), cad
+
+    def home(self, name: str, seed: int) -> Path:
+        """The folder of a row and seed, named by all that its network depends on."""
+        base, settings = ROWS[name].base, self.settings(name, seed)
+        key = digest(settings[0], self.teacher.state_dict())
+        if base is not None:
+            key = digest(settings, self.home(base, seed).name)
+        return self.work / f"{name}-{key[:8]}-seed{seed}"
+
+    def network(self, name: str, seed: int) -> tuple[nn.Module, Any, dict[str, Any]]:
+        """A row's network on the teacher's device, its sampler, and what making it took."""
+        row, home, (config, cad) = ROWS[name], self.home(name, seed), self.settings(name, seed)
+        home.mkdir(parents=True, exist_ok=True)
+        unet, sampler = self.teacher, self.scheduler
+        facts: dict[str, Any] = {}
+        if row.base is not None:
+            unet, sampler, facts = self.network(row.base, seed)
+        if config is None and cad is None:
+            return unet, sampler, facts
+        device, made = placement(self.teacher)[0], home / "made.json"
+        if made.is_file():
+            unet, sampler = load_model(home / "model")
+            return unet.to(device), sampler, json.loads(made.read_text())
+        unet, begin = copy.deepcopy(unet), time.perf_counter()
+        keeps: dict[str, Any] = {"folder": home / "learning", "progress": self.progress}
+        if config is not None:
+            quantize_(unet, config, scheduler=sampler, **keeps)
+        if cad is not None:
+            sampler = distill_(unet, self.teacher, sampler, cad, **keeps)
+        state = quantized_state(unet)
+        updates = (config.iterations if config is not None and config.learns else 0) + (
+            cad.iterations * cad.halvings if cad is not None else 0
+        )
+        facts = {
+            "seconds": time.perf_counter() - begin,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "average_bits": plan(unet).average_bits if state else 32.0,
+            "iterations": updates,
+            "transitions": state.transitions if state else [],
+        }
+        save_model(unet, sampler, home / "model")
+        write_json(made, facts)
+        return unet, sampler, facts
 
 
 def pictures(
@@ -218,9 +286,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="demo", help="demo, or a folder with a diffusers UNet (default: demo)")
     parser.add_argument(
         "--rows",
-        type=lambda text: [*ROWS] if text == "all" else text.split(","),
+        type=lambda text: {"all": [*ROWS], "ablations": [*ABLATIONS]}.get(text) or text.split(","),
         metavar="ROW,ROW",
-        help=f"all, or of {', '.join(ROWS)} (default: {','.join(DEFAULT_ROWS)})",
+        help=f"all, ablations, or of {', '.join(ROWS)} (default: {','.join(DEFAULT_ROWS)})",
     )
     parser.add_argument("--steps", type=int, default=20, help="sampling steps (default: 20)")
     parser.add_argument("--n", type=int, default=2000, help="images behind each FID (default: 2000)")

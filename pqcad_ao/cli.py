@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pqcad_ao import ops
 from pqcad_ao.capture import check_conditioning, sample_shape
-from pqcad_ao.config import MODES, PQCADConfig
+from pqcad_ao.config import MODES, CADConfig, PQCADConfig
 from pqcad_ao.data import load_images
 from pqcad_ao.evaluate import RealFeatures, embedded_features, extract_features, fid_kid, load_classifier
 from pqcad_ao.models import NAMES, load_model, save_model
@@ -191,6 +191,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="a row that is learned progressively, about 60 seconds (default: yes)",
     )
 
+    demo.add_argument(
+        "--distill",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="distill to half the steps, about 40 seconds (default: yes, where the steps are even)",
+    )
+
     add_config_arguments(command("plan", run_plan, "print what happens to each layer and why"))
 
     compress = command("compress", run_compress, "quantize a network and save it in diffusers layout")
@@ -291,6 +298,7 @@ def run_demo(args: argparse.Namespace) -> dict[str, Any]:
         images=args.images,
         steps=args.steps,
         config=PQCADConfig.fast(seed=args.seed) if args.progressive else None,
+        cad=CADConfig.fast(steps=args.steps, seed=args.seed) if args.distill and args.steps % 2 == 0 else None,
         seed=args.seed,
         command=shlex.join(["pqcad", *args.argv]),
         progress=sys.stderr.isatty(),

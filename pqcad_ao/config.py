@@ -51,6 +51,30 @@ def _check_ladder(name: str, ladder: Any, allowed: range) -> None:
         )
 
 
+def _check_counts(config: Any, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}: allowed are whole numbers from 1")
+
+
+def _check_numbers(config: Any, names: tuple[str, ...], most: float = 1) -> None:
+    for name in names:
+        if not _is_number(getattr(config, name), 0, most):
+            raise ValueError(f"{name}={getattr(config, name)!r}: allowed are numbers from 0 to {most:g}")
+
+
+def _check_batch_sizes(config: Any, names: tuple[str, ...]) -> None:
+    for name in names:
+        if getattr(config, name) > 63:
+            raise ValueError(f"{name}={getattr(config, name)}: allowed are 1 to 63")
+
+
+def _check_seed(seed: Any) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed!r}: allowed are whole numbers from 0 to 2^63 - 1")
+
+
 @dataclass
 class PQCADConfig(AOBaseConfig):
     """How a diffusion UNet becomes a W4A4 one.
@@ -132,22 +156,13 @@ class PQCADConfig(AOBaseConfig):
             raise ValueError(f"target_bits={self.target_bits!r}: allowed are numbers from 2 to 8, or None")
         _check_ladder("weight_ladder", self.weight_ladder, WEIGHT_BITS)
         _check_ladder("activation_ladder", self.activation_ladder, ACTIVATION_BITS)
-        for name, least, most in (("learning_rate", 0, 1), ("scale_learning_rate", 0, 1), ("tau", 0, 1)):
-            if not _is_number(getattr(self, name), least, most):
-                raise ValueError(f"{name}={getattr(self, name)!r}: allowed are numbers from {least} to {most}")
+        _check_numbers(self, ("learning_rate", "scale_learning_rate", "tau"))
         for name in ("weight_share", "beta"):
             if not _is_number(getattr(self, name), 0, 1) or getattr(self, name) in (0, 1):
                 raise ValueError(f"{name}={getattr(self, name)!r}: allowed are numbers between 0 and 1")
-        for name in (
-            *("timestep_groups", "calibration_points", "calibration_steps", "calibration_batch_size"),
-            *("iterations", "batch_size", "window", "patience", "learning_points"),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}: allowed are whole numbers from 1")
-        for name in ("batch_size", "calibration_batch_size"):
-            if getattr(self, name) > 63:
-                raise ValueError(f"{name}={getattr(self, name)}: allowed are 1 to 63")
+        _check_counts(self, ("timestep_groups", "calibration_points", "calibration_steps", "calibration_batch_size"))
+        _check_counts(self, ("iterations", "batch_size", "window", "patience", "learning_points"))
+        _check_batch_sizes(self, ("batch_size", "calibration_batch_size"))
         # within these bounds the truncated law keeps a fair part of what is drawn
         for name, most in (("calibration_mean", 1), ("calibration_std", 10)):
             value = getattr(self, name)
@@ -155,8 +170,7 @@ class PQCADConfig(AOBaseConfig):
                 raise ValueError(f"{name}={value!r}: allowed are numbers from 0 to {most}, as a part of T")
         if self.calibration_std == 0:
             raise ValueError("calibration_std=0 would put every calibration point on one timestep; 0.4 is the default")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed={self.seed!r}: allowed are whole numbers from 0 to 2^63 - 1")
+        _check_seed(self.seed)
         if not isinstance(self.overrides, dict):
             raise TypeError(
                 f"overrides is a {type(self.overrides).__name__}; write {{'role or glob': {{'weight_bits': 8}}}}"
@@ -189,3 +203,60 @@ class PQCADConfig(AOBaseConfig):
         length: dict[str, Any] = {"iterations": 800, "learning_rate": 2e-4, "weight_share": 0.4}
         ladders = {"weight_ladder": [8, 6, 5], "activation_ladder": [8, 6]}
         return cls(**{"calibration_timesteps": "normal", "transitions": "momentum", **length, **ladders, **options})
+
+
+@dataclass
+class CADConfig(AOBaseConfig):
+    """How a network learns to sample in half the steps, staying quantized.
+
+    Args:
+        steps: N, of the full schedule; a multiple of 2^halvings. halvings: the student samples in N / 2^halvings.
+        iterations: training updates of each halving. batch_size: of an update, at most 63.
+        learning_rate: of weights, biases and norms (Adam), after a short rise falling linearly to zero.
+        scale_learning_rate: of the scales, as a part of their own size, falling alike.
+        reference_weight: of the target that the full-precision network sets, with all its N steps.
+        teacher_weight: of the target that the student as it was sets, with two of its own steps.
+        space: ``"v"``, or ``"x"`` with the signal-to-noise weight truncated from below at 1 (Salimans & Ho 2022, §4).
+        points: full-precision pictures that C_DC re-noises.
+        noise_injection: deviation of the noise put on top of each x_t, which the targets correct.
+        own_share: part of each batch whose x_t come from the student's own trajectories, as they were at the start.
+        generation_batch_size: pictures a call while C_DC is drawn.
+        seed: seeds every random draw, 0 to 2^63 - 1.
+
+    Raises:
+        ValueError: a value outside its range; the message says which and what is allowed.
+    """
+
+    steps: int = 20
+    halvings: int = 1
+    iterations: int = 400
+    batch_size: int = 32
+    learning_rate: float = 2e-4
+    scale_learning_rate: float = 1e-3
+    reference_weight: float = 1.0
+    teacher_weight: float = 0.0
+    space: str = "v"
+    points: int = 1024
+    noise_injection: float = 0.0
+    own_share: float = 0.0
+    generation_batch_size: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_counts(self, ("steps", "halvings", "iterations", "batch_size", "points", "generation_batch_size"))
+        _check_batch_sizes(self, ("batch_size", "generation_batch_size"))
+        _check_numbers(self, ("learning_rate", "scale_learning_rate", "noise_injection", "own_share"))
+        _check_numbers(self, ("reference_weight", "teacher_weight"), most=1000)
+        if self.reference_weight + self.teacher_weight == 0:
+            raise ValueError("reference_weight=0 and teacher_weight=0 leave nothing to learn from")
+        _check_word("space", self.space, ("v", "x"))
+        if self.steps % 2**self.halvings:
+            raise ValueError(
+                f"steps={self.steps} cannot be halved {self.halvings} times: give a multiple of {2**self.halvings}"
+            )
+        _check_seed(self.seed)
+
+    @classmethod
+    def fast(cls, **options: Any) -> "CADConfig":
+        """Fewer updates and pictures: about a minute for a network of a million parameters on two cores."""
+        return cls(**{"iterations": 60, "points": 128, "learning_rate": 5e-4, **options})

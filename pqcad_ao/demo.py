@@ -25,7 +25,8 @@ from pqcad_ao import ops
 from pqcad_ao.bench.compile import Step, frozen, module_bytes
 from pqcad_ao.bench.machine import describe
 from pqcad_ao.capture import sample_shape
-from pqcad_ao.config import PQCADConfig
+from pqcad_ao.config import CADConfig, PQCADConfig
+from pqcad_ao.distill import distill_
 from pqcad_ao.evaluate import RealFeatures, embedded_features, extract_features, fid_kid, sqnr_db, trajectory_sqnr
 from pqcad_ao.models import load_model, save_model
 from pqcad_ao.quantize import quantize_
@@ -70,6 +71,7 @@ def run(
     *,
     model: str = "demo",
     config: PQCADConfig | None = None,
+    cad: CADConfig | None = None,
     images: int = 320,
     steps: int = 20,
     batch_size: int = 32,
@@ -88,6 +90,7 @@ def run(
         model: as for :func:`~pqcad_ao.models.load_model`.
         config: how to quantize; if None, ``PQCADConfig(mode="ptq", seed=seed)``. Where it learns, there is one more
             row, and the fixed-bit row has the same configuration with ``mode="ptq"``.
+        cad: how to distill the quantized network to half the steps; None: not at all.
         images: behind each FID, from the same noise for all rows. steps: of the sampler. batch_size: images a call.
         latency_calls: timed calls behind each median. pictures: of each kind in samples.png, at most ``images``.
         features: feature network and real statistics; the embedded ones if None.
@@ -106,6 +109,8 @@ def run(
             f"images={images}, steps={steps}, batch_size={batch_size}, latency_calls={latency_calls}, "
             f"pictures={pictures}: allowed are whole numbers from 1, and at least 2 images"
         )
+    if cad is not None and (cad.steps != steps or cad.halvings != 1):
+        raise ValueError(f"cad is for {cad.steps} steps and {cad.halvings} halvings: the demo halves its {steps} once")
     from pqcad_ao.edge import PTESampler  # wants executorch, which is optional
 
     start_executorch(torch.get_num_threads())
@@ -132,7 +137,20 @@ def run(
             with stages(f"progressive: learn on the same trajectories, {config.iterations} updates"):
                 networks["pq_full"] = copy.deepcopy(teacher)
                 quantize_(networks["pq_full"], config, scheduler=scheduler, folder=folder, progress=progress)
-    name, compressed = list(networks.items())[-1]
+        name, compressed = list(networks.items())[-1]
+        sampler_of = dict.fromkeys(networks, scheduler)
+        lengths = {"full": steps} | ({"half": steps // 2} if steps % 2 == 0 else {})
+        rows = {row: (unet, "full") for row, unet in networks.items()}
+        if cad is not None:
+            with stages(f"distill to {steps // 2} steps, {cad.iterations} updates"):
+                compressed, name = copy.deepcopy(compressed), "pqcad_half"
+                halved = distill_(compressed, teacher, scheduler, cad, folder=folder, progress=progress)
+            # both kinds of full precision first
+            rows = {"fp_full": rows.pop("fp_full"), "fp_half": (teacher, "half"), **rows, name: (compressed, "half")}
+            sampler_of |= {"fp_half": halved, name: halved}
+        elif "half" in lengths:
+            half = name.replace("full", "half")
+            rows[half], sampler_of[half] = (compressed, "half"), scheduler
     learned = cast(QuantizedState, quantized_state(compressed))
     resolved = learned.plan
     say(f"           {resolved.summary()}")
@@ -143,16 +161,12 @@ def run(
         if first == 0:
             visited.append((x_t[:TRAJECTORY_ROWS].clone(), timestep))
 
-    lengths = {"full": steps} | ({"half": steps // 2} if steps % 2 == 0 else {})
-    rows = {row: (unet, "full") for row, unet in networks.items()}
-    if "half" in lengths:
-        rows[name.replace("full", "half")] = (compressed, "half")
     drawn: dict[str, Tensor] = {}
     for row, (unet, length) in rows.items():
         with stages(f"sample {images} images in {lengths[length]} steps: {ROW_NAMES[row]}"):
             drawn[row] = sample(
                 unet,
-                scheduler,
+                sampler_of[row],
                 noise,
                 lengths[length],
                 batch_size=batch_size,
@@ -171,7 +185,7 @@ def run(
         places = {"fp32": Path(scratch) / "fp32.pte", "compressed": out / "unet.pte"}
         with stages("save both models"):
             fp32_checkpoint = save_model(teacher, scheduler, Path(scratch) / "model").stat().st_size
-            checkpoint = save_model(compressed, scheduler, out / "model").stat().st_size
+            checkpoint = save_model(compressed, sampler_of[name], out / "model").stat().st_size
         x_t, timestep = noise[:1], visited[0][1]
         compiled = {
             "fp32_compile": lambda: partial(frozen(Step(copy.deepcopy(teacher)), (x_t, timestep)), x_t, timestep),
@@ -182,7 +196,7 @@ def run(
         with (
             stages("export unet.pte and its fp32 counterpart in processes of their own; meanwhile torch.compile"),
             exporting(Path(scratch) / "model", places["fp32"], "--full-precision") as finish_fp32,
-            exporting(out / "model", places["compressed"], "--steps", str(steps)) as finish,
+            exporting(out / "model", places["compressed"], "--steps", str(lengths[rows[name][1]])) as finish,
         ):
             calls, skipped = build(compiled)
             fp32_exported, exported = finish_fp32(), finish()
@@ -222,20 +236,21 @@ def run(
         "stages_s": stages.seconds,
     }
     if "half" in lengths and {"fp32_compile", "compressed_compile"} <= latency.keys():
-        whole, half = latency["fp32_compile"] * steps, latency["compressed_compile"] * lengths["half"]
-        summary["speedup_end_to_end"] = whole / half
+        whole, rest = latency["fp32_compile"] * steps, latency["compressed_compile"] * lengths["half"]
+        summary["speedup_end_to_end"] = whole / rest
     if config.learns:
         summary["transitions"] = learned.transitions
     if skipped:
         summary["skipped"] = skipped
     bits = f"W{config.weight_bits}A{config.activation_bits or ' float'}"
-    ways = {"fp_full": "full precision", "ptq_full": f"{bits} fixed", "pq_full": f"{bits} progressive"}
-    panels = {
-        f"{ways[row.replace('half', 'full')]}, {lengths[row.rpartition('_')[2]]} steps\nFID {fid[row]:.1f}": pixels[
-            :shown
-        ]
-        for row, pixels in drawn.items()
-    } | {f"{ways[name]}, {steps} steps, unet.pte\n{sqnr['pte_images']:.0f} dB SQNR against eager": pte_full}
+    ways = {"fp": "full precision", "ptq": f"{bits} fixed", "pq": f"{bits} progressive", "pqcad": f"{bits} distilled"}
+
+    def label(row: str) -> str:
+        way, _, length = row.partition("_")
+        return f"{ways[way]}, {lengths[length]} steps"
+
+    panels = {f"{label(row)}\nFID {fid[row]:.1f}": pixels[:shown] for row, pixels in drawn.items()}
+    panels[f"{label(name)}, unet.pte\n{sqnr['pte_images']:.0f} dB SQNR against eager"] = pte_full
     save_samples(panels, out / "samples.png")
     write_json(out / "summary.json", summary)
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,6 +1,7 @@
 """What stays in a quantized network: convolutions and linears on packed integer weights, the timestep they read."""
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ class Timestep:
     def __init__(self, groups: int, num_train_timesteps: int) -> None:
         self.groups, self.num_train_timesteps = groups, num_train_timesteps
         self.group: Tensor | None = None
+        self.schedule: list[int] | None = None  # the timesteps that the network was distilled for
 
     def current(self, batch: int) -> Tensor:
         """(B,) int64.
@@ -39,6 +41,17 @@ class Timestep:
                 f"a quantized layer got a batch of {batch}, the network one of {self.group.shape[0]} samples"
             )
         return self.group
+
+
+def check_schedule(schedule: list[int], timesteps: list[int]) -> None:
+    """Warn where a network that was distilled for a schedule is asked for other timesteps."""
+    if not set(timesteps) <= set(schedule):
+        other = next(t for t in timesteps if t not in schedule)
+        warnings.warn(
+            f"this network was distilled for {len(schedule)} timesteps, {schedule[0]} to {schedule[-1]}, and is asked "
+            f"for {other}: sample with num_inference_steps={len(schedule)} and the scheduler it was saved with",
+            stacklevel=3,
+        )
 
 
 def _call_argument(module: nn.Module, args: tuple, kwargs: dict[str, Any], position: int) -> Any:
@@ -65,6 +78,9 @@ def bind_timestep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Non
         )
     timesteps = timesteps.expand(sample.shape[0])
     state = module._pqcad_timestep
+    # on a GPU looking would mean waiting at every step; pqcad_ao's own sampler looks before it starts
+    if state.schedule is not None and timesteps.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_schedule(state.schedule, timesteps.tolist())
     state.group = timestep_group(timesteps, state.groups, state.num_train_timesteps)
 
 

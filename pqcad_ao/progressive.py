@@ -3,20 +3,17 @@
 Everything is learned against the full-precision network's own predictions on C_QC, the points of its own trajectories.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.fx import GraphModule
-from tqdm.auto import tqdm
 
 from pqcad_ao.calibration import CalibrationSet, digest
 from pqcad_ao.config import PQCADConfig
+from pqcad_ao.learner import Learner, drive, read_checkpoint
 from pqcad_ao.observe import (
     activation_quantizers,
     fit_activations,
@@ -31,11 +28,7 @@ from pqcad_ao.quantizer import PQCADQuantizer
 from pqcad_ao.sensitivity import perturbation_loss
 from pqcad_ao.transition import MomentumTransition
 
-CHECKPOINT_EVERY = 50  # updates
 DIVERGED = 10.0  # perturbation loss: ten times the power of what the network predicts
-WARMUP = 0.05  # part of the updates over which the learning rates rise
-LARGEST_GRADIENT = 1.0  # norm to which all gradients together are clipped
-SMALLEST_SCALE = 1e-8
 
 
 @dataclass(frozen=True)
@@ -127,9 +120,7 @@ def learn(
         graph: with the weights' fake quantizers in it; trained in place, so its parameters must be its own.
         points: C_QC.
         num_train_timesteps: T of the noise process.
-        folder: receives ``log.jsonl``, a line for each update, and every so often ``checkpoint.safetensors``. A run
-            that finds its own checkpoint there goes on from it, to the same result.
-        callback: called as ``callback(stage, done, total)``.
+        folder, callback, progress: as for :func:`~pqcad_ao.learner.drive`.
 
     Raises:
         FloatingPointError: the loss left the finite numbers or exploded; says at which stage and width. The last
@@ -137,34 +128,13 @@ def learn(
         ValueError: too few iterations for the ladders, or ``folder`` holds another run's checkpoint.
     """
     run = _Run(graph, resolved, points, config, num_train_timesteps)
-    checkpoint = None if folder is None else Path(folder) / "checkpoint.safetensors"
-    log_file = None
-    if folder is not None and checkpoint is not None:
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        if checkpoint.is_file():
-            run.load(checkpoint)
-        else:
-            run.save(checkpoint)
-        log_file = (Path(folder) / "log.jsonl").open("w")
-        log_file.writelines(json.dumps(asdict(update)) + "\n" for update in run.log)
-    bar = tqdm(total=config.iterations, initial=len(run.log), desc=config.mode, disable=not progress)
-    try:
-        while not run.done:
-            update = run.update()
-            if log_file is not None and checkpoint is not None:
-                log_file.write(json.dumps(asdict(update)) + "\n")
-                log_file.flush()
-                if len(run.log) % CHECKPOINT_EVERY == 0 or run.done:
-                    run.save(checkpoint)
-            if callback is not None:
-                callback(update.stage, len(run.log), config.iterations)
-            shown = "–" if update.momentum is None else f"{update.momentum:.4f}"
-            bar.set_postfix(stage=update.stage, bits=update.bits, loss=f"{update.loss:.4f}", momentum=shown)
-            bar.update()
-    finally:
-        bar.close()
-        if log_file is not None:
-            log_file.close()
+
+    def describe(update: Update) -> dict[str, Any]:
+        shown = "–" if update.momentum is None else f"{update.momentum:.4f}"
+        return {"stage": update.stage, "bits": update.bits, "loss": f"{update.loss:.4f}", "momentum": shown}
+
+    keeps = {"folder": folder, "callback": callback, "progress": progress}
+    drive(run, config.iterations, describe=describe, title=config.mode, **keeps)
     return Learned(run.graph, run.log, run.transitions)
 
 
@@ -196,9 +166,10 @@ class _Run:
             for name, parameter in graph.named_parameters()
             if name.startswith("unet.") and name.removeprefix("unet.").rpartition(".")[0] not in left_alone
         ]
-        self.optimizer = torch.optim.Adam(parameters, lr=0.0)
+        rates = (config.learning_rate, config.scale_learning_rate, config.iterations)
+        self.learner = Learner(graph, parameters, *rates)
         self.quantizers: list[Any] = [module for module, _ in weight_quantizers(graph).values()]  # of the stage
-        self._add_scales()
+        self.learner.add_scales(self.quantizers)
         self.stage = next(iter(self.policies))
         if self.stage == "activations":
             self._insert_activations(fit=True)
@@ -207,27 +178,12 @@ class _Run:
     def policy(self) -> MomentumTransition:
         return self.policies[self.stage]
 
-    @property
-    def done(self) -> bool:
-        return len(self.log) >= self.config.iterations
-
     def update(self) -> Update:
         """One training update, and what the policy makes of it."""
         if self.policy.done:
             self.stage = "activations"
             self._insert_activations(fit=True)
         number, config = len(self.log), self.config
-        # Adam's first updates are of full size whatever the gradients' is, and undo what calibration found
-        pace = min((number + 1) / (WARMUP * config.iterations + 1), 1) * (1 - number / config.iterations)
-        # what there is to move by shrinks with the grid's step: at the final rate a wide grid only gathers Adam's noise
-        pace *= 2.0 ** (self.policy.ladder[-1] - self.policy.bits)
-        scales = [group for group in self.optimizer.param_groups if "scale" in group]
-        with torch.no_grad():  # all in one list: on a GPU each number would be a synchronisation of its own
-            sizes = torch.stack([group["scale"].mean() for group in scales]).tolist() if scales else []
-        for group in self.optimizer.param_groups:
-            group["lr"] = pace * config.learning_rate
-        for group, size in zip(scales, sizes, strict=True):
-            group["lr"] = pace * config.scale_learning_rate * size
         generator = torch.Generator().manual_seed((config.seed * 1_000_003 + number) % 2**63)
         rows = torch.randint(len(self.points), (config.batch_size,), generator=generator)
         batch = self.points[rows]
@@ -242,16 +198,10 @@ class _Run:
                 f"perturbation loss is {value:.3g}. Lower learning_rate ({config.learning_rate:g}) or "
                 f"scale_learning_rate ({config.scale_learning_rate:g})"
             )
+        bits = self.policy.bits
         started = self.policy.update(value)
-        loss.backward()
-        # in the order of names, which a resumed run shares: the norm of all depends on the order in its last bit
-        torch.nn.utils.clip_grad_norm_([p for p in self.graph.parameters() if p.grad is not None], LARGEST_GRADIENT)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        with torch.no_grad():
-            for group in self.optimizer.param_groups:
-                if "scale" in group:
-                    group["scale"].clamp_(min=SMALLEST_SCALE)
+        # what there is to move by shrinks with the grid's step: at the final rate a wide grid only gathers Adam's noise
+        self.learner.step(loss, number, 2.0 ** (self.policy.ladder[-1] - bits))
         if started is not None:
             self.transitions.append({"stage": self.stage, **asdict(started), "step": number})
             self._begin(started.to_bits)
@@ -267,18 +217,13 @@ class _Run:
         """Each layer's bits while its stage is at ``bits``: never fewer than the plan's."""
         return {fqn: max(target, bits) for fqn, target in self.bits[stage].items()}
 
-    def _add_scales(self) -> None:
-        """Scales learn at a rate relative to their own size, so each is a group."""
-        for module in self.quantizers:
-            for scale in (module.scale, module.next_scale):
-                self.optimizer.add_param_group({"params": [scale], "scale": scale})
-
     def _insert_activations(self, *, fit: bool) -> None:
         config = self.config
         quantizer = PQCADQuantizer(self.plan, "activations", groups=config.timestep_groups, seed=config.seed)
         self.graph = insert_activations(self.graph, quantizer, self.num_train_timesteps)
         self.quantizers = list(activation_quantizers(self.graph).values())
-        self._add_scales()
+        self.learner.graph = self.graph
+        self.learner.add_scales(self.quantizers)
         if fit:
             self._observe()
             fit_activations(self.graph, self._widths("activations", self.policy.bits))
@@ -297,7 +242,7 @@ class _Run:
             self._observe()
             fit_activations(self.graph, widths, blend=True)
         for module in self.quantizers:
-            self.optimizer.state.pop(module.next_scale, None)
+            self.learner.forget(module.next_scale)
 
     def _blend(self) -> None:
         for module in self.quantizers:
@@ -314,11 +259,6 @@ class _Run:
 
     def save(self, path: Path) -> None:
         """Write the run's whole state, first beside ``path`` and then in its place."""
-        tensors = {f"graph.{name}": value.detach().contiguous() for name, value in self.graph.state_dict().items()}
-        names = {parameter: name for name, parameter in self.graph.named_parameters()}
-        for parameter, state in self.optimizer.state.items():
-            for entry, value in state.items():
-                tensors[f"adam.{entry}.{names[parameter]}"] = value.contiguous()
         header = {
             "key": self.key,
             "stage": self.stage,
@@ -327,9 +267,7 @@ class _Run:
             "transitions": self.transitions,
             "positions": {name: module.position() for name, module in self._modules().items()},
         }
-        unfinished = path.with_suffix(".tmp")
-        save_file(tensors, unfinished, {"pqcad_learning": json.dumps(header)})
-        unfinished.replace(path)
+        self.learner.save(path, header)
 
     def load(self, path: Path) -> None:
         """Go on from where :meth:`save` was called.
@@ -337,29 +275,13 @@ class _Run:
         Raises:
             ValueError: the file is damaged, or of another run.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {})["pqcad_learning"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is no checkpoint of this project, or is damaged ({error})") from error
-        if header["key"] != self.key:
-            raise ValueError(
-                f"{path} is of another run (another network, configuration or calibration set): give another folder, "
-                "or delete it"
-            )
+        header, tensors = read_checkpoint(path, self.key)
         if header["stage"] != self.stage:
             self.stage = header["stage"]
             self._insert_activations(fit=False)
-        self.graph.load_state_dict({k.removeprefix("graph."): v for k, v in tensors.items() if k.startswith("graph.")})
         for name, module in self._modules().items():
             module.move(**header["positions"][name])
-        parameters = dict(self.graph.named_parameters())
-        for name, value in tensors.items():
-            kind, _, rest = name.partition(".")
-            if kind == "adam":
-                entry, _, parameter = rest.partition(".")
-                self.optimizer.state[parameters[parameter]][entry] = value
+        self.learner.load(tensors)
         self.policies = {
             stage: MomentumTransition.from_state_dict(state) for stage, state in header["policies"].items()
         }

@@ -20,13 +20,20 @@ from pqcad_ao.capture import sample_shape as find_sample_shape
 from pqcad_ao.config import PQCADConfig
 from pqcad_ao.fake_quant import quantize
 from pqcad_ao.nn import QuantizedConv2d, QuantizedLayer, QuantizedLinear, Timestep, install_timestep
-from pqcad_ao.observe import fit_activations, fit_weights, observe, weights_in_full_precision
+from pqcad_ao.observe import (
+    activation_quantizers,
+    fit_activations,
+    fit_weights,
+    observe,
+    weight_quantizers,
+    weights_in_full_precision,
+)
 from pqcad_ao.passes.insert_activations import insert_activations
 from pqcad_ao.plan import Plan, resolve
 from pqcad_ao.progressive import Learned, learn, policies
 from pqcad_ao.quantizer import PQCADQuantizer, insert_fake_quantizers
 from pqcad_ao.sensitivity import layer_sensitivity, spend_bits
-from pqcad_ao.serialization import attach, quantized_state
+from pqcad_ao.serialization import QuantizedState, attach, quantized_state
 
 logger = logging.getLogger(__name__)
 
@@ -133,19 +140,13 @@ def quantize_(
             calibrate(learned.graph, resolved, points, config, **keeps)
         timestep = Timestep(config.timestep_groups, num_train_timesteps)
         layers = fold(learned.graph, model, resolved, timestep)
-        values = dict(learned.graph.named_parameters(remove_duplicate=False))
-        attach(model, config, resolved, timestep, learned.transitions, learned.log)
+        attach(model, QuantizedState(config, resolved, timestep, learned.transitions, learned.log))
     except BaseException:
         if device is not None:
             model.to(home)
         raise
-    for fqn, layer in layers.items():  # nothing above touched the model's layers; nothing below can fail
-        model.set_submodule(fqn, layer)
-    if config.learns:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():  # norms; what the forward never reads is not in the graph
-                if f"unet.{name}" in values:
-                    parameter.copy_(values[f"unet.{name}"])
+    # nothing above touched the model's layers; nothing below can fail
+    adopt(model, learned.graph if config.learns else None, layers)
     install_timestep(model, timestep)
 
 
@@ -257,6 +258,67 @@ def fold(prepared: GraphModule, model: nn.Module, resolved: Plan, timestep: Time
     return layers
 
 
+@torch.no_grad()
+def adopt(model: nn.Module, learned: GraphModule | None, layers: dict[str, QuantizedLayer]) -> None:
+    """Put the quantized layers into the network, and what else a graph learned into its parameters."""
+    for fqn, layer in layers.items():
+        model.set_submodule(fqn, layer)
+    values = {} if learned is None else dict(learned.named_parameters(remove_duplicate=False))
+    for name, parameter in model.named_parameters():  # norms; what the forward never reads is not in the graph
+        if f"unet.{name}" in values:
+            parameter.copy_(values[f"unet.{name}"])
+
+
+@torch.no_grad()
+def unfold(
+    model: nn.Module, reference: nn.Module, shape: tuple[int, int, int], conditioning: dict[str, Any]
+) -> tuple[GraphModule, nn.Module]:
+    """Invert :func:`fold`: the fake-quantized graph that computes what a quantized network does, to learn on.
+
+    Args:
+        reference: the full-precision network of the same structure. shape: (C, H, W).
+
+    Returns:
+        the graph, whose parameters are its own, and the full-precision network that it was captured from.
+
+    Raises:
+        ValueError: the reference is of another structure.
+    """
+    state = quantized_state(model)
+    assert state is not None
+    layers = {row.fqn: model.get_submodule(row.fqn) for row in state.plan.quantized}
+    skeleton = copy.deepcopy(reference).float().to(memory_format=torch.channels_last)
+    values = {name: v for name, v in model.state_dict().items() if name.rpartition(".")[0] not in layers}
+    for fqn, layer in layers.items():
+        values[f"{fqn}.weight"] = layer.dequantized_weight()
+        if layer.bias is not None:
+            values[f"{fqn}.bias"] = layer.bias
+    own = skeleton.state_dict()
+    wrong = [name for name in sorted(own.keys() | values.keys()) if _shape_of(own, name) != _shape_of(values, name)]
+    if wrong:
+        raise ValueError(
+            f"the reference {type(reference).__name__} is of another structure than the network: {wrong[0]} is "
+            f"{_shape_of(own, wrong[0])} there and {_shape_of(values, wrong[0])} here"
+        )
+    skeleton.load_state_dict(values)
+    captured = capture(skeleton, shape, in_float32(conditioning))
+    graph = prepare(captured, state.plan, state.config, state.timestep.num_train_timesteps)
+    for fqn, (weights, _) in weight_quantizers(graph).items():
+        bits = state.plan[fqn].weight_bits
+        weights.move(bits, bits, 1.0)
+        weights.scale.copy_(layers[fqn].weight_scale)
+    for fqn, activations in activation_quantizers(graph).items():
+        bits = state.plan[fqn].activation_bits
+        activations.move(bits, bits, 1.0)
+        activations.scale.copy_(layers[fqn].input_scale)
+        activations.low.copy_(layers[fqn].input_low)
+    return graph, skeleton
+
+
+def _shape_of(values: dict[str, torch.Tensor], name: str) -> list[int] | None:
+    return list(values[name].shape) if name in values else None
+
+
 @register_quantize_module_handler(PQCADConfig)
 def _quantize_root(module: nn.Module, config: PQCADConfig) -> nn.Module:
     """torchao's ``quantize_`` calls this for every module that its filter lets through."""
@@ -270,4 +332,4 @@ def _quantize_root(module: nn.Module, config: PQCADConfig) -> nn.Module:
     return module
 
 
-__all__ = ["calibrate", "fold", "is_root", "plan", "prepare", "quantize_"]
+__all__ = ["adopt", "calibrate", "fold", "is_root", "plan", "prepare", "quantize_", "unfold"]

@@ -16,10 +16,12 @@ from pqcad_ao.data import to_uint8
 
 ROW_NAMES = {
     "fp_full": "full precision (fp32)",
+    "fp_half": "full precision (fp32), half the steps",
     "ptq_full": "W4A4, fixed-bit calibration",
     "pq_full": "W4A4, progressive",
     "ptq_half": "W4A4, fixed-bit calibration, half the steps",
     "pq_half": "W4A4, progressive, half the steps",
+    "pqcad_half": "W4A4, progressive, distilled to half the steps",
 }
 BYTE_NAMES = {
     "fp32_checkpoint": "checkpoint, fp32 (safetensors)",

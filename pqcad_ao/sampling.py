@@ -1,5 +1,6 @@
 """The one DDIM sampler that calibration, distillation, evaluation and the demo share."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -72,6 +73,13 @@ def sample(
     timesteps = scheduler.timesteps
     shown = timesteps.to(noise.device)
     conditioning = conditioning or {}
+    schedule = getattr(getattr(unet, "_pqcad_timestep", None), "schedule", None)
+    if schedule is not None and timesteps.tolist() != schedule:
+        warnings.warn(
+            f"this network was distilled for the timesteps {schedule} and is sampled at {timesteps.tolist()}: use "
+            f"num_inference_steps={len(schedule)} and the scheduler that came with it",
+            stacklevel=3,  # of what is decorated with no_grad
+        )
     images = torch.empty_like(noise)
     total = -(-noise.shape[0] // batch_size) * len(timesteps)
     with tqdm(total=total, desc="sampling", disable=not progress, leave=False) as bar:

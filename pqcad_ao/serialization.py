@@ -22,6 +22,7 @@ from pqcad_ao.plan import Plan, PlanRow
 
 FORMAT = 1
 FIELDS = {"quant_method", "format", "config", "plan", "timestep_groups", "num_train_timesteps", "transitions"}
+OPTIONAL = {"schedule"}
 
 
 class Method(str, Enum):
@@ -39,9 +40,12 @@ class QuantizedState:
     timestep: Timestep
     transitions: list[dict[str, Any]] = field(default_factory=list)
     log: list[Any] = field(default_factory=list)  # updates of the run that learned it; not saved
+    distilled: list[Any] = field(default_factory=list)  # updates of the run that distilled it; not saved
 
     def to_dict(self) -> dict[str, Any]:
+        schedule = {} if self.timestep.schedule is None else {"schedule": self.timestep.schedule}
         return {
+            **schedule,
             "quant_method": Method.PQCAD.value,
             "format": FORMAT,
             "config": config_to_dict(self.config),
@@ -61,7 +65,7 @@ def state_from_dict(values: dict[str, Any]) -> QuantizedState:
     if values.get("format") != FORMAT:
         raise ValueError(f"the checkpoint is of format {values.get('format')!r}; this pqcad_ao reads format {FORMAT}")
     try:
-        unknown = values.keys() - FIELDS
+        unknown = values.keys() - FIELDS - OPTIONAL
         if unknown:
             raise ValueError(f"unknown fields {sorted(unknown)}")
         config, plan = config_from_dict(values["config"]), Plan.from_list(values["plan"])
@@ -72,7 +76,11 @@ def state_from_dict(values: dict[str, Any]) -> QuantizedState:
         counts = values["timestep_groups"], values["num_train_timesteps"]
         if not all(_is_count(count) for count in counts):
             raise ValueError(f"timestep_groups and num_train_timesteps are {counts}")
-        return QuantizedState(config, plan, Timestep(*counts), values["transitions"])
+        timestep, schedule = Timestep(*counts), values.get("schedule")
+        if schedule is not None and not all(_is_count(t + 1) and t < counts[1] for t in schedule):
+            raise ValueError(f"schedule is {schedule}")
+        timestep.schedule = schedule
+        return QuantizedState(config, plan, timestep, values["transitions"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         detail = error if isinstance(error, ValueError) else repr(error)
         raise ValueError(f"the checkpoint's quantization config is damaged: {detail}") from error
@@ -99,16 +107,8 @@ def quantized_state(model: nn.Module) -> QuantizedState | None:
     return getattr(model, "_pqcad_state", None)
 
 
-def attach(
-    model: nn.Module,
-    config: PQCADConfig,
-    plan: Plan,
-    timestep: Timestep,
-    transitions: list[dict[str, Any]] | None = None,
-    log: list[Any] | None = None,
-) -> None:
+def attach(model: nn.Module, state: QuantizedState) -> None:
     """Make ``model`` remember how it was quantized, for ``plan(model)``, for the report and for saving."""
-    state = QuantizedState(config, plan, timestep, transitions or [], log or [])
     if isinstance(model, ConfigMixin):
         quantization_config = PQCADQuantizationConfig(**state.to_dict())
         model.register_to_config(quantization_config=quantization_config)
@@ -184,7 +184,7 @@ class PQCADDiffusersQuantizer(DiffusersQuantizer):
             raise ValueError(
                 f"the checkpoint is damaged: it holds no {', '.join(empty[:3])}{' ...' if len(empty) > 3 else ''}"
             )
-        attach(model, self.state.config, self.state.plan, self.state.timestep, self.state.transitions)
+        attach(model, self.state)
         return model
 
     def check_if_quantized_param(
@@ -289,7 +289,7 @@ def load_quantized(model: nn.Module, path: str | Path) -> nn.Module:
             f"{path} does not fit this {type(model).__name__}: missing, unknown or of another shape are "
             f"{', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}"
         )
-    attach(model, state.config, state.plan, state.timestep, state.transitions)
+    attach(model, state)
     insert_layers(model, layers, state.timestep)
     model.load_state_dict(tensors, strict=True)
     return model

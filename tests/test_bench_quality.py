@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pqcad_ao import CADConfig, distill
 from pqcad_ao.bench import quality as bench
 from pqcad_ao.evaluate import RealFeatures
 
@@ -94,4 +95,31 @@ def test_bad_input_is_named(tiny_dir, tmp_path):
 
 
 def test_every_row_has_a_valid_configuration():
-    assert all((row.config(3) is None) == (name == "fp_full") for name, row in bench.ROWS.items())
+    for name, row in bench.ROWS.items():
+        config = row.config(3)
+        assert config is None or config.seed == 3
+        assert row.base is None or row.base in bench.ROWS
+        cad = None if row.cad is None else CADConfig(**row.cad)
+        assert cad is None or row.part == 2**cad.halvings
+        assert config or cad or name in ("fp_full", "fp_half", "pq_half")
+    learned = [row.cad.get("iterations") for name, row in bench.ABLATIONS.items() if row.cad and name != "cad_joint"]
+    assert set(learned) == {None}  # what is compared takes the same number of updates
+
+
+def test_distilled_rows_start_from_another_rows_network(tiny_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(distill, "FARTHEST", float("inf"))  # random weights denoise nothing
+    cad = {"iterations": 4, "batch_size": 4, "points": 8}
+    rows = ["fp_half", "pq_half", "pqcad_half", "pqcad_quarter", "pd_half", "pd_then_q"]
+    result, _ = run(tiny_dir, tmp_path, rows=rows, steps=4, cad_options=cad)
+    found = {row["name"]: row for row in result["rows"]}
+    assert list(found) == rows
+    assert [row["steps"] for row in found.values()] == [2, 2, 2, 1, 2, 2]
+    # the progressive network behind three of them was learned once
+    assert len(list(tmp_path.glob("pq_full-*/made.json"))) == 1
+    assert found["pqcad_half"]["fid"] != found["pq_half"]["fid"]
+    assert found["pqcad_quarter"]["iterations"] == 8
+    assert found["pqcad_half"]["average_bits"] == found["pq_half"]["average_bits"] < 8
+    assert found["pd_half"]["average_bits"] == 32.0
+    assert found["pd_then_q"]["average_bits"] < 8
+    again, _ = run(tiny_dir, tmp_path, rows=rows, steps=4, cad_options=cad)
+    assert again["rows"] == result["rows"]

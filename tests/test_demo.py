@@ -9,8 +9,8 @@ from diffusers import DDIMPipeline
 from PIL import Image
 from torch import Tensor, nn
 
-from pqcad_ao import demo
-from pqcad_ao.config import PQCADConfig
+from pqcad_ao import demo, distill
+from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.evaluate import RealFeatures
 from pqcad_ao.nn import QuantizedConv2d
 
@@ -40,6 +40,7 @@ def run_tiny(
         out,
         model=str(model),
         config=PQCADConfig.fast(mode=mode, beta=0.5, **sizes),
+        cad=CADConfig.fast(steps=4, iterations=6, batch_size=4, points=8) if mode != "ptq" else None,
         images=6,
         steps=4,
         batch_size=4,
@@ -60,6 +61,7 @@ def made(
     out, said = tmp_path_factory.mktemp("demo") / "new" / "out", []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", lambda module, **options: module)
+        patch.setattr(distill, "FARTHEST", float("inf"))  # random weights denoise nothing
         return out, run_tiny(out, tiny_dir, features, said.append), said
 
 
@@ -79,7 +81,7 @@ def test_summary_has_the_keys_that_are_promised_and_no_others(made: tuple[Path, 
     out, _, _ = made
     summary = json.loads((out / "summary.json").read_text(), parse_constant=pytest.fail)
     assert summary["steps"] == {"full": 4, "half": 2}
-    assert summary["fid"].keys() == {"fp_full", "ptq_full", "pq_full", "pq_half"}
+    assert summary["fid"].keys() == {"fp_full", "fp_half", "ptq_full", "pq_full", "pqcad_half"}
     assert summary["fid_n"] == 6
     assert summary["bytes"].keys() == {"fp32_checkpoint", "checkpoint", "fp32_pte", "pte", "resident_weights"}
     assert summary["latency_ms"].keys() == {"fp32_eager", "fp32_compile", "compressed_compile", "pte_fp32", "pte"}

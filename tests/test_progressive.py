@@ -10,7 +10,7 @@ import torch
 from networks import SHAPE, Small, cosine_scheduler, sqnr
 from torch import nn
 
-from pqcad_ao import PQCADConfig, plan, quantize_
+from pqcad_ao import PQCADConfig, learner, plan, quantize_
 from pqcad_ao import progressive as engine
 from pqcad_ao.calibration import calibration_set
 from pqcad_ao.capture import capture
@@ -281,7 +281,7 @@ def test_log_callback_and_bar(tmp_path, capsys):
 @pytest.mark.parametrize("killed_at", [5, 12, 16, 17, 29, 39])
 def test_a_killed_run_goes_on_to_the_same_weights(run, tmp_path, monkeypatch, killed_at):
     """Checkpoints every three updates, in the middle of widths, of blends, and between the stages."""
-    monkeypatch.setattr(engine, "CHECKPOINT_EVERY", 3)
+    monkeypatch.setattr(learner, "CHECKPOINT_EVERY", 3)
     original = engine._Run.update
 
     def update(self):
@@ -326,7 +326,7 @@ def test_another_runs_folder_is_refused(tmp_path):
 
 
 def test_a_diverging_run_stops_and_keeps_its_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr(learner, "CHECKPOINT_EVERY", 2)
     model = Small()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(FloatingPointError, match=r"learning diverged in stage 'weights', update \d+, at \d bits"):

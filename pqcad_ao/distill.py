@@ -1,0 +1,450 @@
+"""CAD, calibration-assisted distillation: a network learns to take two sampling steps in one, and stays quantized."""
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm.auto import tqdm
+
+from pqcad_ao.calibration import digest, find_scheduler
+from pqcad_ao.capture import capture, check_conditioning, conditioning_rows, placement
+from pqcad_ao.capture import sample_shape as find_sample_shape
+from pqcad_ao.config import CADConfig, PQCADConfig
+from pqcad_ao.learner import Learner, drive, read_checkpoint
+from pqcad_ao.observe import activation_quantizers, weight_quantizers
+from pqcad_ao.quantize import adopt, fold, in_float32, quantize_, unfold
+from pqcad_ao.sampling import evaluation_mode, predict, sample, take_rows
+from pqcad_ao.schedule import Walk, halved, teachable, timesteps_of
+from pqcad_ao.serialization import attach, quantized_state
+
+DIVERGED = 10.0  # times the loss of the first update
+OWN_TRAJECTORIES = 256  # of the student, behind ``own_share``
+CHECKED = 64  # pictures behind the denoising check
+FARTHEST = 0.04  # that a network's noise may be off; of the embedded teacher it is 0.006, with other betas from 0.07
+
+
+@dataclass(frozen=True)
+class DistillUpdate:
+    """One training update: a line of the log.
+
+    Attributes:
+        update: its number, from 0. stage: "halving 1" and so on. loss: weighted sum of both parts.
+        reference, teacher: mean squared error against each target; None where it is not used.
+    """
+
+    update: int
+    stage: str
+    loss: float
+    reference: float | None
+    teacher: float | None
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process and how many there are under torchrun; (0, 1) without it."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+class CleanImages:
+    """C_DC's pictures: drawn by the full-precision sampler, kept on disk where there is a folder, read row by row.
+
+    Args:
+        extra: (N, C, H, W) further pictures in [-1, 1], such as real ones.
+    """
+
+    def __init__(self, drawn: Any, conditioning: dict[str, Any], extra: Tensor | None) -> None:
+        self.drawn, self.conditioning, self.extra = drawn, conditioning, extra
+
+    def __len__(self) -> int:
+        return len(self.drawn) + (0 if self.extra is None else len(self.extra))
+
+    def rows(self, index: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Pictures (B, C, H, W) of these numbers, on the CPU, and their conditioning."""
+        own = index % len(self.drawn)
+        found = torch.from_numpy(np.array(self.drawn[own.numpy()]))
+        if self.extra is not None:
+            real = index >= len(self.drawn)
+            found[real] = self.extra[index[real] - len(self.drawn)].to(found.dtype)
+        return found, take_rows(self.conditioning, own % conditioning_rows(self.conditioning))
+
+
+def clean_images(
+    reference: nn.Module,
+    scheduler: DDIMScheduler,
+    shape: tuple[int, int, int],
+    config: CADConfig,
+    conditioning: dict[str, Any],
+    *,
+    images: Tensor | None = None,
+    folder: str | Path | None = None,
+    callback: Callable[[str, int, int], None] | None = None,
+    progress: bool = False,
+) -> CleanImages:
+    """Draw ``config.points`` pictures with the full-precision network at all of ``config.steps``.
+
+    Args:
+        folder: keeps them in a file that is mapped rather than read, so that they may be more than memory holds. A draw
+            that was cut short goes on with its next batch. Several processes draw a share each, into one file.
+
+    Raises:
+        FloatingPointError: a picture leaves the finite numbers. ValueError: several processes and no folder.
+    """
+    rank, world = rank_and_world()
+    device, dtype = placement(reference)
+    count, size = config.points, config.generation_batch_size
+    noise_seed = f"{config.seed} {count}"
+    if folder is None:
+        if world > 1:
+            raise ValueError("several processes share C_DC in a file: give a folder")
+        drawn: Any = np.zeros((count, *shape), np.float32)
+        marks = None
+    else:
+        place = Path(folder)
+        place.mkdir(parents=True, exist_ok=True)
+        key = digest(reference.state_dict(), scheduler.config, config.steps, noise_seed, conditioning)
+        file, marks = place / f"c_dc-{key}.npy", place / f"c_dc-{key}.{world}-{rank}.json"
+        if rank == 0 and not file.is_file():
+            np.lib.format.open_memmap(file, "w+", np.float32, (count, *shape)).flush()
+        if world > 1:
+            dist.barrier()
+        drawn = np.lib.format.open_memmap(file, "r+")
+    starts = list(range(0, count, size))[rank::world]
+    done = json.loads(marks.read_text()) if marks is not None and marks.is_file() else 0
+    bar = tqdm(total=len(starts), initial=done, desc="pictures", disable=not progress, leave=False)
+    with evaluation_mode(reference), bar:
+        for number in range(done, len(starts)):
+            rows = torch.arange(starts[number], min(starts[number] + size, count))
+            noise = torch.stack([_noise(shape, config.seed, int(row)) for row in rows]).to(device, dtype)
+            chosen = take_rows(conditioning, rows % conditioning_rows(conditioning))
+            pictures = sample(reference, scheduler, noise, config.steps, conditioning=chosen, batch_size=size)
+            if not pictures.isfinite().all():
+                raise FloatingPointError("the full-precision sampler left the finite numbers while drawing C_DC")
+            drawn[rows.numpy()] = pictures.float().cpu().numpy()
+            if marks is not None:
+                drawn.flush()
+                marks.write_text(json.dumps(number + 1))
+            bar.update()
+            if callback is not None:
+                callback("pictures", number + 1, len(starts))
+    if world > 1:
+        dist.barrier()
+    return CleanImages(drawn, conditioning, images)
+
+
+def _noise(shape: tuple[int, ...], seed: int, row: int) -> Tensor:
+    """The noise of one picture: the same, whichever process draws it."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed((seed * 1_000_003 + row) % 2**63))
+
+
+@torch.no_grad()
+def check_denoising(reference: nn.Module, walk: Walk, images: CleanImages) -> None:
+    """Look whether the network finds the noise that the scheduler says it put into the network's own pictures.
+
+    What a trained denoiser gets wrong is orthogonal to what it says (its estimate is a conditional mean), however hard
+    its pictures are: E[found²] = E[found·noise]. With other betas it is not.
+
+    Raises:
+        ValueError: the scheduler's betas or prediction type are not those that the network was trained with.
+    """
+    device, dtype = placement(reference)
+    x_0, conditioning = images.rows(torch.arange(min(CHECKED, len(images))))
+    x_0 = x_0.to(device, dtype)
+    steps, worst = len(walk.timesteps) - 1, (0.0, 0)
+    for step in range(steps // 4, steps, max(1, steps // 8)):
+        at = torch.full((len(x_0),), step, device=device)
+        noise = torch.stack([_noise(tuple(x_0.shape[1:]), step, row) for row in range(len(x_0))]).to(x_0)
+        x_t = walk.noised(x_0, noise, at)
+        _, found = walk.clean(predict(reference, x_t, walk.timesteps[at], conditioning), x_t, at)
+        departure = abs(float(found.square().sum() / (found * noise).sum()) - 1)
+        worst = max(worst, (departure, int(walk.timesteps[step])))
+    if not worst[0] <= FARTHEST:
+        raise ValueError(
+            f"at timestep {worst[1]} the noise that the network finds is {100 * worst[0]:.0f} % off that which the "
+            "scheduler put in: it has other betas or another prediction_type than the network was trained with"
+        )
+
+
+def distill_(
+    student: nn.Module,
+    reference: nn.Module,
+    scheduler=None,
+    config: CADConfig | None = None,
+    *,
+    images: Tensor | None = None,
+    conditioning: dict[str, Any] | None = None,
+    sample_shape: tuple[int, int, int] | None = None,
+    folder: str | Path | None = None,
+    callback: Callable[[str, int, int], None] | None = None,
+    progress: bool = True,
+) -> DDIMScheduler:
+    """Teach a network, in place, to sample in half the steps (or a quarter: ``config.halvings``).
+
+    A quantized student stays quantized, on the grid widths of its plan; weights, scales, biases and norms learn. A
+    full-precision student is plain progressive distillation (Salimans & Ho 2022). What sets the targets:
+    the full-precision ``reference`` at all ``config.steps``, and the student as it was, at two of its own steps.
+
+    Args:
+        student: a network that ``quantize_`` has quantized, or a full-precision one.
+        reference: the full-precision network it was made from.
+        scheduler: that it was trained with, deterministic (DDIM or PNDM); if None, the one saved beside the reference.
+        images: (N, C, H, W) real pictures in [-1, 1], mixed into C_DC; none are needed.
+        conditioning: keyword arguments of ``forward`` with rows to draw from, for conditional networks.
+        sample_shape: (C, H, W), for networks whose config does not say it.
+        folder: keeps C_DC, checkpoints and ``log.jsonl``: the same call with the same folder goes on after a kill, to
+            the same result.
+        callback: called as ``callback(stage, done, total)``. progress: show bars.
+
+    Returns:
+        the sampler whose timesteps the student now walks: sample with ``num_inference_steps = steps / 2^halvings``.
+
+    Raises:
+        ValueError: steps or scheduler that cannot be halved, betas that are not the network's, a reference of another
+            structure, no pictures in ``images``. FloatingPointError: the loss left the finite numbers or exploded.
+    """
+    config = config or CADConfig()
+    scheduler = find_scheduler(reference) if scheduler is None else scheduler
+    if scheduler is None:
+        raise ValueError("no scheduler was given, none is saved beside the network: pass the one it was trained with")
+    if quantized_state(reference) is not None:
+        raise ValueError("the reference is quantized: give the full-precision network that the student was made from")
+    ddim = teachable(scheduler, config.steps, config.halvings)
+    shape = find_sample_shape(reference, sample_shape)
+    if images is not None and (images.dim() != 4 or tuple(images.shape[1:]) != shape or not len(images)):
+        raise ValueError(f"images has shape {tuple(images.shape)}: write (N, {', '.join(map(str, shape))}), N from 1")
+    state = quantized_state(student)
+    if state is not None and state.timestep.num_train_timesteps != ddim.config.num_train_timesteps:
+        raise ValueError(
+            f"the scheduler has {ddim.config.num_train_timesteps} training timesteps, the student was quantized for "
+            f"{state.timestep.num_train_timesteps}"
+        )
+    rank, world = rank_and_world()
+    if config.batch_size % world:
+        raise ValueError(f"batch_size={config.batch_size} cannot be shared by {world} processes: give a multiple")
+    conditioning = in_float32(check_conditioning(reference, conditioning))
+    options = {"folder": folder, "callback": callback, "progress": progress and rank == 0}
+    device, _ = placement(reference)
+    exact = Walk.of(ddim, config.steps, device)
+    pictures = clean_images(reference, ddim, shape, config, conditioning, images=images, **options)
+    check_denoising(reference, exact, pictures)
+    for number in range(config.halvings):
+        steps = config.steps // 2**number
+        following = halved(ddim, steps)
+        run = _Halving(student, reference, exact, ddim, steps, pictures, config, number, shape, conditioning)
+
+        def describe(update: DistillUpdate) -> dict[str, Any]:
+            return {"stage": update.stage, "loss": f"{update.loss:.5f}"}
+
+        place = None if folder is None else Path(folder) / f"halving-{number + 1}"
+        options |= {"folder": place}
+        drive(run, config.iterations, describe=describe, title="distill", write=rank == 0, **options)
+        run.give_back(timesteps_of(following, steps // 2))
+        ddim = following
+    return ddim
+
+
+def compress(
+    unet: nn.Module,
+    scheduler,
+    pq: PQCADConfig | None = None,
+    cad: CADConfig | None = None,
+    *,
+    folder: str | Path | None = None,
+    **options: Any,
+) -> tuple[nn.Module, DDIMScheduler]:
+    """Progressive quantization, then distillation: a quantized network for half the steps, and its sampler.
+
+    Args:
+        unet: full precision; left as it is. folder, options: as for ``quantize_`` and :func:`distill_`.
+    """
+    student, pq, cad = copy.deepcopy(unet), pq or PQCADConfig(), cad or CADConfig()
+    pq = replace(pq, calibration_steps=cad.steps)
+    quantize_(student, pq, scheduler=scheduler, folder=folder, **options)
+    return student, distill_(student, unet, scheduler, cad, folder=folder, **options)
+
+
+class _Halving:
+    """One halving: everything that changes with an update, and how to keep it."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        reference: nn.Module,
+        exact: Walk,
+        scheduler: DDIMScheduler,
+        steps: int,
+        images: CleanImages,
+        config: CADConfig,
+        number: int,
+        shape: tuple[int, int, int],
+        conditioning: dict[str, Any],
+    ) -> None:
+        self.student, self.reference, self.exact, self.images, self.config = student, reference, exact, images, config
+        self.steps, self.number, self.scheduler = steps, number, scheduler
+        self.device, _ = placement(reference)
+        self.walk = Walk.of(scheduler, steps, self.device)  # two of its steps are one of the student's
+        self.log: list[DistillUpdate] = []
+        self.first: float | None = None
+        if quantized_state(student) is None:
+            self.skeleton = copy.deepcopy(student).float().to(memory_format=torch.channels_last)
+            self.graph = capture(self.skeleton, shape, conditioning).graph
+        else:
+            self.graph, self.skeleton = unfold(student, reference, shape, conditioning)
+        self.teacher = copy.deepcopy(self.graph) if config.teacher_weight else None
+        self.key = digest(self.graph.state_dict(), config, self.walk.timesteps, number)
+        self.own = self._own_trajectories(conditioning) if config.own_share else None
+        names = {name for name, _ in self.graph.named_parameters() if name.startswith("unet.")}
+        parameters = [parameter for name, parameter in self.graph.named_parameters() if name in names]
+        rates = (config.learning_rate, config.scale_learning_rate, config.iterations)
+        self.learner = Learner(self.graph, parameters, *rates)
+        quantizers = [module for module, _ in weight_quantizers(self.graph).values()]
+        self.learner.add_scales([*quantizers, *activation_quantizers(self.graph).values()])
+        self.rank, self.world = rank_and_world()
+        # some parameters (the next width's scales) take no part in a forward
+        self.forward: Callable[..., Tensor] = (
+            DistributedDataParallel(self.graph, find_unused_parameters=True) if self.world > 1 else self.graph
+        )
+
+    @torch.no_grad()
+    def _own_trajectories(self, conditioning: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """x_t (trajectories, S, C, H, W) of the student as it is at every second timestep, and whose rows they are."""
+        count, seed = OWN_TRAJECTORIES, self.config.seed + 1
+        shape = self.images.drawn.shape[1:]
+        noise = torch.stack([_noise(shape, seed, row) for row in range(count)]).to(self.device)
+        rows, parts = torch.arange(count), []
+        for batch in rows.split(self.config.generation_batch_size):
+            chosen = take_rows(conditioning, batch % conditioning_rows(conditioning))
+            x_t, met = noise[batch], []
+            for step in range(0, self.steps, 2):
+                met.append(x_t)
+                at = torch.full((len(x_t),), step, device=self.device)
+                x_t = self.walk.jump(self.graph(x_t, self.walk.timesteps[at], chosen), x_t, at, 2)
+            parts.append(torch.stack(met, 1))
+        return torch.cat(parts), rows
+
+    def _batch(self, number: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """This process's share of an update's x_t, the step of each in ``walk``, and conditioning."""
+        config, size = self.config, self.config.batch_size
+        seed = (config.seed * 1_000_003 + self.number * 500_009 + number) % 2**63
+        generator = torch.Generator().manual_seed(seed)
+        # every step of the student's equally often: the updates count through them, each in an order of its own
+        taken = (number * size + torch.arange(size)) % (self.steps // 2)
+        step = 2 * taken[torch.randperm(size, generator=generator)]
+        index = torch.randint(len(self.images), (size,), generator=generator)
+        noise = torch.randn(size, *self.images.drawn.shape[1:], generator=generator)
+        extra = torch.randn(noise.shape, generator=generator) if config.noise_injection else None
+        own = torch.randint(OWN_TRAJECTORIES, (size,), generator=generator)
+        mine = slice(self.rank, None, self.world)
+        x_0, conditioning = self.images.rows(index[mine])
+        step = step[mine].to(self.device)
+        x_t = self.walk.noised(x_0.to(self.device), noise[mine].to(self.device), step)
+        if self.own is not None:
+            trajectories, rows = self.own
+            # the first of the batch, whose steps are in random order
+            count = round(config.own_share * size)
+            theirs = torch.arange(size)[mine] < count
+            x_t[theirs] = trajectories[own[mine][theirs].to(self.device), step[theirs] // 2]
+            if conditioning:
+                count = conditioning_rows(self.images.conditioning)
+                other = take_rows(self.images.conditioning, rows[own[mine]] % count)
+                conditioning = _where(theirs, other, conditioning)
+        if extra is not None:
+            x_t = x_t + config.noise_injection * extra[mine].to(self.device)
+        return x_t, step, conditioning
+
+    @torch.no_grad()
+    def _target(
+        self, network: Callable[..., Any], walk: Walk, x_t: Tensor, step: Tensor, stride: int, conditioning: Any
+    ) -> Tensor:
+        """The v with which one jump of the student's ends where ``stride`` jumps of ``network`` do."""
+        x = x_t
+        for taken in range(stride):
+            at = step + taken
+            x = walk.jump(predict(network, x, walk.timesteps[at], conditioning), x, at)  # type: ignore[arg-type]
+        return walk.velocity(walk.image_behind(x, x_t, step, stride), x_t, step)
+
+    def update(self) -> DistillUpdate:
+        """One training update."""
+        number, config = len(self.log), self.config
+        x_t, step, conditioning = self._batch(number)
+        stride = self.config.steps // self.steps  # exact steps in one of the walk's
+        targets: dict[str, Tensor] = {}
+        with evaluation_mode(self.reference):
+            if config.reference_weight:
+                exact = (self.exact, x_t, stride * step, 2 * stride)
+                targets["reference"] = self._target(self.reference, *exact, conditioning)
+        if self.teacher is not None:
+            teacher = self.teacher
+
+            def call(x: Tensor, timesteps: Tensor, **given: Any) -> Tensor:
+                return teacher(x, timesteps, given)
+
+            targets["teacher"] = self._target(call, self.walk, x_t, step, 2, conditioning)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            prediction = self.forward(x_t, self.walk.timesteps[step], conditioning)
+        found = self.walk.velocity(self.walk.clean(prediction.float(), x_t, step)[0], x_t, step)
+        weight = torch.ones_like(found[:, :1, :1, :1])
+        if config.space == "x":  # max(SNR, 1)·σ² of v's error, which is x_0's over σ
+            alpha, sigma = self.walk.at(step, found)
+            weight = torch.maximum(alpha.square(), sigma.square())
+        parts = {name: (weight * (found - target).square()).mean() for name, target in targets.items()}
+        weights = {"reference": config.reference_weight, "teacher": config.teacher_weight}
+        loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
+        values = torch.stack([loss, *parts.values()]).detach()
+        if self.world > 1:
+            dist.all_reduce(values)
+            values /= self.world
+        value, *shown = values.tolist()
+        self.first = value if self.first is None else self.first
+        if not math.isfinite(value) or value > DIVERGED * max(self.first, 1e-6):
+            raise FloatingPointError(
+                f"distillation diverged in halving {self.number + 1}, update {number}: the loss is {value:.3g}, at the "
+                f"start it was {self.first:.3g}. Lower learning_rate ({config.learning_rate:g})"
+            )
+        self.learner.step(loss, number)
+        named = dict(zip(parts, shown, strict=True))
+        entry = DistillUpdate(number, f"halving {self.number + 1}", value, named.get("reference"), named.get("teacher"))
+        self.log.append(entry)
+        return entry
+
+    def give_back(self, schedule: list[int]) -> None:
+        """Put what was learned into the student, and let it remember the timesteps it was learned for."""
+        state = quantized_state(self.student)
+        if state is None:
+            adopt(self.student, self.graph, {})
+            return
+        layers = fold(self.graph, self.skeleton, state.plan, state.timestep)
+        for fqn, layer in layers.items():
+            layer.train(self.student.get_submodule(fqn).training)
+        adopt(self.student, self.graph, layers)
+        state.timestep.schedule = schedule
+        state.distilled = [*state.distilled, *self.log]
+        attach(self.student, state)
+
+    def save(self, path: Path) -> None:
+        header = {"key": self.key, "log": [asdict(update) for update in self.log], "first": self.first}
+        self.learner.save(path, header)
+
+    def load(self, path: Path) -> None:
+        """Go on from where :meth:`save` was called. Raises ValueError: the file is damaged, or of another run."""
+        header, tensors = read_checkpoint(path, self.key)
+        self.learner.load(tensors)
+        self.log, self.first = [DistillUpdate(**update) for update in header["log"]], header["first"]
+
+
+def _where(chosen: Tensor, one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Rows of ``one`` where ``chosen``, else of ``other``."""
+    return {
+        name: torch.where(chosen.to(value.device).view(-1, *[1] * (value.dim() - 1)), one[name], value)
+        if isinstance(value, Tensor)
+        else _where(chosen, one[name], value)
+        for name, value in other.items()
+    }

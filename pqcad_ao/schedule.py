@@ -1,0 +1,128 @@
+"""Sampling schedules that can be halved, and the deterministic DDIM jump between two of their timesteps."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from torch import Tensor
+
+from pqcad_ao.calibration import as_ddim
+
+SPACINGS = ("trailing", "leading")  # of which every second timestep is a schedule of the same kind
+
+
+def teachable(scheduler, num_inference_steps: int, halvings: int) -> DDIMScheduler:
+    """The DDIM sampler behind ``scheduler``, where a network can be taught to take its steps two at a time.
+
+    Raises:
+        ValueError: steps that cannot be halved so often, a scheduler that draws noise while it samples, another family,
+            a spacing whose every second timestep is no schedule, or epsilon prediction where the signal is zero.
+    """
+    if isinstance(scheduler, DDPMScheduler):
+        raise ValueError(
+            "DDPMScheduler draws noise at every step, and a jump over two of them has no one target: pass "
+            "DDIMScheduler.from_config(scheduler.config)"
+        )
+    ddim, parts = as_ddim(scheduler), 2**halvings
+    if num_inference_steps < parts or num_inference_steps % parts:
+        raise ValueError(
+            f"{num_inference_steps} steps cannot be halved {halvings} times: give a multiple of {parts}, such as "
+            f"{max(1, round(num_inference_steps / parts)) * parts}"
+        )
+    config = ddim.config
+    if config.timestep_spacing not in SPACINGS or config.num_train_timesteps % num_inference_steps:
+        raise ValueError(
+            f"timestep_spacing={config.timestep_spacing!r} with {num_inference_steps} of "
+            f"{config.num_train_timesteps} timesteps: allowed are {' and '.join(map(repr, SPACINGS))}, and steps that "
+            "divide the training timesteps"
+        )
+    if config.prediction_type == "epsilon" and (config.rescale_betas_zero_snr or float(ddim.alphas_cumprod[-1]) < 1e-6):
+        raise ValueError(
+            "the schedule ends at zero signal, where a prediction of epsilon says nothing about the image: "
+            "such a network predicts v or the sample"
+        )
+    return ddim
+
+
+def halved(scheduler: DDIMScheduler, num_inference_steps: int) -> DDIMScheduler:
+    """The sampler that visits every second of these timesteps when it is asked for half the steps."""
+    if scheduler.config.timestep_spacing == "trailing":
+        return DDIMScheduler.from_config(scheduler.config)
+    # leading timesteps begin at the offset and are a stride apart: the first of every two is one stride on
+    stride = scheduler.config.num_train_timesteps // num_inference_steps
+    return DDIMScheduler.from_config(scheduler.config, steps_offset=scheduler.config.steps_offset + stride)
+
+
+def timesteps_of(scheduler: DDIMScheduler, num_inference_steps: int) -> list[int]:
+    """The timesteps that a sampler visits, from noise to image."""
+    walked = DDIMScheduler.from_config(scheduler.config)
+    walked.set_timesteps(num_inference_steps)
+    return walked.timesteps.tolist()
+
+
+@dataclass
+class Walk:
+    """A schedule with the numbers that its jumps need.
+
+    Attributes:
+        timesteps: (S + 1,) int64 from noise to image, and -1 for the image itself.
+        alpha, sigma: (S + 1,) signal and noise there: x_t = alpha·x_0 + sigma·noise.
+        prediction_type: epsilon, v_prediction or sample. clip: range of x_0 in the sampler, or None.
+    """
+
+    timesteps: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    prediction_type: str
+    clip: float | None
+
+    @classmethod
+    def of(cls, scheduler: DDIMScheduler, num_inference_steps: int, device: torch.device | str = "cpu") -> "Walk":
+        visited = timesteps_of(scheduler, num_inference_steps)
+        squared = torch.cat([scheduler.alphas_cumprod[visited], scheduler.final_alpha_cumprod.reshape(1)]).double()
+        config = scheduler.config
+        return cls(
+            torch.tensor([*visited, -1], device=device),
+            squared.sqrt().float().to(device),
+            (1 - squared).sqrt().float().to(device),
+            config.prediction_type,
+            config.clip_sample_range if config.clip_sample else None,
+        )
+
+    def at(self, step: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma of each sample's step (B,), to multiply (B, C, H, W) with."""
+        shape = [-1] + [1] * (like.dim() - 1)
+        return self.alpha[step].view(shape), self.sigma[step].view(shape)
+
+    def noised(self, x_0: Tensor, noise: Tensor, step: Tensor) -> Tensor:
+        """x_t of clean images at each sample's step."""
+        alpha, sigma = self.at(step, x_0)
+        return alpha * x_0 + sigma * noise
+
+    def clean(self, prediction: Tensor, x_t: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """The x_0 and the noise that a network's output stands for."""
+        alpha, sigma = self.at(step, x_t)
+        if self.prediction_type == "epsilon":
+            return (x_t - sigma * prediction) / alpha, prediction
+        if self.prediction_type == "sample":
+            return prediction, (x_t - alpha * prediction) / sigma
+        return alpha * x_t - sigma * prediction, alpha * prediction + sigma * x_t
+
+    def velocity(self, x_0: Tensor, x_t: Tensor, step: Tensor) -> Tensor:
+        """v = alpha·noise - sigma·x_0 of an x_t in which x_0 is the image; its error is x_0's over sigma."""
+        alpha, sigma = self.at(step, x_t)
+        return (alpha * x_t - x_0) / sigma
+
+    def jump(self, prediction: Tensor, x_t: Tensor, step: Tensor, stride: int = 1) -> Tensor:
+        """DDIM (Song et al. 2021, eq. 12 with σ = 0) from each sample's step to the one ``stride`` on."""
+        x_0, noise = self.clean(prediction, x_t, step)
+        if self.clip is not None:
+            x_0 = x_0.clamp(-self.clip, self.clip)
+        alpha, sigma = self.at(step + stride, x_t)
+        return alpha * x_0 + sigma * noise
+
+    def image_behind(self, x_next: Tensor, x_t: Tensor, step: Tensor, stride: int) -> Tensor:
+        """The x_0 for which one jump over ``stride`` steps leads from ``x_t`` to ``x_next``."""
+        (alpha, sigma), (alpha_next, sigma_next) = self.at(step, x_t), self.at(step + stride, x_t)
+        ratio = sigma_next / sigma
+        return (x_next - ratio * x_t) / (alpha_next - ratio * alpha)

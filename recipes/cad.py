@@ -1,0 +1,128 @@
+"""Progressive quantization, then distillation: ``python -m pqcad_ao.recipes.cad --model M --out DIR``.
+
+On several processes: ``torchrun --nproc-per-node K -m pqcad_ao.recipes.cad ...``. Every process has the whole network
+and a share of each batch, so K processes learn what one does, up to the order of floating-point sums. The first one
+quantizes; the pictures are drawn by all. What is killed goes on with the same command and the same ``--out``.
+"""
+
+import argparse
+import contextlib
+import copy
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import distributed as dist
+from torch import nn
+
+from pqcad_ao.capture import sample_shape
+from pqcad_ao.config import CADConfig, PQCADConfig
+from pqcad_ao.data import load_images, to_unit
+from pqcad_ao.distill import distill_
+from pqcad_ao.models import load_model, save_model
+from pqcad_ao.quantize import quantize_
+from pqcad_ao.serialization import quantized_state
+
+
+@contextlib.contextmanager
+def processes(device: str) -> Iterator[tuple[int, torch.device]]:
+    """This process's rank and device; under torchrun, the group of all is there meanwhile."""
+    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    place = torch.device(f"cuda:{local}" if device == "cuda" else device)
+    if "WORLD_SIZE" not in os.environ:
+        yield rank, place
+        return
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    try:
+        yield rank, place
+    finally:
+        dist.destroy_process_group()
+
+
+def compress_on_all(
+    teacher: nn.Module,
+    scheduler: Any,
+    pq: PQCADConfig,
+    cad: CADConfig,
+    out: Path,
+    *,
+    rank: int = 0,
+    images: torch.Tensor | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Quantize in the first process, distill in all; leaves the network and its sampler in ``out``.
+
+    Args:
+        teacher: full precision, on this process's device. images: real pictures for C_DC, (N, C, H, W) in [-1, 1].
+
+    Raises: as ``quantize_`` and ``distill_``.
+    """
+    device = next(teacher.parameters()).device
+    quantized = out / "quantized"
+    if rank == 0 and not (quantized / "model_index.json").is_file():
+        student = copy.deepcopy(teacher)
+        settings = replace(pq, calibration_steps=cad.steps)
+        quantize_(student, settings, scheduler=scheduler, folder=out / "work", progress=progress)
+        save_model(student, scheduler, quantized)
+    if dist.is_initialized():
+        dist.barrier()
+    student = load_model(quantized)[0].to(device)
+    sampler = distill_(student, teacher, scheduler, cad, images=images, folder=out / "work", progress=progress)
+    if rank == 0:
+        save_model(student, sampler, out)
+    return student
+
+
+def from_dotted(kind: type, asked: list[str]) -> Any:
+    """A configuration from ``name=value`` arguments.
+
+    Raises:
+        ValueError: a name that it does not have.
+    """
+    values: Any = OmegaConf.to_container(OmegaConf.from_dotlist(asked))
+    known = {field.name for field in fields(kind)}
+    if unknown := sorted(values.keys() - known):
+        raise ValueError(f"{kind.__name__} has no {', '.join(unknown)}: allowed are {', '.join(sorted(known))}")
+    return kind(**values)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pqcad_ao.recipes.cad", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="demo, or a folder with a full-precision diffusers UNet")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="receives unet/ and scheduler/; keeps the work in work/"
+    )
+    parser.add_argument("--data", type=Path, help="real pictures to mix into C_DC; none are needed")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda: a GPU for each process (cpu)")
+    parser.add_argument("--pq", nargs="*", default=[], metavar="NAME=VALUE", help="of PQCADConfig")
+    parser.add_argument("--cad", nargs="*", default=[], metavar="NAME=VALUE", help="of CADConfig")
+    args = parser.parse_args(argv)
+    try:
+        pq, cad = from_dotted(PQCADConfig, args.pq), from_dotted(CADConfig, args.cad)
+        with processes(args.device) as (rank, device):
+            teacher, scheduler = load_model(args.model)
+            images = None
+            if args.data is not None:
+                channels, size, _ = sample_shape(teacher)
+                images = to_unit(load_images(args.data, "train", image_size=size, channels=channels)[0])
+            options = {"rank": rank, "images": images, "progress": sys.stderr.isatty()}
+            student = compress_on_all(teacher.to(device), scheduler, pq, cad, args.out, **options)
+            if rank == 0:
+                state = quantized_state(student)
+                schedule = state.timestep.schedule if state else None
+                print(f"{args.out}: {len(schedule or [])} steps, {state.plan.summary() if state else ''}")
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,353 @@
+"""Distillation: what it learns from, what it remembers, what it refuses, and that a kill changes nothing."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from networks import SHAPE, Small, cosine_scheduler, quick, sqnr
+from torch import nn
+
+from pqcad_ao import CADConfig, PQCADConfig, compress, distill_, learner, plan, quantize_
+from pqcad_ao import distill as engine
+from pqcad_ao.distill import check_denoising, clean_images
+from pqcad_ao.models import load_model, save_model
+from pqcad_ao.nn import QuantizedLayer
+from pqcad_ao.quantize import unfold
+from pqcad_ao.sampling import sample
+from pqcad_ao.schedule import Walk
+from pqcad_ao.serialization import load_quantized, quantized_state, save_quantized
+
+TINY = {"steps": 4, "iterations": 20, "batch_size": 4, "points": 12, "generation_batch_size": 5}
+
+
+def config(**options) -> CADConfig:
+    return CADConfig(**{**TINY, **options})
+
+
+@pytest.fixture(autouse=True)
+def untrained(monkeypatch):
+    """Networks of random weights denoise nothing; the check has its own tests."""
+    monkeypatch.setattr(engine, "FARTHEST", float("inf"))
+
+
+def student_of(reference: nn.Module, **options) -> nn.Module:
+    student = copy.deepcopy(reference)
+    shape = None if hasattr(student, "config") else SHAPE
+    quantize_(student, quick(**options), scheduler=cosine_scheduler(), sample_shape=shape, progress=False)
+    return student
+
+
+def distill(student: nn.Module, reference: nn.Module, settings: CADConfig | None = None, **options) -> DDIMScheduler:
+    options = {"scheduler": cosine_scheduler(), "progress": False, **options}
+    shape = None if hasattr(student, "config") else SHAPE
+    return distill_(student, reference, config=settings or config(), sample_shape=shape, **options)
+
+
+def losses(student: nn.Module) -> list[float]:
+    return [update.loss for update in quantized_state(student).distilled]
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    states = one.state_dict(), other.state_dict()
+    return states[0].keys() == states[1].keys() and all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+
+
+# ------------------------------------------------------------------------------------------------ what it learns
+
+
+def test_unfolding_inverts_folding():
+    reference = Small()
+    student = student_of(reference)
+    graph, _ = unfold(student, reference, SHAPE, {})
+    x_t, timesteps = torch.randn(8, *SHAPE), torch.arange(8) * 120
+    with torch.no_grad():
+        assert sqnr(student(x_t, timesteps), graph(x_t, timesteps, {})) > 60
+
+
+GOLDEN = [0.0376, 0.03639, 0.03312, 0.02987, 0.02744]  # means of four updates each
+
+
+def test_golden_losses():
+    reference = Small()
+    student = student_of(reference)
+    before = {row.fqn: (row.weight_bits, row.activation_bits) for row in plan(student).quantized}
+    distill(student, reference, config(learning_rate=5e-4))
+    found = losses(student)
+    assert len(found) == 20
+    means = [sum(found[first : first + 4]) / 4 for first in range(0, 20, 4)]
+    assert means == pytest.approx(GOLDEN, rel=0.05)
+    # it is still quantized, as its plan says
+    assert {row.fqn: (row.weight_bits, row.activation_bits) for row in plan(student).quantized} == before
+    assert all(isinstance(student.get_submodule(fqn), QuantizedLayer) for fqn in before)
+    assert student.first.weight.dtype == torch.uint8
+
+
+def test_the_target_is_where_the_full_precision_jumps_end():
+    """A student that is the reference itself, asked for one jump, misses by what a longer step misses alone."""
+    reference = Small()
+    walk = Walk.of(cosine_scheduler(), 4)
+    run = engine._Halving(
+        copy.deepcopy(reference),
+        reference,
+        walk,
+        cosine_scheduler(),
+        4,
+        clean_images(reference, cosine_scheduler(), SHAPE, config(), {}),
+        config(),
+        0,
+        SHAPE,
+        {},
+    )
+    x_t, step, _ = run._batch(3)
+    assert step.tolist().count(0) == step.tolist().count(2) == 2  # balanced over the student's two steps
+    with torch.no_grad():
+        target = run._target(reference, walk, x_t, step, 2, {})
+        middle = walk.jump(reference(x_t, walk.timesteps[step]), x_t, step)
+        end = walk.jump(reference(middle, walk.timesteps[step + 1]), middle, step + 1)
+        x_0 = x_t * walk.at(step, x_t)[0] - target * walk.at(step, x_t)[1]
+        torch.testing.assert_close(walk.jump(target, x_t, step, 2), end, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(walk.image_behind(end, x_t, step, 2), x_0, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"teacher_weight": 1.0, "reference_weight": 0.0},
+        {"teacher_weight": 0.5},
+        {"space": "x"},
+        {"noise_injection": 0.1},
+        {"own_share": 0.5},
+    ],
+    ids=str,
+)
+def test_every_term_learns(options):
+    reference = Small()
+    student = student_of(reference)
+    before = copy.deepcopy(student)
+    distill(student, reference, config(**options))
+    log = quantized_state(student).distilled
+    assert (log[0].teacher is not None) == bool(options.get("teacher_weight"))
+    assert (log[0].reference is not None) == bool(options.get("reference_weight", 1.0))
+    assert all(update.loss > 0 for update in log)
+    assert not same_weights(student, before)
+
+
+def test_a_full_precision_student_is_distilled_as_it_is(tiny_unet):
+    student = copy.deepcopy(tiny_unet)
+    distill(student, tiny_unet, config(learning_rate=1e-3))
+    assert quantized_state(student) is None
+    assert not same_weights(student, tiny_unet)
+    x_t, t = torch.randn(2, *SHAPE), torch.tensor([999, 499])
+    assert sqnr(tiny_unet(x_t, t).sample, student(x_t, t).sample) > 3
+
+
+def test_conditioning_reaches_teacher_and_student():
+    torch.manual_seed(0)
+    reference = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        num_class_embeds=3,
+    ).eval()
+    labels = {"class_labels": torch.tensor([0, 1, 2])}
+    student = copy.deepcopy(reference)
+    quantize_(student, quick(), scheduler=cosine_scheduler(), conditioning=labels, progress=False)
+    distill(student, reference, config(own_share=0.5, teacher_weight=0.5), conditioning=labels)
+    x_t, t = torch.randn(1, *SHAPE).expand(3, -1, -1, -1), torch.full((3,), 999)
+    first, second, _ = student(x_t, t, class_labels=labels["class_labels"]).sample
+    assert not torch.equal(first, second)
+
+
+# ------------------------------------------------------------------------------------------------ what it remembers
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+def test_the_saved_scheduler_walks_the_students_timesteps(tiny_unet, tmp_path, spacing):
+    scheduler = DDIMScheduler.from_config(cosine_scheduler().config, timestep_spacing=spacing)
+    student = student_of(tiny_unet)
+    sampler = distill(student, tiny_unet, scheduler=scheduler)
+    save_model(student, sampler, tmp_path)
+    pipeline = DDIMPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    visited = []
+    hook = pipeline.unet.register_forward_pre_hook(lambda module, args: visited.append(int(args[1])))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        pipeline(batch_size=1, num_inference_steps=2)
+    scheduler.set_timesteps(4)
+    assert visited == scheduler.timesteps.tolist()[::2]
+    with pytest.warns(UserWarning, match="distilled for 2 timesteps.*sample with num_inference_steps=2"):
+        pipeline(batch_size=1, num_inference_steps=3)
+    hook.remove()
+    loaded, found = load_model(tmp_path)
+    with pytest.warns(UserWarning, match=r"distilled for the timesteps .* use num_inference_steps=2"):
+        sample(loaded, found, torch.randn(1, *SHAPE), 3)
+
+
+def test_a_plain_module_remembers_its_schedule(tmp_path):
+    reference = Small()
+    student = student_of(reference)
+    distill(student, reference)
+    save_quantized(student, tmp_path / "student.safetensors")
+    loaded = load_quantized(Small(seed=1), tmp_path / "student.safetensors")
+    assert quantized_state(loaded).timestep.schedule == [999, 499]
+
+
+def test_two_halvings_leave_a_quarter_of_the_steps():
+    reference = Small()
+    student = student_of(reference)
+    sampler = distill(student, reference, config(halvings=2, iterations=6))
+    assert quantized_state(student).timestep.schedule == [999]
+    assert [update.stage for update in quantized_state(student).distilled] == ["halving 1"] * 6 + ["halving 2"] * 6
+    assert sample(student, sampler, torch.randn(2, *SHAPE), 1).isfinite().all()
+
+
+def test_compress_quantizes_and_distills(tiny_unet):
+    before = copy.deepcopy(tiny_unet)
+    pq = PQCADConfig(mode="ptq", calibration_points=16, timestep_groups=4)
+    student, sampler = compress(tiny_unet, cosine_scheduler(), pq, config(iterations=4), progress=False)
+    assert same_weights(tiny_unet, before)
+    assert plan(student).quantized
+    assert quantized_state(student).config.calibration_steps == 4
+    assert sample(student, sampler, torch.randn(2, *SHAPE), 2).isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------ C_DC, and kills
+
+
+def test_clean_images_are_the_samplers(tmp_path):
+    reference = Small()
+    settings = config()
+    alone = clean_images(reference, cosine_scheduler(), SHAPE, settings, {})
+    noise = torch.stack([engine._noise(SHAPE, settings.seed, row) for row in range(12)])
+    expected = sample(reference, cosine_scheduler(), noise, 4)
+    torch.testing.assert_close(alone.rows(torch.arange(12))[0], expected, rtol=1e-4, atol=1e-4)
+    kept = clean_images(reference, cosine_scheduler(), SHAPE, settings, {}, folder=tmp_path)
+    torch.testing.assert_close(kept.rows(torch.arange(12))[0], expected, rtol=1e-4, atol=1e-4)
+    assert not isinstance(alone.drawn, type(kept.drawn))  # the file is mapped, not read
+
+
+def test_a_draw_that_was_cut_short_goes_on(tmp_path, monkeypatch):
+    reference, done = Small(), []
+    original = engine.sample
+
+    def failing(*args, **options):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(1)
+        return original(*args, **options)
+
+    monkeypatch.setattr(engine, "sample", failing)
+    with pytest.raises(KeyboardInterrupt):
+        clean_images(reference, cosine_scheduler(), SHAPE, config(), {}, folder=tmp_path)
+    monkeypatch.setattr(engine, "sample", lambda *args, **options: done.append(1) or original(*args, **options))
+    resumed = clean_images(reference, cosine_scheduler(), SHAPE, config(), {}, folder=tmp_path)
+    assert len(done) == 3
+    expected = clean_images(reference, cosine_scheduler(), SHAPE, config(), {})
+    assert torch.equal(resumed.rows(torch.arange(12))[0], expected.rows(torch.arange(12))[0])
+
+
+def test_real_images_are_mixed_in():
+    reference = Small()
+    real = torch.full((3, *SHAPE), 0.5)
+    mixed = clean_images(reference, cosine_scheduler(), SHAPE, config(), {}, images=real)
+    assert len(mixed) == 15
+    rows, _ = mixed.rows(torch.tensor([0, 12, 14]))
+    assert torch.equal(rows[1:], real[:2])
+    assert not torch.equal(rows[0], real[0])
+
+
+@pytest.mark.parametrize("killed_at", [3, 12, 19])
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, killed_at):
+    monkeypatch.setattr(learner, "CHECKPOINT_EVERY", 4)
+    reference = Small()
+    settings = config(halvings=2, iterations=10, own_share=0.25, teacher_weight=0.5)
+    undisturbed = student_of(reference)
+    distill(undisturbed, reference, settings, folder=tmp_path / "undisturbed")
+    original, made = engine._Halving.update, []
+
+    def update(self):
+        if len(made) == killed_at:
+            raise KeyboardInterrupt
+        made.append(1)
+        return original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._Halving, "update", update)
+        with pytest.raises(KeyboardInterrupt):
+            distill(student_of(reference), reference, settings, folder=tmp_path / "killed")
+    student = student_of(reference)
+    distill(student, reference, settings, folder=tmp_path / "killed")
+    assert same_weights(student, undisturbed)
+    assert losses(student) == losses(undisturbed)
+
+
+def test_another_runs_folder_is_refused(tmp_path):
+    reference = Small()
+    distill(student_of(reference), reference, config(iterations=2), folder=tmp_path)
+    with pytest.raises(ValueError, match="is of another run"):
+        distill(student_of(reference), reference, config(iterations=3), folder=tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 5}, "steps=5 cannot be halved 1 times"),
+        ({"steps": 6, "halvings": 2}, "steps=6 cannot be halved 2 times: give a multiple of 4"),
+        ({"iterations": 0}, "iterations=0"),
+        ({"batch_size": 64}, "batch_size=64: allowed are 1 to 63"),
+        ({"own_share": 1.5}, "own_share=1.5"),
+        ({"reference_weight": 0.0}, "leave nothing to learn from"),
+        ({"space": "epsilon"}, "space='epsilon'"),
+        ({"seed": -1}, "seed=-1"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        CADConfig(**options)
+
+
+def test_bad_networks():
+    reference = Small()
+    student = student_of(reference)
+    with pytest.raises(ValueError, match="the reference is quantized"):
+        distill(student, student)
+    other = Small()
+    other.first = nn.Conv2d(1, 8, 3, padding=1, bias=False)
+    with pytest.raises(ValueError, match=r"another structure than the network: first\.bias"):
+        distill(student, other)
+    with pytest.raises(ValueError, match=r"images has shape \(0, 1, 8, 8\)"):
+        distill(student, reference, images=torch.zeros(0, *SHAPE))
+    with pytest.raises(ValueError, match="500 training timesteps, the student was quantized for 1000"):
+        distill(student, reference, scheduler=DDIMScheduler(num_train_timesteps=500, timestep_spacing="trailing"))
+
+
+def test_a_diverging_run_stops():
+    reference = Small()
+    with pytest.raises(FloatingPointError, match="distillation diverged in halving 1, update"):
+        distill(student_of(reference), reference, config(learning_rate=1.0))
+
+
+def test_other_betas_than_the_networks_are_found_out(monkeypatch):
+    monkeypatch.undo()
+    teacher, scheduler = load_model("demo")
+    settings = CADConfig(points=24, generation_batch_size=24)
+
+    def check(candidate: DDIMScheduler) -> None:
+        images = clean_images(teacher, scheduler, (1, 32, 32), settings, {})
+        check_denoising(teacher, Walk.of(candidate, 20), images)
+
+    check(scheduler)
+    for other in ({"beta_schedule": "linear"}, {"beta_schedule": "scaled_linear"}, {"prediction_type": "sample"}):
+        with pytest.raises(ValueError, match="it has other betas or another prediction_type"):
+            check(DDIMScheduler.from_config(scheduler.config, **other))

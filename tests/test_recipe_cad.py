@@ -1,0 +1,116 @@
+"""The recipe on one process and on several: the same network comes out, and a process that dies is noticed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pqcad_ao.models import load_model
+from pqcad_ao.recipes import cad
+from pqcad_ao.serialization import quantized_state
+
+PQ = ["mode=ptq", "calibration_points=8", "timestep_groups=4"]
+CAD = ["steps=4", "iterations=6", "batch_size=4", "points=8", "generation_batch_size=4", "learning_rate=2e-4"]
+
+# What torchrun starts: the recipe, in which a process may die in the middle of an update.
+WORKER = """
+import os, sys, torch
+torch.set_num_threads(1)
+from pqcad_ao import distill, learner
+from pqcad_ao.recipes import cad
+learner.CHECKPOINT_EVERY = 2
+dies_at = int(sys.argv.pop(1))
+original = distill._Halving.update
+def update(self):
+    if len(self.log) == dies_at and self.rank == 1:
+        os._exit(9)
+    return original(self)
+distill._Halving.update = update
+sys.exit(cad.main(sys.argv[1:]))
+"""
+
+
+def start(folder: Path, processes: int, dies_at: int = -1) -> subprocess.CompletedProcess:
+    worker = folder.parent / "worker.py"
+    worker.write_text(WORKER)
+    many = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    recipe = ["--model", "demo", "--out", str(folder), "--pq", *PQ, "--cad", *CAD]
+    command = [sys.executable, *many, str(worker), str(dies_at), *recipe]
+    return subprocess.run(command, capture_output=True, text=True, timeout=400)
+
+
+def log_of(folder: Path) -> list[float]:
+    lines = (folder / "work" / "halving-1" / "log.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("alone") / "out"
+    done = start(folder, 1)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+def same_network(one: Path, other: Path) -> None:
+    """Scales and norms within float tolerance; an integer may have fallen on its threshold's other side."""
+    states = [load_model(folder)[0].state_dict() for folder in (one, other)]
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, states[1][name], rtol=2e-3, atol=2e-4)
+        else:
+            assert (value != states[1][name]).float().mean() < 0.01, name
+
+
+def test_one_process_writes_a_network_that_knows_its_steps(alone):
+    unet, scheduler = load_model(alone)
+    assert quantized_state(unet).timestep.schedule == [999, 499]
+    assert scheduler.config.timestep_spacing == "trailing"
+    assert len(log_of(alone)) == 6
+
+
+def test_two_processes_learn_what_one_does(alone, tmp_path):
+    done = start(tmp_path / "out", 2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ours, theirs = log_of(tmp_path / "out"), log_of(alone)
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
+    assert ours == pytest.approx(theirs, rel=3e-2)  # sums in another order move a value over its 4-bit threshold
+    same_network(tmp_path / "out", alone)
+
+
+def test_a_process_that_dies_ends_the_job_and_leaves_a_checkpoint(alone, tmp_path):
+    died = start(tmp_path / "out", 2, dies_at=3)
+    assert died.returncode != 0
+    assert "exitcode  : 9" in died.stderr  # torchrun's report says which process ended, and how
+    assert not (tmp_path / "out" / "model_index.json").exists()
+    again = start(tmp_path / "out", 1)  # the checkpoint serves any number of processes
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert log_of(tmp_path / "out") == pytest.approx(log_of(alone), rel=3e-2)
+    same_network(tmp_path / "out", alone)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cad", "steps=5"], "steps=5 cannot be halved"),
+        (["--cad", "stepz=4"], "CADConfig has no stepz: allowed are"),
+        (["--pq", "weight_bits=9"], "weight_bits=9"),
+        (["--data", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):
+    assert cad.main(["--model", "demo", "--out", str(tmp_path), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_an_empty_image_folder_is_an_error(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    command = ["--model", "demo", "--out", str(tmp_path / "out"), "--data", str(tmp_path / "images")]
+    assert cad.main(command) == 2
+    assert "images" in capsys.readouterr().err

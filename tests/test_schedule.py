@@ -1,0 +1,99 @@
+"""Halved schedules, and jumps that agree with diffusers' own sampler."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pqcad_ao.schedule import Walk, halved, teachable, timesteps_of
+
+STEPS = [n for n in range(2, 251, 2) if 1000 % n == 0]
+KINDS = ("epsilon", "v_prediction", "sample")
+
+
+def ddim(**options) -> DDIMScheduler:
+    return DDIMScheduler(**{"clip_sample": False, "timestep_spacing": "trailing", **options})
+
+
+@given(st.sampled_from(STEPS), st.sampled_from(["trailing", "leading"]), st.integers(0, 1), st.integers(1, 3))
+def test_a_halved_schedule_is_every_second_timestep(steps, spacing, offset, halvings):
+    scheduler = ddim(timestep_spacing=spacing, steps_offset=offset)
+    for _ in range(halvings):
+        if steps % 2:
+            return
+        following = halved(scheduler, steps)
+        assert timesteps_of(following, steps // 2) == timesteps_of(scheduler, steps)[::2]
+        scheduler, steps = following, steps // 2
+
+
+@given(
+    st.sampled_from(STEPS),
+    st.sampled_from(["trailing", "leading"]),
+    st.sampled_from(KINDS),
+    st.sampled_from(["linear", "squaredcos_cap_v2"]),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+def test_a_jump_is_diffusers_step(steps, spacing, kind, betas, clip, to_one, seed):
+    scheduler = ddim(
+        timestep_spacing=spacing, prediction_type=kind, beta_schedule=betas, clip_sample=clip, set_alpha_to_one=to_one
+    )
+    walk = Walk.of(scheduler, steps)
+    scheduler.set_timesteps(steps)
+    generator = torch.Generator().manual_seed(seed)
+    step = int(torch.randint(steps, (1,), generator=generator))
+    x_t, prediction = (torch.randn(3, 1, 2, 2, generator=generator) for _ in range(2))
+    expected = scheduler.step(prediction, scheduler.timesteps[step], x_t).prev_sample
+    found = walk.jump(prediction, x_t, torch.full((3,), step))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+@given(st.sampled_from(STEPS), st.sampled_from(["trailing", "leading"]), st.integers(0, 2**31))
+def test_the_image_behind_a_jump_leads_there(steps, spacing, seed):
+    walk = Walk.of(ddim(timestep_spacing=spacing, prediction_type="sample", beta_schedule="squaredcos_cap_v2"), steps)
+    generator = torch.Generator().manual_seed(seed)
+    step = 2 * torch.randint(steps // 2, (4,), generator=generator)
+    x_t, x_0 = (torch.randn(4, 1, 2, 2, generator=generator) for _ in range(2))
+    x_next = walk.jump(x_0, x_t, step, 2)
+    torch.testing.assert_close(walk.image_behind(x_next, x_t, step, 2), x_0, rtol=1e-2, atol=1e-2)
+
+
+@given(st.sampled_from(KINDS), st.integers(0, 2**31))
+def test_every_kind_of_prediction_means_the_same(kind, seed):
+    walk = Walk.of(ddim(prediction_type=kind), 20)
+    generator = torch.Generator().manual_seed(seed)
+    step = torch.randint(20, (4,), generator=generator)
+    x_0, noise = (torch.randn(4, 1, 2, 2, generator=generator) for _ in range(2))
+    x_t = walk.noised(x_0, noise, step)
+    alpha, sigma = walk.at(step, x_t)
+    prediction = {"epsilon": noise, "sample": x_0, "v_prediction": alpha * noise - sigma * x_0}[kind]
+    found, found_noise = walk.clean(prediction, x_t, step)
+    torch.testing.assert_close(found, x_0, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(found_noise, noise, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(walk.velocity(x_0, x_t, step), alpha * noise - sigma * x_0, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "halvings", "message"),
+    [
+        (ddim(), 25, 1, "25 steps cannot be halved 1 times: give a multiple of 2, such as 24"),
+        (ddim(), 10, 2, "10 steps cannot be halved 2 times: give a multiple of 4, such as 8"),
+        (DDPMScheduler(), 20, 1, "DDPMScheduler draws noise at every step"),
+        (EulerDiscreteScheduler(), 20, 1, "scheduler is a EulerDiscreteScheduler"),
+        (ddim(timestep_spacing="linspace"), 20, 1, "'linspace' with 20 of 1000 timesteps: allowed are 'trailing'"),
+        (ddim(), 64, 1, "64 of 1000 timesteps"),
+        (ddim(rescale_betas_zero_snr=True), 20, 1, "ends at zero signal"),
+    ],
+)
+def test_what_cannot_be_halved_is_an_error(scheduler, steps, halvings, message):
+    with pytest.raises(ValueError, match=message):
+        teachable(scheduler, steps, halvings)
+
+
+def test_zero_signal_is_fine_where_v_is_predicted():
+    scheduler = teachable(ddim(rescale_betas_zero_snr=True, prediction_type="v_prediction"), 20, 1)
+    walk = Walk.of(scheduler, 20)
+    x_t, step = torch.randn(2, 1, 2, 2), torch.tensor([0, 0])
+    assert walk.velocity(walk.image_behind(torch.randn(2, 1, 2, 2), x_t, step, 2), x_t, step).isfinite().all()
