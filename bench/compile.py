@@ -116,6 +116,7 @@ class Workload:
         unet: float32, its contender's own. names: of the conditioning arguments.
         calibration: batches of (x_t, timesteps, *conditioning) from full-precision trajectories.
         check: more of them, from other noise, on which the outputs are compared.
+        model: what the network was loaded as. folder: for files of this run.
     """
 
     unet: nn.Module
@@ -124,6 +125,8 @@ class Workload:
     calibration: list[tuple[Tensor, ...]]
     check: list[tuple[Tensor, ...]]
     threads: int
+    model: str
+    folder: Path
 
     @property
     def example(self) -> tuple[Tensor, ...]:
@@ -329,17 +332,55 @@ def build_openvino_int8(work: Workload) -> Contender:
     return openvino_contender(model, work, "bf16" if native_bf16() else "f32", int8_arithmetic())
 
 
-def build_pqcad_w4a4(work: Workload) -> Contender:
+def quantize_w4a4(unet: nn.Module, scheduler: DDIMScheduler, conditioning: dict[str, Tensor]) -> None:
     """This project's fixed-bit W4A4; learning moves its values, not its speed."""
-    from pqcad_ao import PQCADConfig, ops, quantize_
+    from pqcad_ao import PQCADConfig, quantize_
 
     config = PQCADConfig(mode="ptq", calibration_points=CALIBRATION_IMAGES)
-    rows = dict(zip(work.names, work.example[2:], strict=True))
-    quantize_(work.unet, config, scheduler=work.scheduler, conditioning=rows or None, progress=False)
+    quantize_(unet, config, scheduler=scheduler, conditioning=conditioning or None, progress=False)
+
+
+def build_pqcad_w4a4(work: Workload) -> Contender:
+    from pqcad_ao import ops
+
+    quantize_w4a4(work.unet, work.scheduler, dict(zip(work.names, work.example[2:], strict=True)))
     compiled: Any = torch.compile(work.unet, backend="pqcad")
     call = Step(compiled, work.names)
     call(*work.example)
     return Contender(call, module_bytes(work.unet), ops.arithmetic(), "pqcad")
+
+
+def build_pqcad_w4a4_pt2(work: Workload) -> Contender:
+    """The same network compiled ahead of time for the schedule, by a process that is gone when the steps are timed."""
+    from pqcad_ao import ops
+    from pqcad_ao.backend import load_pt2
+
+    package, rows = work.folder / "unet.pt2", dict(zip(work.names, work.example[2:], strict=True))
+    torch.save(rows, work.folder / "conditioning.pt")
+    arguments = [work.model, str(package), str(len(work.example[0])), str(work.folder / "conditioning.pt")]
+    code = "import sys; from pqcad_ao.bench.compile import export_package; export_package(*sys.argv[1:])"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], stdout=sys.stderr, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the export ended with code {done.returncode}: see above")
+    loaded = load_pt2(package)
+
+    def call(x_t: Tensor, timesteps: Tensor, *values: Tensor) -> Tensor:
+        return loaded(x_t, timesteps[:1], **dict(zip(work.names, values, strict=True)))
+
+    # what the package holds beside the packed weights is code and tables of the schedule: all of it counts
+    return Contender(call, package.stat().st_size, ops.arithmetic(), "pqcad, AOTInductor, one schedule")
+
+
+@torch.no_grad()
+def export_package(model: str, path: str, batch: str, conditioning: str) -> None:
+    """What :func:`build_pqcad_w4a4_pt2` runs in a process of its own."""
+    from pqcad_ao.backend import export_pt2
+
+    unet, scheduler = float_model(model)
+    rows = torch.load(conditioning)
+    quantize_w4a4(unet, scheduler, rows)
+    options: dict[str, Any] = {"num_inference_steps": TRAJECTORY_STEPS, "batch_size": int(batch)}
+    export_pt2(unet, path, scheduler=scheduler, conditioning=rows or None, min_sqnr_db=0.0, **options)
 
 
 @dataclass(frozen=True)
@@ -359,6 +400,7 @@ ROWS = {
     "openvino_bf16": Row(build_openvino_bf16, ("openvino",)),
     "openvino_int8": Row(build_openvino_int8, ("openvino", "nncf")),
     "pqcad_w4a4": Row(build_pqcad_w4a4),
+    "pqcad_w4a4_pt2": Row(build_pqcad_w4a4_pt2),
 }
 
 
@@ -385,7 +427,7 @@ def contend(spec: dict[str, Any]) -> tuple[dict[str, Any], Callable[[int], dict[
     inputs = torch.load(folder / "inputs.pt")
     base = rss_bytes()
     unet, scheduler = float_model(spec["model"])
-    work = Workload(unet, scheduler, threads=spec["threads"], **inputs)
+    work = Workload(unet, scheduler, threads=spec["threads"], model=spec["model"], folder=folder, **inputs)
     example = work.example
     start = time.perf_counter()
     contender = ROWS[spec["name"]].build(work)

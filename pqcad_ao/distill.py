@@ -257,18 +257,19 @@ def compress(
     pq: PQCADConfig | None = None,
     cad: CADConfig | None = None,
     *,
+    images: Tensor | None = None,
     folder: str | Path | None = None,
     **options: Any,
 ) -> tuple[nn.Module, DDIMScheduler]:
     """Progressive quantization, then distillation: a quantized network for half the steps, and its sampler.
 
     Args:
-        unet: full precision; left as it is. folder, options: as for ``quantize_`` and :func:`distill_`.
+        unet: full precision; left as it is. images: as for :func:`distill_`. folder, options: as for both.
     """
     student, pq, cad = copy.deepcopy(unet), pq or PQCADConfig(), cad or CADConfig()
     pq = replace(pq, calibration_steps=cad.steps)
     quantize_(student, pq, scheduler=scheduler, folder=folder, **options)
-    return student, distill_(student, unet, scheduler, cad, folder=folder, **options)
+    return student, distill_(student, unet, scheduler, cad, images=images, folder=folder, **options)
 
 
 class _Halving:
@@ -360,15 +361,20 @@ class _Halving:
             x_t = x_t + config.noise_injection * extra[mine].to(self.device)
         return x_t, step, conditioning
 
+    def _reference(self, x_t: Tensor, timesteps: Tensor, conditioning: dict[str, Any]) -> Tensor:
+        """The reference's prediction, in its own type."""
+        _, dtype = placement(self.reference)
+        return predict(self.reference, x_t.to(dtype), timesteps, conditioning).float()
+
     @torch.no_grad()
     def _target(
-        self, network: Callable[..., Any], walk: Walk, x_t: Tensor, step: Tensor, stride: int, conditioning: Any
+        self, network: Callable[..., Tensor], walk: Walk, x_t: Tensor, step: Tensor, stride: int, conditioning: Any
     ) -> Tensor:
         """The v with which one jump of the student's ends where ``stride`` jumps of ``network`` do."""
         x = x_t
         for taken in range(stride):
             at = step + taken
-            x = walk.jump(predict(network, x, walk.timesteps[at], conditioning), x, at)  # type: ignore[arg-type]
+            x = walk.jump(network(x, walk.timesteps[at], conditioning), x, at)
         return walk.velocity(walk.image_behind(x, x_t, step, stride), x_t, step)
 
     def update(self) -> DistillUpdate:
@@ -377,17 +383,12 @@ class _Halving:
         x_t, step, conditioning = self._batch(number)
         stride = self.config.steps // self.steps  # exact steps in one of the walk's
         targets: dict[str, Tensor] = {}
-        with evaluation_mode(self.reference):
-            if config.reference_weight:
-                exact = (self.exact, x_t, stride * step, 2 * stride)
-                targets["reference"] = self._target(self.reference, *exact, conditioning)
+        if config.reference_weight:
+            exact = (self.exact, x_t, stride * step, 2 * stride, conditioning)
+            with evaluation_mode(self.reference):
+                targets["reference"] = self._target(self._reference, *exact)
         if self.teacher is not None:
-            teacher = self.teacher
-
-            def call(x: Tensor, timesteps: Tensor, **given: Any) -> Tensor:
-                return teacher(x, timesteps, given)
-
-            targets["teacher"] = self._target(call, self.walk, x_t, step, 2, conditioning)
+            targets["teacher"] = self._target(self.teacher, self.walk, x_t, step, 2, conditioning)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             prediction = self.forward(x_t, self.walk.timesteps[step], conditioning)
         found = self.walk.velocity(self.walk.clean(prediction.float(), x_t, step)[0], x_t, step)

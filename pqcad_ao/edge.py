@@ -476,6 +476,8 @@ def _lower(exported: ExportedProgram, constants: dict[str, Any], *, partitioner:
     """An ExecuTorch program and the calls that its method makes, by name."""
     from executorch.exir import to_edge_transform_and_lower
 
+    for node in exported.graph.nodes:
+        node.meta.pop("from_node", None)  # provenance, copied deeply by each of ExecuTorch's passes
     edge = to_edge_transform_and_lower(exported, partitioner=[partitioner], constant_methods=constants)
     calls: Counter[str] = Counter()
     for node in edge.exported_program().graph.nodes:

@@ -90,6 +90,7 @@ SQNR_FLOOR = {
     "openvino_bf16": 15,
     "openvino_int8": 10,
     "pqcad_w4a4": 0,
+    "pqcad_w4a4_pt2": 0,
 }
 
 

@@ -103,7 +103,7 @@ def test_the_target_is_where_the_full_precision_jumps_end():
     x_t, step, _ = run._batch(3)
     assert step.tolist().count(0) == step.tolist().count(2) == 2  # balanced over the student's two steps
     with torch.no_grad():
-        target = run._target(reference, walk, x_t, step, 2, {})
+        target = run._target(run._reference, walk, x_t, step, 2, {})
         middle = walk.jump(reference(x_t, walk.timesteps[step]), x_t, step)
         end = walk.jump(reference(middle, walk.timesteps[step + 1]), middle, step + 1)
         x_0 = x_t * walk.at(step, x_t)[0] - target * walk.at(step, x_t)[1]
@@ -264,7 +264,7 @@ def test_real_images_are_mixed_in():
     assert not torch.equal(rows[0], real[0])
 
 
-@pytest.mark.parametrize("killed_at", [3, 12, 19])
+@pytest.mark.parametrize("killed_at", [3, 12])
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, killed_at):
     monkeypatch.setattr(learner, "CHECKPOINT_EVERY", 4)
     reference = Small()

@@ -39,19 +39,19 @@ def same(arguments, addend: Tensor | None = None, form: str = "direct") -> None:
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5 * max(1.0, largest))
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(convolutions(winograd=False, channels=CHANNELS))
 def test_the_direct_form_equals_the_reference(arguments):
     same(arguments)
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(convolutions(winograd=True, channels=CHANNELS))
 def test_the_winograd_form_equals_the_reference(arguments):
     same(arguments, form="winograd")
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(st.booleans().flatmap(lambda winograd: convolutions(winograd=winograd, channels=CHANNELS)))
 def test_integer_sums_are_exact(arguments):
     """With scales of one and no bias the output is the sum itself."""
@@ -100,7 +100,7 @@ def test_addends(form, pixels, dtype, segments):
     torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     st.integers(2, 8),
     st.lists(st.integers(1, 60), min_size=1, max_size=3),
@@ -128,7 +128,7 @@ def test_linear_equals_the_reference(bits, segments, shape, out_features, adds, 
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5 * max(1.0, largest))
 
 
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(convolutions(winograd=False, channels=8))
 def test_opcheck(arguments):
     # what is interpreted cannot be traced; tracing is checked below

@@ -82,6 +82,7 @@ def test_two_processes_learn_what_one_does(alone, tmp_path):
     same_network(tmp_path / "out", alone)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_job_and_leaves_a_checkpoint(alone, tmp_path):
     died = start(tmp_path / "out", 2, dies_at=3)
     assert died.returncode != 0
