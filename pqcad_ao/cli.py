@@ -181,7 +181,7 @@ def build_parser() -> argparse.ArgumentParser:
         "demo", run_demo, "compress the embedded teacher and measure everything on the spot", default_model="demo"
     )
     demo.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="(default: demo-out)")
-    demo.add_argument("--images", type=positive, default=320, help="images behind each FID (default: 320)")
+    demo.add_argument("--images", type=positive, default=256, help="images behind each FID (default: 256)")
     demo.add_argument("--steps", type=positive, default=20, help="sampling steps (default: 20)")
 
     demo.add_argument(
@@ -195,7 +195,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--distill",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="distill to half the steps, about 40 seconds (default: yes, where the steps are even)",
+        help="distill to half the steps, about 30 seconds (default: yes, where the steps are even)",
     )
 
     add_config_arguments(command("plan", run_plan, "print what happens to each layer and why"))

@@ -72,7 +72,7 @@ def run(
     model: str = "demo",
     config: PQCADConfig | None = None,
     cad: CADConfig | None = None,
-    images: int = 320,
+    images: int = 256,
     steps: int = 20,
     batch_size: int = 32,
     seed: int = 0,

@@ -11,7 +11,7 @@ from networks import SHAPE, Plain, Small, cosine_scheduler, quick, sqnr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pqcad_ao import quantize_
+from pqcad_ao import backend, quantize_
 from pqcad_ao.backend import export_pt2, fuse, load_pt2, pqcad
 from pqcad_ao.capture import Denoiser, capture
 from pqcad_ao.passes.fuse_addends import CONV, fuse_addends
@@ -213,6 +213,24 @@ def test_bfloat16_networks_compile():
     expected, found = model(x, at(200)), torch.compile(model, backend="pqcad")(x, at(200))
     assert found.dtype == torch.bfloat16
     assert sqnr(expected.float(), found.float()) > 15  # bfloat16 between the layers: 8 bits, rounded elsewhere
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_on_a_gpu_inductor_writes_the_quantizers_itself(monkeypatch):
+    """What a GPU's graph goes through, here on the CPU and with the convolutions left to its kernels."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(backend, "has_gpu_kernels", lambda device: True)
+    monkeypatch.setattr(backend, "to_triton", lambda graph, form: 0)
+    model = quantized(Small())
+    compiled = torch.compile(model, backend="pqcad")
+    compiled(noise(), at(200))
+    with torch.profiler.profile() as profile:
+        found = compiled(noise(), at(200))
+    called = {event.key for event in profile.key_averages()}
+    assert "pqcad::conv2d" in called
+    assert not called & {"pqcad::quantize", "pqcad::norm_silu_quantize"}
+    assert sqnr(model(noise(), at(200)), found) > 45
 
 
 @pytest.mark.slow

@@ -106,6 +106,7 @@ def test_every_row_has_a_valid_configuration():
     assert set(learned) == {None}  # what is compared takes the same number of updates
 
 
+@pytest.mark.slow
 def test_distilled_rows_start_from_another_rows_network(tiny_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(distill, "FARTHEST", float("inf"))  # random weights denoise nothing
     cad = {"iterations": 4, "batch_size": 4, "points": 8}

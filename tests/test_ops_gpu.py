@@ -272,6 +272,7 @@ def test_the_measured_form_is_kept(tmp_path, monkeypatch):
 
 def test_a_gpu_that_is_too_old_is_said_and_not_used(monkeypatch):
     has_gpu_kernels.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old GPU")
     with pytest.warns(UserWarning, match=r"an old GPU has compute capability \(7, 5\)"):

@@ -71,7 +71,7 @@ def gpu_kernels() -> ModuleType | None:
 @functools.cache
 def has_gpu_kernels(device: torch.device) -> bool:
     """Whether the Triton kernels run on ``device``; says once in a warning why they do not on a GPU."""
-    if device.type != "cuda" or gpu_kernels() is None:
+    if device.type != "cuda" or not torch.cuda.is_available() or gpu_kernels() is None:
         return False
     capability = torch.cuda.get_device_capability(device)
     if capability < LEAST_CAPABILITY:
