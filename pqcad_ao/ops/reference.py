@@ -147,9 +147,10 @@ def quantize(input: Tensor, scale: Tensor, low: Tensor, segments: list[int], bit
     shape = [1] * input.dim()
     shape[0], shape[channel_dim] = input.shape[0], sum(segments)
     scale, low = (per_channel(values.float(), segments).view(shape) for values in (scale, low))
-    integers = (input.float() * scale.reciprocal()).round_().clamp_(low, low + (2**bits - 1))
+    # nothing in place: on a GPU Inductor is given this function for the operator
+    integers = (input.float() * scale.reciprocal()).round().clamp(low, low + (2**bits - 1))
     layout = torch.channels_last if input.dim() == 4 and channel_dim == 1 else torch.contiguous_format
-    return torch.empty_like(integers, dtype=torch.int8, memory_format=layout).copy_(integers)
+    return integers.to(torch.int8, memory_format=layout, copy=True)
 
 
 def norm_silu_quantize(
