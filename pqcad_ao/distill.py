@@ -101,7 +101,6 @@ def clean_images(
     rank, world = rank_and_world()
     device, dtype = placement(reference)
     count, size = config.points, config.generation_batch_size
-    noise_seed = f"{config.seed} {count}"
     if folder is None:
         if world > 1:
             raise ValueError("several processes share C_DC in a file: give a folder")
@@ -110,7 +109,7 @@ def clean_images(
     else:
         place = Path(folder)
         place.mkdir(parents=True, exist_ok=True)
-        key = digest(reference.state_dict(), scheduler.config, config.steps, noise_seed, conditioning)
+        key = digest(reference.state_dict(), scheduler.config, config.steps, config.seed, count, conditioning)
         file, marks = place / f"c_dc-{key}.npy", place / f"c_dc-{key}.{world}-{rank}.json"
         if rank == 0 and not file.is_file():
             np.lib.format.open_memmap(file, "w+", np.float32, (count, *shape)).flush()
@@ -245,7 +244,8 @@ def distill_(
 
         place = None if folder is None else Path(folder) / f"halving-{number + 1}"
         options |= {"folder": place}
-        drive(run, config.iterations, describe=describe, title="distill", write=rank == 0, **options)
+        with evaluation_mode(reference):
+            drive(run, config.iterations, describe=describe, title="distill", write=rank == 0, **options)
         run.give_back(timesteps_of(following, steps // 2))
         ddim = following
     return ddim
@@ -302,8 +302,7 @@ class _Halving:
         self.teacher = copy.deepcopy(self.graph) if config.teacher_weight else None
         self.key = digest(self.graph.state_dict(), config, self.walk.timesteps, number)
         self.own = self._own_trajectories(conditioning) if config.own_share else None
-        names = {name for name, _ in self.graph.named_parameters() if name.startswith("unet.")}
-        parameters = [parameter for name, parameter in self.graph.named_parameters() if name in names]
+        parameters = [p for name, p in self.graph.named_parameters() if name.startswith("unet.")]
         rates = (config.learning_rate, config.scale_learning_rate, config.iterations)
         self.learner = Learner(self.graph, parameters, *rates)
         quantizers = [module for module, _ in weight_quantizers(self.graph).values()]
@@ -315,13 +314,13 @@ class _Halving:
         )
 
     @torch.no_grad()
-    def _own_trajectories(self, conditioning: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """x_t (trajectories, S, C, H, W) of the student as it is at every second timestep, and whose rows they are."""
+    def _own_trajectories(self, conditioning: dict[str, Any]) -> Tensor:
+        """x_t (trajectories, S, C, H, W) of the student as it is, at every second timestep."""
         count, seed = OWN_TRAJECTORIES, self.config.seed + 1
         shape = self.images.drawn.shape[1:]
         noise = torch.stack([_noise(shape, seed, row) for row in range(count)]).to(self.device)
-        rows, parts = torch.arange(count), []
-        for batch in rows.split(self.config.generation_batch_size):
+        parts = []
+        for batch in torch.arange(count).split(self.config.generation_batch_size):
             chosen = take_rows(conditioning, batch % conditioning_rows(conditioning))
             x_t, met = noise[batch], []
             for step in range(0, self.steps, 2):
@@ -329,7 +328,7 @@ class _Halving:
                 at = torch.full((len(x_t),), step, device=self.device)
                 x_t = self.walk.jump(self.graph(x_t, self.walk.timesteps[at], chosen), x_t, at, 2)
             parts.append(torch.stack(met, 1))
-        return torch.cat(parts), rows
+        return torch.cat(parts)
 
     def _batch(self, number: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """This process's share of an update's x_t, the step of each in ``walk``, and conditioning."""
@@ -348,14 +347,13 @@ class _Halving:
         step = step[mine].to(self.device)
         x_t = self.walk.noised(x_0.to(self.device), noise[mine].to(self.device), step)
         if self.own is not None:
-            trajectories, rows = self.own
             # the first of the batch, whose steps are in random order
             count = round(config.own_share * size)
             theirs = torch.arange(size)[mine] < count
-            x_t[theirs] = trajectories[own[mine][theirs].to(self.device), step[theirs] // 2]
+            x_t[theirs] = self.own[own[mine][theirs].to(self.device), step[theirs] // 2]
             if conditioning:
                 count = conditioning_rows(self.images.conditioning)
-                other = take_rows(self.images.conditioning, rows[own[mine]] % count)
+                other = take_rows(self.images.conditioning, own[mine] % count)
                 conditioning = _where(theirs, other, conditioning)
         if extra is not None:
             x_t = x_t + config.noise_injection * extra[mine].to(self.device)
@@ -385,8 +383,7 @@ class _Halving:
         targets: dict[str, Tensor] = {}
         if config.reference_weight:
             exact = (self.exact, x_t, stride * step, 2 * stride, conditioning)
-            with evaluation_mode(self.reference):
-                targets["reference"] = self._target(self._reference, *exact)
+            targets["reference"] = self._target(self._reference, *exact)
         if self.teacher is not None:
             targets["teacher"] = self._target(self.teacher, self.walk, x_t, step, 2, conditioning)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):

@@ -282,10 +282,11 @@ def unfold(
         the graph, whose parameters are its own, and the full-precision network that it was captured from.
 
     Raises:
-        ValueError: the reference is of another structure.
+        ValueError: the network is not quantized, or the reference is of another structure.
     """
     state = quantized_state(model)
-    assert state is not None
+    if state is None:
+        raise ValueError(f"this {type(model).__name__} is not quantized by pqcad_ao: call quantize_ first")
     layers = {row.fqn: model.get_submodule(row.fqn) for row in state.plan.quantized}
     skeleton = copy.deepcopy(reference).float().to(memory_format=torch.channels_last)
     values = {name: v for name, v in model.state_dict().items() if name.rpartition(".")[0] not in layers}

@@ -58,3 +58,15 @@ def convolutions(draw, winograd: bool, channels: int = 70):
         torch.float32,
         input_bits,
     )
+
+
+def extremes(low: int, high: int, weights: str) -> tuple:
+    """A 3x3 convolution whose integers are all at the ends of five and four bits; weights: lowest, highest or signs."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.where(torch.rand(2, 64, 8, 8, generator=generator) < 0.5, low, high).to(torch.int8)
+    x[0] = high
+    weight = {"lowest": torch.full((16, 576), -8), "highest": torch.full((16, 576), 7)}.get(weights)
+    if weight is None:
+        weight = torch.where(torch.rand(16, 576, generator=generator) < 0.5, -8, 7)
+    geometry = ([3, 3], [1, 1], [1, 1], [1, 1], 1, torch.float32, 5)
+    return (x, pack(weight, 4), torch.ones(16), torch.ones(2, 1), None, 4, [64], *geometry)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operators import convolutions, integers
+from operators import convolutions, extremes, integers
 from torch import Tensor
 
 from pqcad_ao.ops import arithmetic, cpu, reference
@@ -72,15 +72,8 @@ def test_integer_sums_are_exact(arguments):
 @pytest.mark.parametrize("weights", ["lowest", "highest", "signs"])
 def test_winograd_is_exact_at_the_extremes(low, high, weights):
     """The transformed values reach the ends of what eight bits hold, and no sum leaves its range."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.where(torch.rand(2, 64, 8, 8, generator=generator) < 0.5, low, high).to(torch.int8)
-    x[0] = high
-    weight = {"lowest": torch.full((16, 576), -8), "highest": torch.full((16, 576), 7)}.get(weights)
-    if weight is None:
-        weight = torch.where(torch.rand(16, 576, generator=generator) < 0.5, -8, 7)
-    arguments = (x, pack(weight, 4), torch.ones(16), torch.ones(2, 1), None, 4, [64], *([[k, k] for k in (3, 1, 1, 1)]))
-    output = torch.ops.pqcad.conv2d(*arguments, 1, torch.float32, 5)
-    assert torch.equal(output, reference.conv2d(*arguments, 1, torch.float32, 5))
+    arguments = extremes(low, high, weights)
+    assert torch.equal(torch.ops.pqcad.conv2d(*arguments), reference.conv2d(*arguments))
 
 
 @needs_kernels

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import cosine_scheduler, sqnr
-from operators import convolutions, integers
+from operators import convolutions, extremes, integers
 from torch import Tensor, nn
 
 from pqcad_ao.backend import fuse
@@ -72,14 +72,7 @@ def test_integer_sums_are_exact(arguments):
 @pytest.mark.parametrize(("low", "high"), [(-31, 0), (0, 31), (-16, 15)])
 @pytest.mark.parametrize("weights", ["lowest", "highest", "signs"])
 def test_the_extremes_of_five_bits_do_not_overflow_in_the_winograd_form(low, high, weights):
-    x = torch.where(torch.arange(36).view(1, 1, 6, 6) % 2 == 0, low, high).to(torch.int8).expand(1, 16, 6, 6)
-    weight = {"lowest": torch.full((3, 16 * 9), -8), "highest": torch.full((3, 16 * 9), 7)}.get(weights)
-    if weight is None:
-        weight = torch.where(torch.arange(9).repeat(16)[None].expand(3, -1) % 2 == 0, -8, 7)
-    geometry = ([3, 3], [1, 1], [1, 1], [1, 1], 1, torch.float32, 5)
-    same(
-        (x, pack(weight.to(torch.int8), 4), torch.ones(3), torch.ones(1, 1), None, 4, [16], *geometry), form="winograd"
-    )
+    same(extremes(low, high, weights), form="winograd")
 
 
 @pytest.mark.parametrize("form", ["direct", "winograd"])
