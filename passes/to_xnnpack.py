@@ -5,7 +5,11 @@ move values across the thresholds of the 4-bit grid that reads them. It does hav
 run time, (max - min) / 255. That is exact for values on a grid of 16 levels if both ends of the grid are among them:
 level k then is the integer 17·k. So each layer's input is rounded to its grid in float32 and given two more channels,
 one full of the lowest level and one of the highest, for which the weights are zero.
+
+Linears read weights of two a byte; convolutions do where they are written as linears (:mod:`.shifted_conv`).
 """
+
+from collections.abc import Collection
 
 import torch
 import torch.ao.quantization.fx._decomposed
@@ -17,37 +21,58 @@ import pqcad_ao.ops  # noqa: F401  (registers the operators)
 from pqcad_ao.ops.reference import unpack_conv_weight
 from pqcad_ao.packing import unpack
 from pqcad_ao.passes.inline import buffer, finish, inline, value_of
+from pqcad_ao.passes.shifted_conv import ShiftedConv, to_image, to_tokens
 
 aten = torch.ops.aten
 decomposed = torch.ops.quantized_decomposed
 CONV, LINEAR = torch.ops.pqcad.conv2d.default, torch.ops.pqcad.linear.default
 # Added to a float32 below 2^22 it leaves the nearest integer, of two the even one, in the last bits.
 ROUNDER = 1.5 * 2**23
+LAYER = "pqcad_layer"  # meta of the node that holds a layer's result
 
 
-def to_xnnpack(graph: GraphModule) -> dict[str, str]:
+def to_xnnpack(graph: GraphModule, packed: Collection[str] = ()) -> dict[str, str]:
     """Rewrite every ``quantize → pqcad.conv2d / linear`` of an exported network, in place.
 
     All samples of a batch are taken to share the timestep: the first one's grid serves all.
 
     Args:
         graph: as ``ExportedProgram.module()`` returns it, with static shapes.
+        packed: the convolutions, by name, whose weights are to be stored two a byte; see :func:`can_pack`. Linears of
+            at most four bits always are.
 
     Returns:
         for each layer, by name, in which arithmetic XNNPACK runs it.
 
     Raises:
         NotImplementedError: the input of an operator is not quantized the way ``pqcad_ao.nn`` does it.
+        ValueError: a layer of ``packed`` has no such form.
     """
-    arithmetic = {}
+    arithmetic, missing = {}, set(packed)
     for node in list(graph.graph.nodes):
         if node.target in (CONV, LINEAR):
-            fqn = str(node.args[1].target).removeprefix("unet.").rpartition(".")[0]
-            arithmetic[fqn] = _rewrite(graph, node, fqn)
+            fqn = layer_name(node)
+            missing.discard(fqn)
+            if fqn in packed and not can_pack(node):
+                raise ValueError(f"{fqn} has no form with weights of two a byte: it is grouped, or wider than 4 bits")
+            node.meta[LAYER] = fqn  # the node that takes its place gets its meta
+            arithmetic[fqn] = _rewrite(graph, node, fqn, fqn in packed)
         elif node.target is aten._assert_tensor_metadata.default:
             graph.graph.erase_node(node)
+    if missing:
+        raise ValueError(f"the network has no quantized layers {', '.join(sorted(missing))}")
     finish(graph)
     return arithmetic
+
+
+def layer_name(node: Node) -> str:
+    """The layer that a pqcad operator belongs to, by its name in the network."""
+    return str(node.args[1].target).removeprefix("unet.").rpartition(".")[0]
+
+
+def can_pack(node: Node) -> bool:
+    """Whether XNNPACK can multiply this layer's weights stored two a byte."""
+    return node.args[5] <= 4 and (node.target is LINEAR or node.args[11] == 1)
 
 
 def span(bits: int) -> int:
@@ -55,38 +80,74 @@ def span(bits: int) -> int:
     return next(steps for steps in (1, 3, 5, 15, 17, 51, 85, 255) if steps >= 2**bits - 1)
 
 
-def _rewrite(graph: GraphModule, node: Node, fqn: str) -> str:
+def _rewrite(graph: GraphModule, node: Node, fqn: str, pack: bool) -> str:
     _, packed, weight_scale, _, bias, weight_bits, segments, *conv = node.args
     x, scales, low, bits = _quantized_input(node, fqn)
     shape = list(x.meta["val"].shape)
+    name = fqn.replace(".", "_")
     channel_dim = 1 if node.target is CONV else len(shape) - 1
+    grid = (scales, low, bits, segments, channel_dim, len(shape))
+    shifted, product, options, groups = None, functional.linear, (), 1
     if node.target is CONV:
         kernel_size, stride, padding, dilation, groups = conv[:5]
         weight = unpack_conv_weight(value_of(graph, packed), weight_bits, shape[1] // groups, kernel_size)
         product, options = functional.conv2d, (stride, padding, dilation, groups)
+        if pack:
+            shifted = ShiftedConv(tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), tuple(shape[2:]))
     else:
         weight = unpack(value_of(graph, packed), weight_bits, shape[-1])
-        product, options, groups = functional.linear, (), 1
-    name = fqn.replace(".", "_")
-    grid = (scales, low, bits, segments, channel_dim, len(shape))
+        pack = weight_bits <= 4
     if groups > 1:
         weight = weight * value_of(graph, weight_scale).view(-1, 1, 1, 1)
         weight = buffer(graph, node, f"{name}_weight", weight)
         inline(graph, node, _float_product, x, *grid, product, weight, bias, options)
         return f"W{weight_bits}A{bits}: float32 products (no int8 grouped convolution returns float32)"
+    parts = list(weight.split(segments, 1))
+    outputs = len(weight)
+    if shifted is not None:
+        parts = [shifted.weight(part) for part in parts]
+        weight_scale, bias = _beside_each_other(graph, node, name, weight_scale, bias, shifted)
+        shape[2:] = shifted.places
     # [-8, 7] makes the delegate store two weights per byte, which its convolutions cannot read
-    packs = node.target is LINEAR and weight_bits <= 4
-    limits = (-8, 7) if packs else (-128, 127)
+    limits = (-8, 7) if pack else (-128, 127)
+    # a row of packed weights must have an even length, of which the pinned ends are two
+    ends = [2 + (pack and part.shape[1] % 2) for part in parts]
     weights = [
-        buffer(graph, node, f"{name}_weight_{index}", _with_zeros(part))
-        for index, part in enumerate(weight.split(segments, 1))
+        buffer(graph, node, f"{name}_weight_{index}", _with_zeros(part, count))
+        for index, (part, count) in enumerate(zip(parts, ends, strict=True))
     ]
-    zero_point = buffer(graph, node, f"zeros_{len(weight)}", torch.zeros(len(weight), dtype=torch.int64))
+    zero_point = buffer(graph, node, f"zeros_{len(parts[0])}", torch.zeros(len(parts[0]), dtype=torch.int64))
     shape[channel_dim] = 1
     ones = buffer(graph, node, "ones_" + "x".join(map(str, shape)), torch.ones(shape))
-    quantized = (weights, weight_scale, zero_point, limits)
-    inline(graph, node, _int8_product, x, *grid, ones, product, quantized, bias, options)
-    return f"W{weight_bits}A{bits}: int8 × {'int4' if packs else 'int8'} products, float32 result, exact"
+    quantized = (weights, weight_scale, zero_point, limits, ends)
+    if shifted is None:
+        inline(graph, node, _int8_product, x, *grid, ones, product, quantized, bias, options)
+    else:
+        gathering = [shifted.gathering(graph, node, channels) for channels in segments]
+        late = bias if shifted.unshifted() is None else None
+        if late is bias and bias is not None:
+            late = buffer(graph, node, f"{name}_bias", value_of(graph, bias).detach().view(1, -1, 1, 1))
+            bias = None
+        inline(graph, node, _shifted_product, x, *grid, ones, shifted, gathering, quantized, bias, late, outputs)
+    return f"W{weight_bits}A{bits}: int8 × {'int4' if pack else 'int8'} products, float32 result, exact"
+
+
+def _beside_each_other(
+    graph: GraphModule, node: Node, name: str, weight_scale: Node, bias: Node | None, shifted: ShiftedConv
+) -> tuple[Node, Node | None]:
+    """Scales and bias of a linear that holds every column of a kernel; the bias belongs to the unshifted one."""
+    columns = len(shifted.shifts())
+    if columns == 1:
+        return weight_scale, bias
+    scales = value_of(graph, weight_scale).detach().repeat(columns)
+    weight_scale = buffer(graph, node, f"{name}_weight_scales", scales)
+    centre = shifted.unshifted()
+    if bias is not None and centre is not None:
+        values = value_of(graph, bias).detach()
+        spread = values.new_zeros(columns, len(values))
+        spread[centre] = values
+        bias = buffer(graph, node, f"{name}_biases", spread.flatten())
+    return weight_scale, bias
 
 
 def _quantized_input(node: Node, fqn: str) -> tuple[Node, Node, Node, int]:
@@ -98,9 +159,9 @@ def _quantized_input(node: Node, fqn: str) -> tuple[Node, Node, Node, int]:
     return x, scales, low, bits
 
 
-def _with_zeros(weight: Tensor) -> Tensor:
-    """(O, I, ...) with two input channels of zeros appended, for the pinned ends."""
-    return torch.cat([weight, weight.new_zeros(len(weight), 2, *weight.shape[2:])], 1)
+def _with_zeros(weight: Tensor, count: int) -> Tensor:
+    """(O, I, ...) with input channels of zeros appended, for the pinned ends."""
+    return torch.cat([weight, weight.new_zeros(len(weight), count, *weight.shape[2:])], 1)
 
 
 def _segments(x, scales, low, bits, segments, channel_dim, rank):
@@ -116,21 +177,54 @@ def _segments(x, scales, low, bits, segments, channel_dim, rank):
         start += channels
 
 
+def _with_ends(values, ones, scale, first, bits, channel_dim, count):
+    """``values`` of a grid, with its ends as ``count`` further channels."""
+    ends = [first * scale, (first + span(bits)) * scale]
+    ends = torch.cat([*ends, *ends[: count - 2]], channel_dim)
+    return torch.cat([values, ends * ones], channel_dim)
+
+
+def _measured(values):
+    """``values`` rounded on the grid that XNNPACK measures."""
+    choice = decomposed.choose_qparams.tensor(values, -128, 127, torch.finfo(torch.float32).tiny, torch.int8)
+    measured = (choice[0], choice[1], -128, 127, torch.int8)
+    values = decomposed.quantize_per_tensor.tensor(values, *measured)
+    return decomposed.dequantize_per_tensor.tensor(values, *measured)
+
+
+def _dequantized(weight, weight_scale, zero_point, limits):
+    return decomposed.dequantize_per_channel.default(weight, weight_scale, zero_point, 0, *limits, torch.int8)
+
+
 def _int8_product(x, scales, low, bits, segments, channel_dim, rank, ones, product, quantized, bias, options):
-    weights, weight_scale, zero_point, limits = quantized
+    weights, weight_scale, zero_point, limits, ends = quantized
     total = None
     grid = _segments(x, scales, low, bits, segments, channel_dim, rank)
-    for weight, (values, scale, first) in zip(weights, grid, strict=True):
-        ends = torch.cat([first * scale, (first + span(bits)) * scale], channel_dim)
-        values = torch.cat([values, ends * ones], channel_dim)
-        choice = decomposed.choose_qparams.tensor(values, -128, 127, torch.finfo(torch.float32).tiny, torch.int8)
-        measured = (choice[0], choice[1], -128, 127, torch.int8)
-        values = decomposed.quantize_per_tensor.tensor(values, *measured)
-        values = decomposed.dequantize_per_tensor.tensor(values, *measured)
-        weight = decomposed.dequantize_per_channel.default(weight, weight_scale, zero_point, 0, *limits, torch.int8)
+    for weight, count, (values, scale, first) in zip(weights, ends, grid, strict=True):
+        values = _measured(_with_ends(values, ones, scale, first, bits, channel_dim, count))
+        weight = _dequantized(weight, weight_scale, zero_point, limits)
         part = product(values, weight, bias if total is None else None, *options)
         total = part if total is None else total + part
     return total
+
+
+def _shifted_product(
+    x, scales, low, bits, segments, channel_dim, rank, ones, shifted, gathering, quantized, bias, late, outputs
+):
+    weights, weight_scale, zero_point, limits, ends = quantized
+    total = None
+    grid = _segments(x, scales, low, bits, segments, channel_dim, rank)
+    for index, (values, scale, first) in enumerate(grid):
+        channels, count = segments[index], ends[index]
+        values = shifted.gather(values, gathering[index], channels)
+        values = _with_ends(values, ones, scale, first, bits, channel_dim, count)
+        tokens = _measured(to_tokens(values, shifted.inputs(channels) + count, shifted.places))
+        weight = _dequantized(weights[index], weight_scale, zero_point, limits)
+        part = functional.linear(tokens, weight, bias if total is None else None)
+        total = part if total is None else total + part
+    image = to_image(total, len(shifted.shifts()) * outputs, shifted.places)
+    result = shifted.scatter(image, outputs)
+    return result if late is None else result + late
 
 
 def _float_product(x, scales, low, bits, segments, channel_dim, rank, product, weight, bias, options):

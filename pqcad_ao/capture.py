@@ -175,5 +175,13 @@ def capture(model: nn.Module, shape: tuple[int, int, int], conditioning: dict[st
             f"torch.export cannot capture {type(model).__name__} called as f(x_t {tuple(x_t.shape)}, timesteps (3,), "
             f"{', '.join(conditioning) or 'no conditioning'}): {(str(error) or repr(error)).splitlines()[0]}"
         ) from error
+    _drop_type_checks(graph)
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     return Capture(graph, placeholders[0], placeholders[1])
+
+
+def _drop_type_checks(graph: GraphModule) -> None:
+    """Export asserts the types that it saw before every conversion; under autocast they are others, rightly."""
+    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        graph.graph.erase_node(node)
+    graph.recompile()

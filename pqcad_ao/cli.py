@@ -20,6 +20,7 @@ from pqcad_ao import ops
 from pqcad_ao.capture import check_conditioning, sample_shape
 from pqcad_ao.config import MODES, CADConfig, PQCADConfig
 from pqcad_ao.data import load_images
+from pqcad_ao.edge_plan import OBJECTIVES
 from pqcad_ao.evaluate import RealFeatures, embedded_features, extract_features, fid_kid, load_classifier
 from pqcad_ao.models import NAMES, load_model, save_model
 from pqcad_ao.quantize import plan, quantize_
@@ -234,11 +235,14 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--out", type=Path, required=True, metavar="FILE", help="such as unet.pte")
     export.add_argument("--steps", type=positive, default=20, help="sampling steps of its schedule (default: 20)")
     export.add_argument("--batch-size", type=positive, default=1, help="images a call (default: 1)")
+    export.add_argument("--objective", choices=OBJECTIVES, default="speed", help="what decides a layer's form (speed)")
+    export.add_argument("--max-bytes", type=positive, metavar="N", help="of the file; takes the objective's place")
     export.add_argument(
         "--full-precision", action="store_true", help="write a network that is not quantized: the baseline in float32"
     )
 
     from pqcad_ao.bench import compile as bench_compile
+    from pqcad_ao.bench import edge as bench_edge
     from pqcad_ao.bench import quality as bench_quality
 
     bench = commands.add_parser("bench", help="measure this project and its peers side by side")
@@ -251,6 +255,10 @@ def build_parser() -> argparse.ArgumentParser:
     bench_compile.add_arguments(compile_parser)
     compile_parser.add_argument("--traceback", action="store_true", help="show an error's whole traceback")
     compile_parser.set_defaults(run=bench_compile.run)
+    edge_parser = kinds.add_parser("edge", help="one sampling step as a .pte on ExecuTorch's stock runtime")
+    bench_edge.add_arguments(edge_parser)
+    edge_parser.add_argument("--traceback", action="store_true", help="show an error's whole traceback")
+    edge_parser.set_defaults(run=bench_edge.run)
     return parser
 
 
@@ -381,6 +389,8 @@ def run_export(args: argparse.Namespace) -> dict[str, Any]:
             args.out,
             scheduler=scheduler,
             num_inference_steps=args.steps,
+            objective=args.objective,
+            max_bytes=args.max_bytes,
             batch_size=args.batch_size,
             seed=args.seed,
             progress=sys.stderr.isatty(),

@@ -138,8 +138,10 @@ def test_export_hands_on_what_was_asked_for(
 
     monkeypatch.setattr(edge, "export_pte", export_pte)
     argv = ["--model", compressed_dir, "--out", tmp_path / "new" / "unet.pte", "--steps", 7, "--batch-size", 2]
+    argv += ["--objective", "size", "--max-bytes", 5000]
     found = run_json(tmp_path, "export", *argv)
     assert (asked["num_inference_steps"], asked["batch_size"]) == (7, 2)
+    assert (asked["objective"], asked["max_bytes"]) == ("size", 5000)
     assert asked["path"] == tmp_path / "new" / "unet.pte"
     assert asked["scheduler"].config.prediction_type == "v_prediction"
     assert (found["bytes"], found["steps"], found["sqnr_db"]) == (1234, 7, {"999": 30.0, "499": 41.5})

@@ -12,6 +12,7 @@ from networks import SHAPE, Small, cosine_scheduler, quick, sqnr
 from torch._dynamo.utils import counters
 
 from pqcad_ao import quantize_
+from pqcad_ao.capture import capture
 from pqcad_ao.nn import QuantizedLayer
 from pqcad_ao.sampling import sample
 
@@ -268,6 +269,7 @@ def test_inside_a_diffusers_pipeline(quantized_unet, scheduler):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_inductor_compiles_a_unet_without_a_graph_break(scheduler):
     """One level and no attention, so that Inductor is done in half a minute; the slow tier compiles a whole UNet."""
     torch.manual_seed(0)
@@ -432,3 +434,11 @@ def test_a_scalar_timestep_and_any_batch_can_be_exported(small):
     graph = torch.export.export(small, (x, t), dynamic_shapes=({0: batch}, None)).module()
     for size in (1, 5, 65):
         assert torch.equal(graph(_images(size), torch.tensor([900])), small(_images(size), torch.tensor([900])))
+
+
+def test_a_captured_network_runs_under_autocast(tiny_unet):
+    """Learning on a GPU does; export's checks of types would not let it."""
+    graph = capture(tiny_unet, SHAPE, {}).graph
+    x_t, t = torch.randn(2, *SHAPE), torch.tensor([3, 500])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert sqnr(tiny_unet(x_t, t).sample, graph(x_t, t, {})) > 20

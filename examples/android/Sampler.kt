@@ -1,0 +1,29 @@
+// Sample an image from a .pte of export_pte on Android.
+// Gradle: implementation("org.pytorch:executorch-android:1.0.0") or newer; put unet.pte where the app can read it.
+package pqcad
+
+import java.util.Random
+import org.pytorch.executorch.EValue
+import org.pytorch.executorch.Module
+import org.pytorch.executorch.Tensor
+
+class Sampler(path: String) {
+    private val program = Module.load(path)
+    private val steps = program.execute("steps")[0].toInt()
+    private val batch = program.execute("batch_size")[0].toInt()
+    private val sigma = program.execute("init_noise_sigma")[0].toDouble()
+    val shape: LongArray = longArrayOf(batch) + program.execute("sample_shape")[0].toTensor().dataAsLongArray
+
+    /** (batch, height, width, channels) pixels, one byte each. */
+    fun sample(seed: Long): ByteArray {
+        val random = Random(seed)
+        val count = shape.reduce(Long::times).toInt()
+        var x = Tensor.fromBlob(FloatArray(count) { (random.nextGaussian() * sigma).toFloat() }, shape)
+        for (i in 0L until steps) { // the schedule, its constants and the scales are in the file
+            val index = Tensor.fromBlob(longArrayOf(i), longArrayOf(1))
+            x = program.execute("step", EValue.from(x), EValue.from(index))[0].toTensor()
+        }
+        return program.execute("image", EValue.from(x))[0].toTensor().dataAsUnsignedByteArray
+    }
+
+}

@@ -1,0 +1,95 @@
+"""Put a DDIM step behind a network's prediction, and let its steps be named by index or by timestep."""
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.graph import CodeGen
+
+from pqcad_ao.passes.inline import buffer, finish, inline
+
+aten = torch.ops.aten
+# Columns of the table: x_0 and ε as sums of x_t and the prediction, and x_{t-1} as a sum of x_0 and ε.
+COLUMNS = 6
+
+
+def ddim_table(scheduler: DDIMScheduler, steps: int) -> Tensor:
+    """(S, 6) float32 factors of a deterministic DDIM step (Song et al. 2021, eq. 12 with σ = 0).
+
+    x_0 = f0·x_t + f1·p, ε = f2·x_t + f3·p and x_{t-1} = f4·x_0 + f5·ε, p the network's prediction.
+
+    Raises:
+        ValueError: the scheduler thresholds x_0 by its own quantile, which is no sum of this kind.
+    """
+    if scheduler.config.thresholding:
+        raise ValueError("the scheduler thresholds x_0 dynamically: set thresholding=False, or clip_sample=True")
+    scheduler = type(scheduler).from_config(scheduler.config)
+    scheduler.set_timesteps(steps)
+    rows = []
+    for t in scheduler.timesteps.tolist():
+        before = t - scheduler.config.num_train_timesteps // steps
+        squared = scheduler.alphas_cumprod[t].double()
+        led_to = (scheduler.alphas_cumprod[before] if before >= 0 else scheduler.final_alpha_cumprod).double()
+        alpha, sigma = squared.sqrt(), (1 - squared).sqrt()
+        kind = scheduler.config.prediction_type
+        if kind == "epsilon":
+            factors = [1 / alpha, -sigma / alpha, torch.tensor(0.0), torch.tensor(1.0)]
+        elif kind == "v_prediction":
+            factors = [alpha, -sigma, sigma, alpha]
+        else:
+            factors = [torch.tensor(0.0), torch.tensor(1.0), 1 / sigma, -alpha / sigma]
+        rows.append(torch.stack([f.double() for f in (*factors, led_to.sqrt(), (1 - led_to).sqrt())]))
+    return torch.stack(rows).float()
+
+
+def add_sampling_step(graph: GraphModule, timesteps: Tensor, table: Tensor, clip: float | None) -> GraphModule:
+    """Let a folded network return ``(x_{t-1}, prediction)``, in place.
+
+    Args:
+        graph: as :func:`fold_timesteps` leaves it, ``f(x_t, step, ...) -> prediction``. It gets one more input after
+            ``step``: ``timestep``, a (1,) int64 value of ``timesteps``; the step taken is ``step`` plus that timestep's
+            index, which is len(timesteps), and thus refused by the look-up, where it is none of them. All inputs, and
+            both outputs, are passed as they come, not in containers.
+        table: as :func:`ddim_table` writes it. clip: x_0 is clamped to ±clip; None: it is not.
+
+    Returns:
+        the same GraphModule.
+    """
+    nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    x_t, step = nodes[:2]
+    with graph.graph.inserting_after(step):
+        timestep = graph.graph.placeholder("timestep")
+    timestep.meta["val"] = torch.empty(1, dtype=torch.int64, device="meta")
+    first = [node for node in graph.graph.nodes if node.op == "placeholder"][-1].next
+    known = buffer(graph, first, "timesteps", timesteps)
+    places = buffer(graph, first, "places", torch.arange(len(timesteps)) - len(timesteps))
+    with graph.graph.inserting_before(first):
+        found = graph.graph.call_function(aten._to_copy.default, (_call(graph, aten.eq.Tensor, known, timestep),))
+        found.kwargs = {"dtype": torch.int64}
+        index = _call(graph, aten.sum.dim_IntList, _call(graph, aten.mul.Tensor, found, places), [0], True)
+        index = _call(graph, aten.add.Scalar, index, len(timesteps))
+        chosen = _call(graph, aten.add.Tensor, step, index)
+    step.replace_all_uses_with(chosen, lambda user: user is not chosen)
+    (output,) = (node for node in graph.graph.nodes if node.op == "output")
+    prediction = output.args[0]
+    prediction = prediction[0] if isinstance(prediction, (tuple, list)) else prediction
+    factors = buffer(graph, output, "ddim", table.view(len(timesteps), COLUMNS, 1, 1))
+    with graph.graph.inserting_before(output):
+        stand_in = _call(graph, aten.add.Tensor, x_t, prediction)
+        output.args = ((stand_in, prediction),)
+    inline(graph, stand_in, _ddim_step, x_t, prediction, factors, chosen, clip)
+    graph.graph.set_codegen(CodeGen())  # export's own knows the inputs and outputs that there were
+    return finish(graph)
+
+
+def _call(graph: GraphModule, target, *args) -> Node:
+    return graph.graph.call_function(target, args)
+
+
+def _ddim_step(x_t, prediction, table, index, clip):
+    row = aten.index_select.default(table, 0, index)
+    f = [aten.slice.Tensor(row, 1, column, column + 1) for column in range(COLUMNS)]
+    x_0 = f[0] * x_t + f[1] * prediction
+    if clip is not None:
+        x_0 = torch.nn.functional.hardtanh(x_0, -clip, clip)
+    return f[4] * x_0 + f[5] * (f[2] * x_t + f[3] * prediction)

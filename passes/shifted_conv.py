@@ -1,0 +1,118 @@
+"""A convolution as a linear over every place of the image, which XNNPACK can multiply with weights of four bits.
+
+XNNPACK's convolutions read weights of a byte each; its linears also read two weights a byte. With stride 1 the rows
+that a kernel covers are laid beside each other as channels (on the way in), and its columns are results of their own,
+shifted and added (on the way out): fewer numbers move than in im2col. Everything is written on (B, C, H, W) tensors
+except the linear itself, so that nothing has to be transposed in XNNPACK's channels-last layout.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.nn import functional
+
+from pqcad_ao.passes.inline import buffer
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class ShiftedConv:
+    """Geometry of an ungrouped convolution of (B, ``channels``, *``image``)."""
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    image: tuple[int, int]
+
+    @property
+    def steps(self) -> bool:
+        """Whether the kernel leaves places out: then every place of the kernel becomes channels (im2col)."""
+        return self.stride != (1, 1)
+
+    @property
+    def output(self) -> tuple[int, int]:
+        """Height and width of the result."""
+        height, width = (
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, p, d, k, s in zip(
+                self.image, self.padding, self.dilation, self.kernel_size, self.stride, strict=True
+            )
+        )
+        return height, width
+
+    @property
+    def places(self) -> tuple[int, int]:
+        """Height and width of what the linear sees: the columns are not shifted yet."""
+        return self.output if self.steps else (self.output[0], self.image[1])
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """The linear's (outputs, inputs) weight for the convolution's (O, I, kh, kw)."""
+        if self.steps:
+            return weight.flatten(1)
+        return weight.permute(3, 0, 2, 1).flatten(2).flatten(0, 1)  # (kw · O, kh · I)
+
+    def inputs(self, channels: int) -> int:
+        """The linear's inputs for that many channels."""
+        return channels * self.kernel_size[0] * (self.kernel_size[1] if self.steps else 1)
+
+    def shifts(self) -> list[int]:
+        """For each column of the kernel, where its result for the output's first place lies."""
+        return [0] if self.steps else [j * self.dilation[1] - self.padding[1] for j in range(self.kernel_size[1])]
+
+    def unshifted(self) -> int | None:
+        """A column whose results are all used where they are, so that a bias may be added there."""
+        covering = [j for j, shift in enumerate(self.shifts()) if shift == 0 and self.places[1] == self.output[1]]
+        return covering[0] if covering else None
+
+    def gathering(self, graph: GraphModule, before: Node, channels: int) -> Node | None:
+        """For a stride: the kernel that copies every place of a window to a channel of its own (a depthwise im2col)."""
+        if not self.steps:
+            return None
+        height, width = self.kernel_size
+        hot = torch.eye(height * width).view(-1, 1, height, width).repeat(channels, 1, 1, 1)
+        return buffer(graph, before, f"places_{channels}_{height}x{width}", hot)
+
+    def gather(self, values: Tensor, gathering: Tensor | None, channels: int) -> Tensor:
+        """(B, C, H, W) to the linear's inputs as channels, (B, K, *places)."""
+        if gathering is not None:
+            geometry = (self.stride, self.padding, self.dilation)
+            return functional.conv2d(values, gathering, None, *geometry, channels)
+        if self.padding[0]:
+            values = aten.constant_pad_nd.default(values, [0, 0, self.padding[0], self.padding[0]])
+        if self.kernel_size[0] == 1:
+            return values
+        starts = [i * self.dilation[0] for i in range(self.kernel_size[0])]
+        return torch.cat([aten.slice.Tensor(values, 2, start, start + self.places[0]) for start in starts], 1)
+
+    def scatter(self, results: Tensor, outputs: int) -> Tensor:
+        """(B, kw · O, *places) of every column to (B, O, *output)."""
+        shifts, width, wanted = self.shifts(), self.places[1], self.output[1]
+        if len(shifts) == 1 and shifts[0] == 0 and width == wanted:
+            return results
+        total = None
+        for column, shift in enumerate(shifts):
+            start, stop = max(shift, 0), min(shift + wanted, width)
+            if start >= stop:
+                continue  # it lies in the padding altogether
+            part = aten.slice.Tensor(results, 1, column * outputs, (column + 1) * outputs)
+            if (start, stop) != (0, width):
+                part = aten.slice.Tensor(part, 3, start, stop)
+            if stop - start < wanted:
+                part = aten.constant_pad_nd.default(part, [start - shift, wanted - (stop - shift)])
+            total = part if total is None else total + part
+        return total
+
+
+def to_tokens(values: Tensor, inputs: int, places: tuple[int, int]) -> Tensor:
+    """(B, K, H, W) to (B, H · W, K); free where :func:`pqcad_ao.lower.without_transposes` applies."""
+    return aten.permute.default(aten.reshape.default(values, [-1, inputs, places[0] * places[1]]), [0, 2, 1])
+
+
+def to_image(tokens: Tensor, outputs: int, places: tuple[int, int]) -> Tensor:
+    """(B, H · W, N) to (B, N, H, W), in channels-last layout."""
+    image = aten.permute.default(aten.reshape.default(tokens, [-1, *places, outputs]), [0, 3, 1, 2])
+    return aten._to_copy.default(image, memory_format=torch.channels_last)

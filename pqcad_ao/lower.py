@@ -1,0 +1,233 @@
+"""ExecuTorch: exported programs to a .pte whose methods run in the stock XNNPACK delegate."""
+
+import copy
+import operator
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_flatten
+
+
+def lower(exported: ExportedProgram, *, stock: bool = False) -> tuple[bytes, Counter[str]]:
+    """An ExecuTorch program with the method ``forward``, and the calls that it makes, by name.
+
+    Args:
+        stock: exactly as ExecuTorch's own recipe for XNNPACK does it.
+    """
+    edge = _to_edge({"forward": exported}, stock)
+    calls = calls_of(edge.exported_program("forward"))
+    return edge.to_executorch().buffer, calls
+
+
+def lower_sampler(
+    exported: ExportedProgram, image: ExportedProgram, constants: dict[str, Any]
+) -> tuple[bytes, Counter[str]]:
+    """A program with the methods ``step``, ``unet`` and ``image``, and the calls that ``step`` makes, by name.
+
+    The network is lowered once; each method is what is left when the other's input and output are taken away. Both
+    name the same delegated data, which the file holds once.
+
+    Args:
+        exported: ``f(x_t, step, timestep, *tensors) -> (x_{t-1}, prediction)``, see
+            :func:`pqcad_ao.passes.sampling_step.add_sampling_step`.
+        image: ``f(x_0)``. constants: further methods that return a constant each.
+    """
+    from executorch.exir import EdgeProgramManager
+
+    both = _to_edge({"both": exported, "image": image})
+    whole = both.exported_program("both")
+    step, unet = _only(whole, "step", "timestep", 0), _only(whole, "timestep", "step", 1)
+    programs = {"step": step, "unet": unet, "image": both.exported_program("image")}
+    calls = calls_of(step)  # what follows rewrites the graphs
+    return EdgeProgramManager(programs, constants, both.compile_config).to_executorch().buffer, calls
+
+
+def _to_edge(programs: dict[str, ExportedProgram], stock: bool = False) -> Any:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    for program in programs.values():
+        for node in program.graph.nodes:
+            node.meta.pop("from_node", None)  # provenance, copied deeply by each of ExecuTorch's passes
+    with nullcontext() if stock else without_transposes():
+        partitioner = XnnpackPartitioner() if stock else layered_partitioner()
+        return to_edge_transform_and_lower(programs, partitioner=[partitioner])
+
+
+def calls_of(program: ExportedProgram) -> Counter[str]:
+    """The calls that a lowered method makes, by name."""
+    calls: Counter[str] = Counter()
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node.target is not operator.getitem:
+            calls[getattr(node.target, "_name", None) or node.target.__name__] += 1
+    return calls
+
+
+def _only(program: ExportedProgram, kept: str, dropped: str, output: int) -> ExportedProgram:
+    """A copy of a lowered ``f(x_t, step, timestep, *tensors)`` without one of its two ways to name a step."""
+    graph_module = copy.deepcopy(program.graph_module)
+    graph = graph_module.graph
+    inputs = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+    (chosen,) = inputs["step"].users  # step + index of timestep
+    by_timestep = next(node for node in chosen.all_input_nodes if node is not inputs["step"])
+    chosen.replace_all_uses_with(inputs["step"] if kept == "step" else by_timestep)
+    graph.erase_node(chosen)
+    result = next(node for node in graph.nodes if node.op == "output")
+    result.args = ((result.args[0][output],),)
+    graph.eliminate_dead_code()
+    graph.erase_node(inputs[dropped])
+    graph_module.recompile()
+    signature = copy.deepcopy(program.graph_signature)
+    signature.input_specs = [spec for spec in signature.input_specs if spec.arg.name != dropped]
+    signature.output_specs = [signature.output_specs[output]]
+    (call,) = copy.deepcopy(program.module_call_graph[:1])
+    tensors = [spec for spec in signature.input_specs if spec.kind is InputKind.USER_INPUT][2:]
+    call.signature.in_spec = tree_flatten(((0, 0, *(0 for _ in tensors)), {}))[1]
+    call.signature.out_spec = tree_flatten(0)[1]
+    call.signature.forward_arg_names = None
+    return ExportedProgram(
+        root=graph_module,
+        graph=graph,
+        graph_signature=signature,
+        state_dict=program.state_dict,
+        range_constraints=program.range_constraints,
+        module_call_graph=[call],
+        constants=program.constants,
+        verifiers=[program.verifier],
+    )
+
+
+def layered_partitioner():
+    """XNNPACK's partitioner with another way to put supported nodes into calls.
+
+    The stock one (executorch 1.4) tries to merge every pair of nodes, which takes minutes here. Ours makes one call of
+    all supported nodes that have equally many changes from XNNPACK to other operators behind them: linear in the
+    number of nodes, and without cycles, since an edge never leads to a smaller number.
+    """
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from torch.fx.passes.infra.partitioner import Partition
+
+    class LayeredPartitioner(XnnpackPartitioner):
+        def ops_to_not_decompose(self, ep: ExportedProgram):
+            # with a check for each node, as in the stock one, the program is decomposed once more
+            return [torch.ops.aten.linear.default], None
+
+        def generate_partitions(self, ep: ExportedProgram) -> list[Partition]:
+            for node in ep.graph.nodes:
+                node.meta.pop("from_node", None)  # provenance, copied deeply by each of XNNPACK's passes
+            members: dict[int, list[Node]] = {}
+            for node, layer in layers_of_calls(ep.graph, self.get_matched_nodes_from_configs(ep)).items():
+                members.setdefault(layer, []).append(node)
+            return [Partition(id=layer, nodes=nodes) for layer, nodes in members.items()]
+
+    return LayeredPartitioner()
+
+
+def layers_of_calls(graph: Graph, groups: list[list[Node]]) -> dict[Node, int]:
+    """For each node of ``groups``, nodes that must be together, the number of the call it goes into."""
+    group_of = {node: index for index, group in enumerate(groups) for node in group}
+    of_group, of_node = [0] * len(groups), dict.fromkeys(graph.nodes, 0)
+    changed = True
+    while changed:  # a group's members may lie far apart: until nothing moves
+        changed = False
+        for node in graph.nodes:
+            ends_call = node not in group_of
+            layer = max(
+                (of_node[s] + (ends_call and s in group_of and s.op != "placeholder") for s in node.all_input_nodes),
+                default=0,
+            )
+            if node in group_of:
+                of_group[group_of[node]] = layer = max(layer, of_group[group_of[node]])
+            if layer > len(of_node):
+                raise ValueError(f"{node.name} must be in one call with nodes that read it through another operator")
+            if layer != of_node[node]:
+                of_node[node], changed = layer, True
+    return {node: of_group[index] for node, index in group_of.items()}
+
+
+@contextmanager
+def without_transposes() -> Iterator[None]:
+    """Let XNNPACK's passes end with one that turns pairs of transposes that undo each other into plain reshapes.
+
+    Its linears want (..., C) and its convolutions (N, H, W, C) tagged as channels-last: the same memory. ExecuTorch 1.4
+    writes two transposes between them, and takes no passes of others.
+    """
+    from executorch.backends.xnnpack import _passes, xnnpack_preprocess
+    from executorch.backends.xnnpack._passes.channels_last_tagged_reshape_pass import ChannelsLastTaggedReshapePass
+    from executorch.backends.xnnpack._passes.xnnpack_pass import XNNPACKPass
+    from executorch.exir.dialects._ops import ops
+    from executorch.exir.pass_base import PassResult
+
+    aten, tagged = ops.edge.aten, ChannelsLastTaggedReshapePass.is_nhwc_node
+    moves = (aten._to_copy.default, aten.permute_copy.default, aten.view_copy.default)
+
+    class SameMemory(XNNPACKPass):
+        def call(self, graph_module: GraphModule) -> PassResult:
+            for last in list(graph_module.graph.nodes):
+                source = _same_memory(last, moves, tagged)
+                if source is None:
+                    continue
+                with graph_module.graph.inserting_before(last):
+                    shape = list(last.meta["val"].shape)
+                    reshaped = graph_module.graph.call_function(aten.view_copy.default, (source, shape))
+                # without a tag the meta must not have the key: the visitors look for it alone
+                reshaped.meta = {k: v for k, v in last.meta.items() if k != ChannelsLastTaggedReshapePass.XNN_NHWC_NODE}
+                if tagged(last):
+                    ChannelsLastTaggedReshapePass.mark_as_nhwc_node(reshaped)
+                last.replace_all_uses_with(reshaped)
+            graph_module.graph.eliminate_dead_code()
+            graph_module.recompile()
+            return PassResult(graph_module, True)
+
+    class Manager(_passes.XNNPACKPassManager):
+        def __init__(self, exported_program: ExportedProgram, passes: Any = None) -> None:
+            super().__init__(exported_program, passes)
+            if not passes:
+                self.passes = [*self.passes, SameMemory]
+
+    with patch.object(xnnpack_preprocess, "XNNPACKPassManager", Manager):
+        yield
+
+
+def _same_memory(last: Node, moves: tuple[Any, ...], tagged: Any) -> Node | None:
+    """What lies in memory exactly as ``last`` does, if that is the end of a chain of moves that come to nothing."""
+    _, permuted, reshaped = moves
+    if last.target not in moves or any(user.target in moves and len(last.users) == 1 for user in last.users):
+        return None
+    chain = [last]
+    # a tagged reshape is one of ours: it keeps memory as it lies, not values where they are
+    while (before := chain[-1].args[0]).target in moves and not (before.target is reshaped and tagged(before)):
+        chain.append(before)
+    # the longest part that undoes itself
+    for length in range(len(chain), 1, -1):
+        part = chain[:length]
+        source = part[-1].args[0]
+        if "val" not in source.meta or not any(node.target is not reshaped for node in part):
+            continue
+        shape = tuple(source.meta["val"].shape)
+        if tagged(source) and len(shape) != 4:
+            continue
+        value = torch.arange(source.meta["val"].numel())
+        value = _as_tagged(value, shape) if tagged(source) else value.view(shape)
+        for node in reversed(part):
+            if node.target is permuted:
+                value = value.permute(node.args[1])
+            elif node.target is reshaped:
+                value = value.reshape(node.args[1])
+        lying = value.permute(0, 2, 3, 1) if tagged(last) else value
+        if lying.reshape(-1).equal(torch.arange(value.numel())):
+            return source
+    return None
+
+
+def _as_tagged(memory: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """(N, C, H, W) values that lie in channels-last order."""
+    batch, channels, height, width = shape
+    return memory.view(batch, height, width, channels).permute(0, 3, 1, 2)
