@@ -124,10 +124,9 @@ def _rewrite(graph: GraphModule, node: Node, fqn: str, pack: bool) -> str:
         inline(graph, node, _int8_product, x, *grid, ones, product, quantized, bias, options)
     else:
         gathering = [shifted.gathering(graph, node, channels) for channels in segments]
-        late = bias if shifted.unshifted() is None else None
-        if late is bias and bias is not None:
-            late = buffer(graph, node, f"{name}_bias", value_of(graph, bias).detach().view(1, -1, 1, 1))
-            bias = None
+        late = None
+        if bias is not None and shifted.unshifted() is None:
+            late, bias = buffer(graph, node, f"{name}_bias", value_of(graph, bias).detach().view(1, -1, 1, 1)), None
         inline(graph, node, _shifted_product, x, *grid, ones, shifted, gathering, quantized, bias, late, outputs)
     return f"W{weight_bits}A{bits}: int8 × {'int4' if pack else 'int8'} products, float32 result, exact"
 
