@@ -20,7 +20,7 @@ demo: $(INSTALLED)
 	$(BIN)/pqcad demo --out $(OUT)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
