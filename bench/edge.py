@@ -315,14 +315,18 @@ def _alone(path: str, job: dict[str, Any]) -> dict[str, Any]:
 def _race(paths: dict[str, str], rounds: int, job: dict[str, Any]) -> dict[str, list[float]]:
     """Milliseconds of every call; the files take turns."""
     programs = {name: _Program(path, job["threads"]) for name, path in paths.items()}
-    inputs = [load_file(job["records"])["x_t"][0, :1].contiguous(), torch.tensor([0])]
-    turns: dict[str, list[float]] = {name: [] for name in programs}
+    return _take_turns(programs, [load_file(job["records"])["x_t"][0, :1].contiguous(), torch.tensor([0])], rounds)
+
+
+def _take_turns(programs: dict[Any, _Program], inputs: list[Tensor], rounds: int) -> dict[Any, list[float]]:
+    """Milliseconds of every call after the first few."""
+    turns: dict[Any, list[float]] = {key: [] for key in programs}
     for turn in range(WARM_UP + rounds):
-        for name, program in programs.items():
+        for key, program in programs.items():
             started = time.perf_counter()
             program.method.execute(inputs)
             if turn >= WARM_UP:
-                turns[name].append(1000 * (time.perf_counter() - started))
+                turns[key].append(1000 * (time.perf_counter() - started))
     return turns
 
 
@@ -402,15 +406,8 @@ def _stack_costs(channels: int, size: int, folder: str, rounds: int) -> dict[str
             export_pte(network, path, scheduler=scheduler, progress=False, **options, **budget)
             paths[layers, objective] = path
     programs = {key: _Program(path, machine.available_cores()) for key, path in paths.items()}
-    inputs = [torch.randn(1, *shape), torch.tensor([0])]
-    turns: dict[tuple[int, str], list[float]] = {key: [] for key in programs}
-    for turn in range(WARM_UP + rounds):
-        for key, program in programs.items():
-            started = time.perf_counter()
-            program.method.execute(inputs)
-            if turn >= WARM_UP:
-                turns[key].append(1e9 * (time.perf_counter() - started))
-    layer = {kind: (median(turns[5, kind]) - median(turns[1, kind])) / 4 for kind in ("bytes", "size")}
+    turns = _take_turns(programs, [torch.randn(1, *shape), torch.tensor([0])], rounds)
+    layer = {kind: 1e6 * (median(turns[5, kind]) - median(turns[1, kind])) / 4 for kind in ("bytes", "size")}
     places = size * size
     return {
         "channels": channels,

@@ -1,7 +1,7 @@
 """Write nearest-neighbour upsampling by whole factors as copies beside each other, which XNNPACK has."""
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from pqcad_ao.passes.inline import buffer, finish, inline
 
@@ -22,16 +22,12 @@ def decompose_nearest(graph: GraphModule) -> GraphModule:
     for node in list(graph.graph.nodes):
         if node.target in TARGETS:
             x, result = node.args[0], node.meta["val"].shape
-            shape = _shape(x)
+            shape = tuple(x.meta["val"].shape)
             factors = [after // before for before, after in zip(shape[2:], result[2:], strict=True)]
             if [f * before for f, before in zip(factors, shape[2:], strict=True)] == list(result[2:]):
                 ones = [buffer(graph, node, f"ones_{factor}", torch.ones(1, factor, 1)) for factor in factors]
                 inline(graph, node, _repeat, x, shape, factors, ones)
     return finish(graph)
-
-
-def _shape(x: Node) -> tuple[int, ...]:
-    return tuple(x.meta["val"].shape)
 
 
 def _repeat(x, shape, factors, ones):

@@ -135,8 +135,8 @@ def export_pte(
     Raises:
         ImportError: executorch is not installed.
         ValueError: the network is not quantized by pqcad_ao, not float32 or not on the CPU; conditioning is missing;
-            the scheduler is foreign or of another number of training timesteps, or samples at other timesteps than
-            the network was distilled for; the file cannot be made as small as ``max_bytes``.
+            the scheduler is foreign or of another number of training timesteps; the file cannot be made as
+            small as ``max_bytes``.
         OSError: ``path`` cannot be written; said before the work begins.
         ParityError: the program departs from the network; says where and by how much, and nothing is written.
     """

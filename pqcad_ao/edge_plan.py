@@ -1,7 +1,7 @@
 """Which convolutions of a .pte store two weights a byte: half the bytes, for more numbers moved around the product."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -164,4 +164,4 @@ def _decide(row: EdgeLayer, chosen: bool, objective: str, to_save: int | None) -
         wanted = "bytes to save" if to_save is not None else f"objective {objective!r}"
         reason = f"{share}; {wanted}"
     chosen = chosen and row.packed_weights is not None
-    return EdgeLayer(row.fqn, row.bits, row.byte_weights, row.packed_weights, row.ms, row.extra_ms, chosen, reason)
+    return replace(row, packed=chosen, reason=reason)
