@@ -27,6 +27,7 @@ from pqcad_ao.passes.identities import drop_identities
 from pqcad_ao.passes.inline import traced
 from pqcad_ao.passes.to_triton import to_triton
 from pqcad_ao.sampling import evaluation_mode, predict, sample, take_rows
+from pqcad_ao.schedule import steps_to_bind
 from pqcad_ao.serialization import quantized_state
 
 PRODUCTS = {torch.conv2d, functional.conv2d, functional.linear, torch._C._nn.linear}
@@ -122,7 +123,8 @@ def export_pt2(
 
     Raises:
         ValueError: the network is not quantized by pqcad_ao, or not on the CPU; conditioning is missing; the scheduler
-            is foreign or of another number of training timesteps.
+            is foreign, of another number of training timesteps, or walks other timesteps than the network was
+            distilled for.
         OSError: ``path`` cannot be written. RuntimeError: torch.export cannot capture the network, or the package
             departs from it; then nothing is written.
     """
@@ -138,8 +140,7 @@ def export_pt2(
     if num_inference_steps is not None:
         if scheduler is None:
             raise ValueError("num_inference_steps binds the package to a schedule: pass the scheduler as well")
-        if not 1 <= num_inference_steps <= trained:
-            raise ValueError(f"num_inference_steps={num_inference_steps}: allowed are 1 to {trained}")
+        steps_to_bind(scheduler, num_inference_steps, state.timestep.schedule)
         scheduler.set_timesteps(num_inference_steps)
     elif batch_size is not None:
         raise ValueError(

@@ -20,6 +20,7 @@ from pqcad_ao import ops
 from pqcad_ao.capture import check_conditioning, sample_shape
 from pqcad_ao.config import MODES, CADConfig, PQCADConfig
 from pqcad_ao.data import load_images
+from pqcad_ao.distill import compress
 from pqcad_ao.edge_plan import OBJECTIVES
 from pqcad_ao.evaluate import RealFeatures, embedded_features, extract_features, fid_kid, load_classifier
 from pqcad_ao.models import NAMES, load_model, save_model
@@ -27,6 +28,7 @@ from pqcad_ao.quantize import plan, quantize_
 from pqcad_ao.quiet import start_executorch
 from pqcad_ao.report import save_grid, write_json
 from pqcad_ao.sampling import sample
+from pqcad_ao.schedule import default_steps
 from pqcad_ao.serialization import quantized_state
 
 MODEL_HELP = f"{', '.join(NAMES)}, or a folder of diffusers layout (unet/ and scheduler/)"
@@ -155,9 +157,14 @@ def config_from(args: argparse.Namespace) -> PQCADConfig:
     )
 
 
+def add_steps_argument(parser: argparse.ArgumentParser) -> None:
+    text = "sampling steps (default: what the network was distilled for, or 20)"
+    parser.add_argument("--steps", type=positive, help=text)
+
+
 def add_sampling_arguments(parser: argparse.ArgumentParser, images: int) -> None:
     parser.add_argument("--n", type=positive, default=images, help="images (default: %(default)s)")
-    parser.add_argument("--steps", type=positive, default=20, help="sampling steps (default: %(default)s)")
+    add_steps_argument(parser)
     parser.add_argument("--batch-size", type=positive, default=128, help="images a call (default: %(default)s)")
     add_device_argument(parser)
 
@@ -204,6 +211,13 @@ def build_parser() -> argparse.ArgumentParser:
     compress = command("compress", run_compress, "quantize a network and save it in diffusers layout")
     compress.add_argument("--out", type=Path, required=True, metavar="DIR", help="receives unet/ and scheduler/")
     compress.add_argument(
+        "--distill",
+        type=positive,
+        metavar="N",
+        help="then teach it to sample in N / 2 steps what full precision samples in N (default: quantize only)",
+    )
+    compress.add_argument("--halvings", type=positive, default=1, metavar="K", help="N / 2^K steps instead (1)")
+    compress.add_argument(
         "--folder",
         type=Path,
         metavar="DIR",
@@ -233,7 +247,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     export = command("export", run_export, "write a .pte for ExecuTorch, checked against the eager model")
     export.add_argument("--out", type=Path, required=True, metavar="FILE", help="such as unet.pte")
-    export.add_argument("--steps", type=positive, default=20, help="sampling steps of its schedule (default: 20)")
+    add_steps_argument(export)
     export.add_argument("--batch-size", type=positive, default=1, help="images a call (default: 1)")
     export.add_argument("--objective", choices=OBJECTIVES, default="speed", help="what decides a layer's form (speed)")
     export.add_argument("--max-bytes", type=positive, metavar="N", help="of the file; takes the objective's place")
@@ -288,11 +302,18 @@ def check_writable(folder: Path) -> None:
         raise OSError(f"cannot write to {folder} ({error.strerror}): give another place") from error
 
 
+def steps_of(unet: nn.Module) -> int:
+    """Sampling steps where the command line names none."""
+    state = quantized_state(unet)
+    return default_steps(None if state is None else state.timestep.schedule)
+
+
 def sampled(args: argparse.Namespace, unet: nn.Module, scheduler: Any) -> Tensor:
     """``args.n`` images (N, C, H, W) in [-1, 1] from noise that ``args.seed`` and N alone decide."""
     generator = torch.Generator().manual_seed(args.seed)
     noise = torch.randn(args.n, *sample_shape(unet), generator=generator).to(args.device)
     unet.to(args.device)
+    args.steps = args.steps or steps_of(unet)
     return sample(unet, scheduler, noise, args.steps, batch_size=args.batch_size, progress=sys.stderr.isatty()).cpu()
 
 
@@ -321,24 +342,35 @@ def run_plan(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_compress(args: argparse.Namespace) -> dict[str, Any]:
-    config = config_from(args)
+    config, cad = config_from(args), None
+    if args.distill is not None:
+        preset = CADConfig.fast if args.fast else CADConfig
+        cad = preset(steps=args.distill, halvings=args.halvings, seed=args.seed)
     for place in (args.out, args.folder):
         if place is not None:
             check_writable(place)
     unet, scheduler = load_unconditional(args.model)
     begin = time.perf_counter()
     progress = sys.stderr.isatty()
-    quantize_(unet, config, device=args.device, scheduler=scheduler, folder=args.folder, progress=progress)
+    keeps = {"folder": args.folder, "progress": progress}
+    unet.to(args.device)
+    if cad is None:
+        quantize_(unet, config, scheduler=scheduler, **keeps)
+    else:
+        unet, scheduler = compress(unet, scheduler, config, cad, **keeps)
     seconds = time.perf_counter() - begin
     size = save_model(unet, scheduler, args.out).stat().st_size
     resolved, state = plan(unet), quantized_state(unet)
     for t in state.transitions if state else []:
         print(f"{t['stage']}, update {t['step']}: {t['from_bits']} to {t['to_bits']} bits, {t['reason']}")
-    print(f"{resolved.summary()}\n{args.out}: {size:,} bytes of weights, quantized in {seconds:.0f} s")
+    print(f"{resolved.summary()}\n{args.out}: {size:,} bytes of weights, made in {seconds:.0f} s")
+    if cad is not None:
+        print(f"distilled: samples in {steps_of(unet)} steps with the scheduler beside it, not in {cad.steps}")
     return {
         "out": str(args.out),
         "checkpoint_bytes": size,
         "seconds": seconds,
+        "steps": None if cad is None else steps_of(unet),
         "summary": resolved.summary(),
         "rows": resolved.to_list(),
         "transitions": state.transitions if state else [],
@@ -384,6 +416,7 @@ def run_export(args: argparse.Namespace) -> dict[str, Any]:
     if args.full_precision:
         made = export_fp32_pte(unet, args.out, batch_size=args.batch_size)
     else:
+        args.steps = args.steps or steps_of(unet)
         made = export_pte(
             unet,
             args.out,

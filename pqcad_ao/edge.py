@@ -33,6 +33,7 @@ from pqcad_ao.passes.sampling_step import add_sampling_step, ddim_table
 from pqcad_ao.passes.to_xnnpack import to_xnnpack
 from pqcad_ao.pte_sampler import FORMAT, PTESampler, require_executorch, tensors_of
 from pqcad_ao.sampling import evaluation_mode, predict
+from pqcad_ao.schedule import steps_to_bind
 from pqcad_ao.serialization import quantized_state
 
 __all__ = ["PTEReport", "PTESampler", "ParityError", "export_fp32_pte", "export_pte"]
@@ -94,7 +95,7 @@ def export_pte(
     path: str | Path,
     *,
     scheduler,
-    num_inference_steps: int = 20,
+    num_inference_steps: int | None = None,
     objective: str = "speed",
     max_bytes: int | None = None,
     batch_size: int = 1,
@@ -122,7 +123,8 @@ def export_pte(
     Args:
         unet: a float32 network on the CPU that ``quantize_`` has quantized.
         path: of the .pte.
-        scheduler: of the DDPM/DDIM family.
+        scheduler: of the DDPM/DDIM family; for a distilled network the one that ``distill_`` returned.
+        num_inference_steps: of the schedule; None: as many as the network was distilled for, or else 20.
         objective: ``"speed"`` stores two weights a byte where that costs a layer little time, ``"size"`` wherever it
             can. max_bytes: of the file; then layers are chosen by the time that a saved byte costs.
         conditioning: keyword arguments of ``unet.forward`` with a row for each sample; its tensors become inputs.
@@ -135,19 +137,18 @@ def export_pte(
     Raises:
         ImportError: executorch is not installed.
         ValueError: the network is not quantized by pqcad_ao, not float32 or not on the CPU; conditioning is missing;
-            the scheduler is foreign or of another number of training timesteps; the file cannot be made as
-            small as ``max_bytes``.
+            the scheduler is foreign, of another number of training timesteps, or walks other timesteps than the
+            network was distilled for; the file cannot be made as small as ``max_bytes``.
         OSError: ``path`` cannot be written; said before the work begins.
         ParityError: the program departs from the network; says where and by how much, and nothing is written.
     """
     require_executorch()
     _check_network(unet)
-    trained = quantized_state(unet).timestep.num_train_timesteps
-    scheduler = matching_ddim(scheduler, trained)
-    _check_counts(num_inference_steps=num_inference_steps, batch_size=batch_size, trajectories=trajectories)
+    timestep = quantized_state(unet).timestep
+    scheduler = matching_ddim(scheduler, timestep.num_train_timesteps)
+    num_inference_steps = steps_to_bind(scheduler, num_inference_steps, timestep.schedule)
+    _check_counts(batch_size=batch_size, trajectories=trajectories)
     check_objective(objective, max_bytes)
-    if num_inference_steps > trained:
-        raise ValueError(f"num_inference_steps={num_inference_steps}: the scheduler has {trained} timesteps")
     conditioning = capture.check_conditioning(unet, conditioning)
     shape = capture.sample_shape(unet, sample_shape)
     path = check_writable(path)

@@ -60,6 +60,43 @@ def timesteps_of(scheduler: DDIMScheduler, num_inference_steps: int) -> list[int
     return walked.timesteps.tolist()
 
 
+def default_steps(distilled: list[int] | None) -> int:
+    """Steps where the user names none: as many as the network was distilled for, or else 20."""
+    return 20 if distilled is None else len(distilled)
+
+
+def steps_to_bind(scheduler: DDIMScheduler, asked: int | None, distilled: list[int] | None) -> int:
+    """How many steps of ``scheduler`` a program is bound to.
+
+    Args:
+        asked: what the user wrote; None: :func:`default_steps`.
+        distilled: the timesteps that the network was distilled for, if it was.
+
+    Raises:
+        ValueError: more steps than training timesteps, or others than the network was distilled for.
+    """
+    steps = default_steps(distilled) if asked is None else asked
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= scheduler.config.num_train_timesteps:
+        raise ValueError(
+            f"num_inference_steps={steps!r}: allowed are whole numbers from 1 to the scheduler's "
+            f"{scheduler.config.num_train_timesteps} training timesteps"
+        )
+    visited = timesteps_of(scheduler, steps)
+    if distilled is not None and visited != distilled:
+        raise ValueError(
+            f"this network was distilled for {len(distilled)} steps, timesteps {shortly(distilled)}, and the scheduler "
+            f"walks {shortly(visited)} in {steps}: write num_inference_steps={len(distilled)} and pass the scheduler "
+            "that distill_ returned, which is saved beside the network"
+        )
+    return steps
+
+
+def shortly(timesteps: list[int]) -> str:
+    """A schedule's first timesteps and its last one."""
+    shown = timesteps if len(timesteps) < 5 else [*timesteps[:3], "...", timesteps[-1]]
+    return ", ".join(map(str, shown))
+
+
 @dataclass
 class Walk:
     """A schedule with the numbers that its jumps need.

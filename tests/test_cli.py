@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from PIL import Image
 
-from pqcad_ao import cli, edge
+from pqcad_ao import cli, distill, edge
 from pqcad_ao.config import PQCADConfig
 from pqcad_ao.evaluate import FeatureClassifier
 from pqcad_ao.models import load_model, save_model
@@ -122,6 +122,17 @@ def test_eval_against_a_folder_of_images(model_dir: Path, tmp_path: Path, capsys
     assert found["n"] == 24
     assert found["fid_ci"][0] <= found["fid"] <= found["fid_ci"][1]
     assert f"FID {found['fid']:.3f}" in capsys.readouterr().out
+
+
+def test_compress_distills_and_its_steps_are_then_the_default(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(distill, "FARTHEST", float("inf"))  # an untrained network fails the check of the betas
+    out = tmp_path / "student"
+    argv = ["compress", "--model", model_dir, "--out", out, "--distill", 4, "--fast", *QUICK]
+    assert run_json(tmp_path, *argv)["steps"] == 2
+    found = run_json(tmp_path, "sample", "--model", out, "--out", tmp_path / "grid.png", "--n", 2)
+    assert found["steps"] == 2
 
 
 def test_export_hands_on_what_was_asked_for(

@@ -1,5 +1,6 @@
 """A quantized network as a .pte: what it computes, what the file says about itself, and what is refused."""
 
+import copy
 import json
 import math
 import random
@@ -19,6 +20,7 @@ from pqcad_ao.files import write_whole
 from pqcad_ao.lower import layers_of_calls
 from pqcad_ao.models import assets_dir, load_model
 from pqcad_ao.sampling import predict, sample
+from pqcad_ao.serialization import quantized_state
 
 pytest.importorskip("executorch.exir", reason="executorch is not installed: pip install pqcad_ao[edge]")
 
@@ -338,7 +340,7 @@ def test_nodes_that_cannot_share_a_call_are_named():
         ({"scheduler": EulerDiscreteScheduler()}, ValueError, "allowed are DDIMScheduler"),
         ({"scheduler": DDIMScheduler(num_train_timesteps=500)}, ValueError, "500 training timesteps.* 1000"),
         ({"num_inference_steps": 0}, ValueError, "num_inference_steps=0"),
-        ({"num_inference_steps": 1001}, ValueError, "the scheduler has 1000"),
+        ({"num_inference_steps": 1001}, ValueError, "1 to the scheduler's 1000 training timesteps"),
         ({"batch_size": 1.5}, ValueError, r"batch_size=1\.5"),
         ({"trajectories": 0}, ValueError, "trajectories=0"),
         ({"objective": "fast"}, ValueError, r"objective='fast': allowed are 'speed', 'size'"),
@@ -353,6 +355,16 @@ def test_bad_arguments_are_named_before_the_work(small, tmp_path, monkeypatch, c
     with pytest.raises(error, match=message):
         export(small, tmp_path / "a.pte", **change)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_distilled_network_is_exported_for_its_own_schedule(small, tmp_path):
+    student = copy.deepcopy(small)
+    quantized_state(student).timestep.schedule = [999, 499]
+    with pytest.raises(ValueError, match=r"distilled for 2 steps, timesteps 999, 499, .* 999, 666, 332 in 3"):
+        export(student, tmp_path / "a.pte", num_inference_steps=3)
+    assert list(tmp_path.iterdir()) == []
+    report = export(student, tmp_path / "a.pte", num_inference_steps=None)
+    assert PTESampler(report.path).timesteps.tolist() == [999, 499]
 
 
 def test_networks_that_cannot_be_exported_are_named(small, tmp_path):

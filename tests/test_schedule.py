@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pqcad_ao.schedule import Walk, halved, teachable, timesteps_of
+from pqcad_ao.schedule import Walk, default_steps, halved, steps_to_bind, teachable, timesteps_of
 
 STEPS = [n for n in range(2, 251, 2) if 1000 % n == 0]
 KINDS = ("epsilon", "v_prediction", "sample")
@@ -97,3 +97,22 @@ def test_zero_signal_is_fine_where_v_is_predicted():
     walk = Walk.of(scheduler, 20)
     x_t, step = torch.randn(2, 1, 2, 2), torch.tensor([0, 0])
     assert walk.velocity(walk.image_behind(torch.randn(2, 1, 2, 2), x_t, step, 2), x_t, step).isfinite().all()
+
+
+@given(st.sampled_from(STEPS), st.permutations(["trailing", "leading"]))
+def test_a_distilled_network_is_bound_to_its_own_schedule(steps, spacings):
+    scheduler = ddim(timestep_spacing=spacings[0])
+    distilled = timesteps_of(scheduler, steps)
+    assert steps_to_bind(scheduler, None, distilled) == steps_to_bind(scheduler, steps, distilled) == steps
+    with pytest.raises(ValueError, match=rf"distilled for {steps} steps.* write num_inference_steps={steps} and pass"):
+        steps_to_bind(scheduler, steps + 1, distilled)
+    with pytest.raises(ValueError, match="pass the scheduler that distill_ returned"):
+        steps_to_bind(ddim(timestep_spacing=spacings[1]), None, distilled)
+
+
+def test_any_other_network_takes_any_steps():
+    assert steps_to_bind(ddim(), None, None) == default_steps(None) == 20
+    assert steps_to_bind(ddim(), 7, None) == 7
+    for wrong in (0, 1001, 2.5, True):
+        with pytest.raises(ValueError, match=r"from 1 to the scheduler's 1000 training timesteps"):
+            steps_to_bind(ddim(), wrong, None)
