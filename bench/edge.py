@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -269,23 +270,27 @@ def _build(name: str, job: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 class _Program:
-    """A file in the runtime, called as ``f(x_t, timestep) -> prediction``."""
+    """A file in the runtime."""
 
     def __init__(self, path: str, threads: int) -> None:
         from executorch.runtime import Runtime
 
         start_executorch(threads)
-        self._bytes = Path(path).read_bytes()  # the runtime does not keep them alive
+        self._bytes = Path(path).read_bytes()  # the runtime reads from them and does not keep them alive
         self._program = Runtime.get().load_program(self._bytes)
-        self.ours = "unet" in self._program.method_names
+        self._ours = "unet" in self._program.method_names
         started = time.perf_counter()
         # what a phone calls for a step
-        self.method = self._program.load_method("step" if self.ours else "forward")
+        self.method = self._program.load_method("step" if self._ours else "forward")
         self.load_ms = 1000 * (time.perf_counter() - started)
 
-    def predictor(self) -> Callable[[Tensor, Tensor], Tensor]:
-        method = self._program.load_method("unet") if self.ours else self.method
-        return lambda x_t, t: method.execute([x_t.contiguous(), t.view(1)])[0].clone()
+    @cached_property
+    def _unet(self) -> Any:
+        return self._program.load_method("unet") if self._ours else self.method
+
+    def predict(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """The network's prediction for one image (1, C, H, W) at one timestep."""
+        return self._unet.execute([x_t.contiguous(), t.view(1)])[0].clone()
 
 
 def _alone(path: str, job: dict[str, Any]) -> dict[str, Any]:
@@ -297,12 +302,11 @@ def _alone(path: str, job: dict[str, Any]) -> dict[str, Any]:
     for _ in range(WARM_UP):
         program.method.execute([met["x_t"][0, :1].contiguous(), torch.tensor([0])])
     peak = machine.peak_rss_bytes()
-    predict_ = program.predictor()
     signal = noise = 0.0
     for x_t, t, reference in zip(met["x_t"], met["timesteps"], met["predictions"], strict=True):
         for x, expected in zip(x_t, reference, strict=True):
             signal += float(expected.double().square().sum())
-            noise += float((predict_(x[None], t)[0].double() - expected.double()).square().sum())
+            noise += float((program.predict(x[None], t)[0].double() - expected.double()).square().sum())
     sqnr_db = 10 * float(torch.tensor(signal / noise).log10()) if noise else float("inf")
     return {
         "load_ms": program.load_ms,
@@ -345,8 +349,8 @@ def _fid(kind: str, path: str, job: dict[str, Any], n: int) -> float:
             unet, scheduler = _compressed(job)
         images = sample(unet, scheduler, noise, job["steps"])
     else:
-        call = _Program(path, job["threads"]).predictor()
-        images = sample(lambda x, t: call(x, t[:1]), scheduler, noise, job["steps"], batch_size=1)  # type: ignore[arg-type]
+        predict_one = _Program(path, job["threads"]).predict
+        images = sample(predict_one, scheduler, noise, job["steps"], batch_size=1)  # type: ignore[arg-type]
     network, real = embedded_features()
     return fid_kid(images, network, real, seed=job["seed"], bootstrap=0)["fid"]
 

@@ -226,7 +226,8 @@ def test_baseline_is_the_network(tmp_path):
     report = export_fp32_pte(unet, tmp_path / "fp32.pte", batch_size=2, sample_shape=SHAPE)
     assert unet.training
     assert (report.bytes, report.sqnr_db, report.arithmetic) == ((tmp_path / "fp32.pte").stat().st_size, {}, {})
-    program = Runtime.get().load_program((tmp_path / "fp32.pte").read_bytes())
+    written = (tmp_path / "fp32.pte").read_bytes()  # the runtime does not keep them alive
+    program = Runtime.get().load_program(written)
     (output,) = program.load_method("forward").execute([noise(2), torch.tensor([3, 500])])
     with torch.no_grad():
         assert sqnr(unet(noise(2), torch.tensor([3, 500])), output) > 100
