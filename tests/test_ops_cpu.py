@@ -68,6 +68,13 @@ def test_integer_sums_are_exact(arguments):
 
 
 @needs_kernels
+@settings(max_examples=15)
+@given(st.booleans().flatmap(lambda winograd: convolutions(winograd=winograd, channels=300)))
+def test_convolutions_of_more_channels_than_are_widened_at_once(arguments):
+    _same(arguments)
+
+
+@needs_kernels
 @pytest.mark.parametrize(("low", "high"), [(-31, 0), (0, 31), (-16, 15), (-15, 0)])
 @pytest.mark.parametrize("weights", ["lowest", "highest", "signs"])
 def test_winograd_is_exact_at_the_extremes(low, high, weights):
@@ -89,7 +96,7 @@ def test_addends_are_added(arguments, per_sample, last):
 @settings(max_examples=40)
 @given(
     st.integers(2, 8),
-    st.lists(st.integers(1, 90), min_size=1, max_size=3),
+    st.lists(st.integers(1, 300), min_size=1, max_size=3),
     st.lists(st.integers(0, 9), min_size=1, max_size=3),
     st.integers(1, 150),
     st.booleans(),

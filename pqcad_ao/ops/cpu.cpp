@@ -2,7 +2,9 @@
 //
 // Activations are NHWC int8, carried as unsigned bytes with an offset of 128; what the offset adds to a sum is the same
 // for every pixel and is taken off again through `comp`. Weights stay packed in memory: a panel of up to 64 output
-// channels is widened into scratch, is used for a chunk of the batch, and is forgotten. Sums are exact 32-bit integers.
+// channels is widened into scratch, is used for a chunk of the batch, and is forgotten. Nibbles leave their bytes as even
+// and odd channels and are not interleaved again: in scratch, activations and weights hold the even ones of every eight
+// channels and then the odd ones. Sums are exact 32-bit integers.
 //
 // A 3x3 convolution of stride 1 with weights of at most 4 bits and inputs of at most 5 goes by Winograd's F(2x2, 3x3)
 // (Lavin and Gray 2016) in 8-bit arithmetic. With d of 5 bits, B^T d B lies within [-124, 124]; with g of 4 bits,
@@ -33,13 +35,13 @@ constexpr int TILE = 48;    // Winograd tiles or pixels in a block: a multiple o
 constexpr int64_t CHUNK = 4 << 20;  // bytes of transformed input that are kept at once
 
 struct Part {        // channels with a scale of their own (a segment), or the channels of a group
-  int64_t first, length, padded, offset;  // in the input; padded to 4; where the padded ones begin in scratch
+  int64_t first, length, padded, offset;  // in the input; padded to 8; where the padded ones begin in scratch
 };
 
 struct Problem {
   const int8_t* input;   // (B, H, W, C)
   const uint8_t* weight; // (O, row) packed along (kh, kw, in)
-  int64_t weight_bytes, row;
+  int64_t row;
   const float *weight_scale, *input_scale, *bias;
   const float* addend;
   int64_t addend_sample, addend_pixel;  // strides; the channel's is 1
@@ -119,111 +121,145 @@ inline int read_bits(const uint8_t* row, int64_t bytes, int64_t index, int bits)
   return value - ((value >> (bits - 1)) << bits);
 }
 
-// Four channels of one tap for 16 outputs, as [16][4] signed bytes; what lies beyond the part is zero.
+// Lane l of row k to lane k of row l.
+inline void transpose(__m512i (&r)[LANES]) {
+  __m512i t[LANES];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int k = 0; k < 2; k++) {
+      r[i + 2 * k] = _mm512_unpacklo_epi64(t[i + k], t[i + 2 + k]);
+      r[i + 2 * k + 1] = _mm512_unpackhi_epi64(t[i + k], t[i + 2 + k]);
+    }
+  for (int k = 0; k < 4; k++) {
+    t[k] = _mm512_shuffle_i32x4(r[k], r[4 + k], 0x88), t[4 + k] = _mm512_shuffle_i32x4(r[k], r[4 + k], 0xdd);
+    t[8 + k] = _mm512_shuffle_i32x4(r[8 + k], r[12 + k], 0x88), t[12 + k] = _mm512_shuffle_i32x4(r[8 + k], r[12 + k], 0xdd);
+  }
+  for (int k = 0; k < 4; k++) {
+    r[k] = _mm512_shuffle_i32x4(t[k], t[8 + k], 0x88), r[8 + k] = _mm512_shuffle_i32x4(t[k], t[8 + k], 0xdd);
+    r[4 + k] = _mm512_shuffle_i32x4(t[4 + k], t[12 + k], 0x88), r[12 + k] = _mm512_shuffle_i32x4(t[4 + k], t[12 + k], 0xdd);
+  }
+}
+
+// The even ones of every eight channels and then the odd ones: so do nibbles come out of their bytes.
+inline __m512i even_first(__m512i bytes) {
+  return _mm512_shuffle_epi8(bytes, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15)));
+}
+
+struct Halves {  // eight channels of one tap for 16 outputs: the even ones and the odd ones, as [16][4] signed bytes
+  __m512i of[2];
+};
+
 struct Widener {
   const Problem& p;
   const Panel& panel;
-  __m512i row_of[WIDEST];
   bool nibbles;
 
   Widener(const Problem& p, const Panel& panel) : p(p), panel(panel) {
-    // every row's nibbles of one tap begin in a byte of their own, and offsets fit the gather's 32 bits
-    nibbles = p.bits == 4 && p.in_group() % 2 == 0 && p.weight_bytes >= 4 && p.weight_bytes < (int64_t)1 << 31;
+    nibbles = p.bits == 4 && p.in_group() % 2 == 0;  // every row's nibbles of one tap begin in a byte of their own
     for (auto& part : p.parts) nibbles = nibbles && part.first % 2 == 0;
-    alignas(64) int32_t at[LANES];
-    for (int j = 0; j < panel.width; j++) {
-      for (int l = 0; l < LANES; l++) at[l] = std::min(j * LANES + l, (int)panel.length - 1) * p.row + panel.first * p.row;
-      row_of[j] = _mm512_load_si512(at);
-    }
   }
 
-  static __m512i spread(__m512i v) {  // low four nibbles of each lane into its four bytes, signed
-    __m512i x = _mm512_and_si512(_mm512_or_si512(v, _mm512_slli_epi32(v, 8)), _mm512_set1_epi32(0x00ff00ff));
-    x = _mm512_and_si512(_mm512_or_si512(x, _mm512_slli_epi32(x, 4)), _mm512_set1_epi32(0x0f0f0f0f));
-    const __m512i eight = _mm512_set1_epi8(8);
-    return _mm512_sub_epi8(_mm512_xor_si512(x, eight), eight);
-  }
-
-  // Eight channels from `c` of the part on: two groups of four.
-  void eight(const Part& part, int64_t tap, int64_t c, int j, __m512i& low, __m512i& high) const {
-    int64_t in_row = tap * p.in_group() + (p.groups > 1 ? 0 : part.first) + c, left = part.length - c;
+  // Channels c ... c + 8 count of a part's tap, at most 16 times eight, for 16 outputs; zero beyond the part. Adds 128
+  // times each output's sum to `sums`.
+  void widen(const Part& part, int64_t tap, int64_t c, int count, int j, Halves* to, __m512i& sums) const {
+    const int64_t in_row = tap * p.in_group() + (p.groups > 1 ? 0 : part.first) + c, left = part.length - c;
+    const uint8_t* row[LANES];
+    for (int l = 0; l < LANES; l++)
+      row[l] = p.weight + (panel.first + std::min<int64_t>(j * LANES + l, panel.length - 1)) * p.row;
     if (nibbles) {
-      __m512i at = _mm512_add_epi32(row_of[j], _mm512_set1_epi32((int32_t)(in_row / 2)));
-      __m512i safe = _mm512_min_epi32(at, _mm512_set1_epi32((int32_t)(p.weight_bytes - 4)));
-      __m512i v = _mm512_i32gather_epi32(safe, p.weight, 1);
-      v = _mm512_srlv_epi32(v, _mm512_slli_epi32(_mm512_sub_epi32(at, safe), 3));
-      if (left < 8) v = _mm512_and_si512(v, _mm512_set1_epi32((int32_t)((1u << (4 * left)) - 1)));
-      low = spread(_mm512_and_si512(v, _mm512_set1_epi32(0xffff)));
-      high = spread(_mm512_srli_epi32(v, 16));
-      return;
+      const __mmask64 have = left >= 128 ? ~0ull : left > 0 ? (1ull << (left / 2)) - 1 : 0;
+      const __m512i signs = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1)),
+                    low = _mm512_set1_epi8(0x0f);
+      __m512i v[LANES];
+      for (int l = 0; l < LANES; l++) {
+        v[l] = _mm512_maskz_loadu_epi8(have, row[l] + in_row / 2);
+        _mm_prefetch((const char*)(row[l] + LANES * p.row + in_row / 2), _MM_HINT_T1);  // of the outputs that come next
+      }
+      transpose(v);
+      for (int k = 0; k < count; k++) {
+        to[k].of[0] = _mm512_shuffle_epi8(signs, _mm512_and_si512(v[k], low));
+        to[k].of[1] = _mm512_shuffle_epi8(signs, _mm512_and_si512(_mm512_srli_epi16(v[k], 4), low));
+      }
+    } else {
+      for (int k = 0; k < count; k++) {
+        alignas(64) int8_t two[2][LANES][4];
+        for (int l = 0; l < LANES; l++)
+          for (int n = 0; n < 8; n++)
+            two[n % 2][l][n / 2] = 8 * k + n < left ? read_bits(row[l], p.row, in_row + 8 * k + n, p.bits) : 0;
+        for (int h = 0; h < 2; h++) to[k].of[h] = _mm512_load_si512(two[h]);
+      }
     }
-    alignas(64) int8_t two[2][LANES][4];
-    for (int l = 0; l < LANES; l++) {
-      const uint8_t* row = p.weight + (panel.first + std::min<int64_t>(j * LANES + l, panel.length - 1)) * p.row;
-      for (int k = 0; k < 8; k++) two[k / 4][l][k % 4] = k < left ? read_bits(row, p.row, in_row + k, p.bits) : 0;
+    __m512i odd = _mm512_setzero_si512(), even = sums;
+    for (int k = 0; k < count; k++) {
+      even = _mm512_dpbusd_epi32(even, _mm512_set1_epi8((char)128), to[k].of[0]);
+      odd = _mm512_dpbusd_epi32(odd, _mm512_set1_epi8((char)128), to[k].of[1]);
     }
-    low = _mm512_load_si512(two[0]);
-    high = _mm512_load_si512(two[1]);
+    sums = _mm512_add_epi32(even, odd);
   }
 };
 
 // [part][tap][c/4][width][16][4], and comp[part][width*16] = 128 times the sum over taps and channels.
 void widen_direct(const Problem& p, const Panel& panel, int64_t from, int64_t to, int8_t* w, int32_t* comp) {
   Widener widener(p, panel);
-  const __m512i offset = _mm512_set1_epi8((char)128);
+  Halves some[16];
   for (int64_t s = from; s < to; s++, comp += panel.width * LANES) {
     __m512i sums[WIDEST];
     for (auto& sum : sums) sum = _mm512_setzero_si512();
     for (int64_t tap = 0; tap < p.KH * p.KW; tap++)
-      for (int64_t c = 0; c < p.parts[s].padded; c += 8) {
-        int groups_of_four = std::min<int64_t>(2, (p.parts[s].padded - c) / 4);
+      for (int64_t c = 0; c < p.parts[s].padded; c += 128) {
+        const int count = (int)std::min<int64_t>(16, (p.parts[s].padded - c) / 8);
         for (int j = 0; j < panel.width; j++) {
-          __m512i half[2];
-          widener.eight(p.parts[s], tap, c, j, half[0], half[1]);
-          for (int h = 0; h < groups_of_four; h++) {
-            _mm512_storeu_si512(w + (h * panel.width + j) * 64, half[h]);
-            sums[j] = _mm512_dpbusd_epi32(sums[j], offset, half[h]);
-          }
+          widener.widen(p.parts[s], tap, c, count, j, some, sums[j]);
+          for (int k = 0; k < 2 * count; k++) _mm512_storeu_si512(w + (k * panel.width + j) * 64, some[k / 2].of[k % 2]);
         }
-        w += groups_of_four * panel.width * 64;
+        w += 2 * count * panel.width * 64;
       }
     for (int j = 0; j < panel.width; j++) _mm512_storeu_si512(comp + j * LANES, sums[j]);
   }
 }
 
-// u[16][c/4][width][16][4] = (2G) g (2G)^T of one part, and comp[16][width*16].
+// (2G) g (2G)^T
+template <class T, class Add, class Sub> inline void transform_weight(const T (&g)[9], T (&u)[16], Add add, Sub sub) {
+  T q[4][3];
+  for (int k = 0; k < 3; k++) {
+    const T ends = add(g[k], g[6 + k]);
+    q[0][k] = add(g[k], g[k]), q[1][k] = add(ends, g[3 + k]);
+    q[2][k] = sub(ends, g[3 + k]), q[3][k] = add(g[6 + k], g[6 + k]);
+  }
+  for (int i = 0; i < 4; i++) {
+    const T ends = add(q[i][0], q[i][2]);
+    u[4 * i] = add(q[i][0], q[i][0]), u[4 * i + 1] = add(ends, q[i][1]);
+    u[4 * i + 2] = sub(ends, q[i][1]), u[4 * i + 3] = add(q[i][2], q[i][2]);
+  }
+}
+
+// u[16][c/4][width][16][4] = (2G) g (2G)^T of one part, and comp[16][width*16], 128 times its sum over the channels.
 void widen_winograd(const Problem& p, const Panel& panel, const Part& part, int8_t* u, int32_t* comp) {
   Widener widener(p, panel);
-  const __m512i offset = _mm512_set1_epi8((char)128);
-  std::memset(comp, 0, 16 * panel.width * LANES * sizeof(int32_t));
+  Halves some[9][16];
   const int64_t plane = part.padded / 4 * panel.width * 64;
-  for (int j = 0; j < panel.width; j++)
-    for (int64_t c = 0; c < part.padded; c += 8) {
-      __m512i both[2][9];
-      for (int t = 0; t < 9; t++) widener.eight(part, t, c, j, both[0][t], both[1][t]);
-      for (int h = 0; h < 2 && c + 4 * h < part.padded; h++) {
-        __m512i* g = both[h];
-        int8_t* to = u + ((c / 4 + h) * panel.width + j) * 64;
-        __m512i q[4][3];
-        for (int k = 0; k < 3; k++) {
-          __m512i ends = _mm512_add_epi8(g[k], g[6 + k]);
-          q[0][k] = _mm512_add_epi8(g[k], g[k]);
-          q[1][k] = _mm512_add_epi8(ends, g[3 + k]);
-          q[2][k] = _mm512_sub_epi8(ends, g[3 + k]);
-          q[3][k] = _mm512_add_epi8(g[6 + k], g[6 + k]);
-        }
-        for (int i = 0; i < 4; i++) {
-          __m512i ends = _mm512_add_epi8(q[i][0], q[i][2]);
-          __m512i row[4] = {_mm512_add_epi8(q[i][0], q[i][0]), _mm512_add_epi8(ends, q[i][1]),
-                            _mm512_sub_epi8(ends, q[i][1]), _mm512_add_epi8(q[i][2], q[i][2])};
-          for (int k = 0; k < 4; k++) {
-            _mm512_storeu_si512(to + (i * 4 + k) * plane, row[k]);
-            int32_t* sums = comp + ((i * 4 + k) * panel.width + j) * LANES;
-            _mm512_storeu_si512(sums, _mm512_dpbusd_epi32(_mm512_loadu_si512(sums), offset, row[k]));
-          }
-        }
+  for (int j = 0; j < panel.width; j++) {
+    __m512i sums[9], of_plane[16];
+    for (auto& sum : sums) sum = _mm512_setzero_si512();
+    for (int64_t c = 0; c < part.padded; c += 128) {
+      const int count = (int)std::min<int64_t>(16, (part.padded - c) / 8);
+      for (int t = 0; t < 9; t++) widener.widen(part, t, c, count, j, some[t], sums[t]);
+      for (int k = 0; k < 2 * count; k++) {
+        __m512i g[9], row[16];
+        for (int t = 0; t < 9; t++) g[t] = some[t][k / 2].of[k % 2];
+        transform_weight(g, row, [](__m512i a, __m512i b) { return _mm512_add_epi8(a, b); },
+                         [](__m512i a, __m512i b) { return _mm512_sub_epi8(a, b); });
+        int8_t* to = u + ((c / 4 + k) * panel.width + j) * 64;
+        for (int n = 0; n < 16; n++) _mm512_storeu_si512(to + n * plane, row[n]);
       }
     }
+    transform_weight(sums, of_plane, [](__m512i a, __m512i b) { return _mm512_add_epi32(a, b); },
+                     [](__m512i a, __m512i b) { return _mm512_sub_epi32(a, b); });
+    for (int n = 0; n < 16; n++) _mm512_storeu_si512(comp + (n * panel.width + j) * LANES, of_plane[n]);
+  }
 }
 
 // ------------------------------------------------------------------------------------------------ epilogue
@@ -333,7 +369,7 @@ void direct(const Problem& p) {
             __mmask64 have = part.length - k >= 64 ? ~0ull : part.length > k ? (1ull << (part.length - k)) - 1 : 0;
             __mmask64 want = part.padded - k >= 64 ? ~0ull : (1ull << (part.padded - k)) - 1;
             __m512i v = _mm512_maskz_loadu_epi8(have, pixel + part.first + k);
-            _mm512_mask_storeu_epi8(row + part.offset + k, want, _mm512_xor_si512(v, offset));
+            _mm512_mask_storeu_epi8(row + part.offset + k, want, even_first(_mm512_xor_si512(v, offset)));
           }
       }
     }
@@ -401,7 +437,7 @@ void transform_input(const Problem& p, int64_t first, int64_t count, int64_t TH,
         const __mmask64 want = part.padded - k >= 64 ? ~0ull : (1ull << (part.padded - k)) - 1;
         __m512i d[16], e[16];
         for (int n = 0; n < 16; n++)
-          d[n] = _mm512_maskz_loadu_epi8(have, pixel[n] ? pixel[n] + part.first + k : zeros);
+          d[n] = even_first(_mm512_maskz_loadu_epi8(have, pixel[n] ? pixel[n] + part.first + k : zeros));
         for (int j = 0; j < 4; j++) {
           e[j] = _mm512_sub_epi8(d[j], d[8 + j]);
           e[4 + j] = _mm512_add_epi8(d[4 + j], d[8 + j]);
@@ -705,7 +741,7 @@ void check(const Tensor& input, const Tensor& weight, const Tensor& input_scale,
 void fill_parts(Problem& p, at::IntArrayRef segments) {
   int64_t first = 0;
   for (int64_t g = 0; g < (p.groups > 1 ? p.groups : (int64_t)segments.size()); g++) {
-    const int64_t length = p.groups > 1 ? p.in_group() : segments[g], padded = (length + 3) / 4 * 4;
+    const int64_t length = p.groups > 1 ? p.in_group() : segments[g], padded = (length + 7) / 8 * 8;
     p.parts.push_back({first, length, padded, p.padded});
     first += length;
     p.padded += padded;
@@ -720,7 +756,7 @@ void compute(Problem& p, void (*method)(const Problem&), const Tensor& input, co
   const Tensor w = weight.contiguous(), ws = weight_scale.to(at::kFloat).contiguous(),
                is = input_scale.to(at::kFloat).contiguous(), b = bias ? bias->to(at::kFloat).contiguous() : Tensor();
   p.input = input.const_data_ptr<int8_t>(), p.weight = w.const_data_ptr<uint8_t>();
-  p.weight_bytes = w.numel(), p.row = w.size(1);
+  p.row = w.size(1);
   p.weight_scale = ws.const_data_ptr<float>(), p.input_scale = is.const_data_ptr<float>();
   p.bias = b.defined() ? b.const_data_ptr<float>() : nullptr;
   p.addend = addend.defined() ? addend.const_data_ptr<float>() : nullptr;
