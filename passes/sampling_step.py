@@ -7,6 +7,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 
 from pqcad_ao.passes.inline import buffer, finish, inline
+from pqcad_ao.schedule import signal_power
 
 aten = torch.ops.aten
 # Columns of the table: x_0 and ε as sums of x_t and the prediction, and x_{t-1} as a sum of x_0 and ε.
@@ -23,23 +24,15 @@ def ddim_table(scheduler: DDIMScheduler, steps: int) -> Tensor:
     """
     if scheduler.config.thresholding:
         raise ValueError("the scheduler thresholds x_0 dynamically: set thresholding=False, or clip_sample=True")
-    scheduler = type(scheduler).from_config(scheduler.config)
-    scheduler.set_timesteps(steps)
-    rows = []
-    for t in scheduler.timesteps.tolist():
-        before = t - scheduler.config.num_train_timesteps // steps
-        squared = scheduler.alphas_cumprod[t].double()
-        led_to = (scheduler.alphas_cumprod[before] if before >= 0 else scheduler.final_alpha_cumprod).double()
-        alpha, sigma = squared.sqrt(), (1 - squared).sqrt()
-        kind = scheduler.config.prediction_type
-        if kind == "epsilon":
-            factors = [1 / alpha, -sigma / alpha, torch.tensor(0.0), torch.tensor(1.0)]
-        elif kind == "v_prediction":
-            factors = [alpha, -sigma, sigma, alpha]
-        else:
-            factors = [torch.tensor(0.0), torch.tensor(1.0), 1 / sigma, -alpha / sigma]
-        rows.append(torch.stack([f.double() for f in (*factors, led_to.sqrt(), (1 - led_to).sqrt())]))
-    return torch.stack(rows).float()
+    here, led_to = (power.double() for power in signal_power(scheduler, steps))
+    alpha, sigma = here.sqrt(), (1 - here).sqrt()
+    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+    factors = {
+        "epsilon": [1 / alpha, -sigma / alpha, zero, one],
+        "v_prediction": [alpha, -sigma, sigma, alpha],
+        "sample": [zero, one, 1 / sigma, -alpha / sigma],
+    }[scheduler.config.prediction_type]
+    return torch.stack([*factors, led_to.sqrt(), (1 - led_to).sqrt()], 1).float()
 
 
 def add_sampling_step(graph: GraphModule, timesteps: Tensor, table: Tensor, clip: float | None) -> GraphModule:

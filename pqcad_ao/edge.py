@@ -33,7 +33,7 @@ from pqcad_ao.passes.sampling_step import add_sampling_step, ddim_table
 from pqcad_ao.passes.to_xnnpack import to_xnnpack
 from pqcad_ao.pte_sampler import FORMAT, PTESampler, require_executorch, tensors_of
 from pqcad_ao.sampling import evaluation_mode, predict
-from pqcad_ao.schedule import steps_to_bind
+from pqcad_ao.schedule import signal_power, steps_to_bind, timesteps_of
 from pqcad_ao.serialization import quantized_state
 
 __all__ = ["PTEReport", "PTESampler", "ParityError", "export_fp32_pte", "export_pte"]
@@ -310,21 +310,16 @@ def _metadata(
 
     ``alphas_cumprod_prev`` belongs to the timestep that a DDIM step leads to.
     """
-    scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(steps)
-    timesteps = scheduler.timesteps.to(torch.int64)
-    previous = timesteps - scheduler.config.num_train_timesteps // steps
-    alphas = scheduler.alphas_cumprod
-    led_to = torch.where(previous >= 0, alphas[previous.clamp_min(0)], scheduler.final_alpha_cumprod)
+    alphas, led_to = signal_power(scheduler, steps)
     return {
         "pqcad_format": FORMAT,
         "steps": steps,
-        "timesteps": timesteps,
+        "timesteps": torch.tensor(timesteps_of(scheduler, steps)),
         "batch_size": batch_size,
         "sample_shape": torch.tensor(shape),
         "value_range": torch.tensor(VALUE_RANGE),
         "conditioning": json.dumps(names),
-        "alphas_cumprod": alphas[timesteps].float(),
+        "alphas_cumprod": alphas.float(),
         "alphas_cumprod_prev": led_to.float(),
         "init_noise_sigma": float(scheduler.init_noise_sigma),
         "prediction_type": scheduler.config.prediction_type,

@@ -97,6 +97,15 @@ def shortly(timesteps: list[int]) -> str:
     return ", ".join(map(str, shown))
 
 
+def signal_power(scheduler: DDIMScheduler, num_inference_steps: int) -> tuple[Tensor, Tensor]:
+    """The cumulative product of alphas, (S,) each: at a schedule's timesteps, and where their DDIM steps lead to."""
+    visited = torch.tensor(timesteps_of(scheduler, num_inference_steps))
+    # as DDIMScheduler.step counts them, whatever the next timestep of the schedule is
+    led_to = visited - scheduler.config.num_train_timesteps // num_inference_steps
+    alphas = scheduler.alphas_cumprod
+    return alphas[visited], torch.where(led_to >= 0, alphas[led_to.clamp_min(0)], scheduler.final_alpha_cumprod)
+
+
 @dataclass
 class Walk:
     """A schedule with the numbers that its jumps need.
