@@ -343,6 +343,8 @@ def run_plan(args: argparse.Namespace) -> dict[str, Any]:
 
 def run_compress(args: argparse.Namespace) -> dict[str, Any]:
     config, cad = config_from(args), None
+    if args.halvings > 1 and args.distill is None:
+        raise ValueError(f"--halvings {args.halvings} without --distill N: write the steps N that are halved as well")
     if args.distill is not None:
         preset = CADConfig.fast if args.fast else CADConfig
         cad = preset(steps=args.distill, halvings=args.halvings, seed=args.seed)

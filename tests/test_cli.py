@@ -135,6 +135,11 @@ def test_compress_distills_and_its_steps_are_then_the_default(
     assert found["steps"] == 2
 
 
+def test_halvings_of_nothing_are_one_line(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    line = error_line(capsys, "compress", "--model", model_dir, "--out", tmp_path / "a", "--halvings", 2, *QUICK)
+    assert "--halvings 2 without --distill N" in line
+
+
 def test_export_hands_on_what_was_asked_for(
     compressed_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
