@@ -23,6 +23,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import IO, Any
@@ -332,32 +333,32 @@ def build_openvino_int8(work: Workload) -> Contender:
     return openvino_contender(model, work, "bf16" if native_bf16() else "f32", int8_arithmetic())
 
 
-def quantize_w4a4(unet: nn.Module, scheduler: DDIMScheduler, conditioning: dict[str, Tensor]) -> None:
-    """This project's fixed-bit W4A4; learning moves its values, not its speed."""
+def quantize_fixed(unet: nn.Module, scheduler: DDIMScheduler, conditioning: dict[str, Tensor], bits: int = 4) -> None:
+    """This project's fixed-bit W4A4, or other ``bits`` of activations; learning moves its values, not its speed."""
     from pqcad_ao import PQCADConfig, quantize_
 
-    config = PQCADConfig(mode="ptq", calibration_points=CALIBRATION_IMAGES)
+    config = PQCADConfig(mode="ptq", activation_bits=bits, calibration_points=CALIBRATION_IMAGES)
     quantize_(unet, config, scheduler=scheduler, conditioning=conditioning or None, progress=False)
 
 
 def build_pqcad_w4a4(work: Workload) -> Contender:
     from pqcad_ao import ops
 
-    quantize_w4a4(work.unet, work.scheduler, dict(zip(work.names, work.example[2:], strict=True)))
+    quantize_fixed(work.unet, work.scheduler, dict(zip(work.names, work.example[2:], strict=True)))
     compiled: Any = torch.compile(work.unet, backend="pqcad")
     call = Step(compiled, work.names)
     call(*work.example)
     return Contender(call, module_bytes(work.unet), ops.arithmetic(), "pqcad")
 
 
-def build_pqcad_w4a4_pt2(work: Workload) -> Contender:
+def build_pqcad_pt2(work: Workload, bits: int) -> Contender:
     """The same network compiled ahead of time for the schedule, by a process that is gone when the steps are timed."""
     from pqcad_ao import ops
     from pqcad_ao.backend import load_pt2
 
     package, rows = work.folder / "unet.pt2", dict(zip(work.names, work.example[2:], strict=True))
     torch.save(rows, work.folder / "conditioning.pt")
-    arguments = [work.model, str(package), str(len(work.example[0])), str(work.folder / "conditioning.pt")]
+    arguments = [work.model, str(package), str(len(work.example[0])), str(work.folder / "conditioning.pt"), str(bits)]
     code = "import sys; from pqcad_ao.bench.compile import export_package; export_package(*sys.argv[1:])"
     done = subprocess.run([sys.executable, "-c", code, *arguments], stdout=sys.stderr, check=False)
     if done.returncode:
@@ -372,13 +373,13 @@ def build_pqcad_w4a4_pt2(work: Workload) -> Contender:
 
 
 @torch.no_grad()
-def export_package(model: str, path: str, batch: str, conditioning: str) -> None:
-    """What :func:`build_pqcad_w4a4_pt2` runs in a process of its own."""
+def export_package(model: str, path: str, batch: str, conditioning: str, bits: str) -> None:
+    """What :func:`build_pqcad_pt2` runs in a process of its own."""
     from pqcad_ao.backend import export_pt2
 
     unet, scheduler = float_model(model)
     rows = torch.load(conditioning)
-    quantize_w4a4(unet, scheduler, rows)
+    quantize_fixed(unet, scheduler, rows, int(bits))
     options: dict[str, Any] = {"num_inference_steps": TRAJECTORY_STEPS, "batch_size": int(batch)}
     export_pt2(unet, path, scheduler=scheduler, conditioning=rows or None, min_sqnr_db=0.0, **options)
 
@@ -400,7 +401,8 @@ ROWS = {
     "openvino_bf16": Row(build_openvino_bf16, ("openvino",)),
     "openvino_int8": Row(build_openvino_int8, ("openvino", "nncf")),
     "pqcad_w4a4": Row(build_pqcad_w4a4),
-    "pqcad_w4a4_pt2": Row(build_pqcad_w4a4_pt2),
+    "pqcad_w4a4_pt2": Row(partial(build_pqcad_pt2, bits=4)),
+    "pqcad_w4a5_pt2": Row(partial(build_pqcad_pt2, bits=5)),  # the fifth bit is free: Winograd stays exact
 }
 
 

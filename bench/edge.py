@@ -24,7 +24,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from pqcad_ao.bench import machine
-from pqcad_ao.bench.compile import Step, float_model, quantize_w4a4, random_conditioning
+from pqcad_ao.bench.compile import Step, float_model, quantize_fixed, random_conditioning
 from pqcad_ao.capture import sample_shape
 from pqcad_ao.files import check_writable, write_whole
 from pqcad_ao.models import load_model, save_model
@@ -259,7 +259,7 @@ def _prepare(job: dict[str, Any], quantize: bool) -> None:
     x_t, timesteps, predictions = (torch.stack(column) for column in zip(*met, strict=True))
     save_file({"x_t": x_t, "timesteps": timesteps, "predictions": predictions}, job["records"])
     if quantize:
-        quantize_w4a4(unet, scheduler, {})
+        quantize_fixed(unet, scheduler, {})
         save_model(unet, scheduler, job["compressed"])
     elif quantized_state(load_model(job["compressed"])[0]) is None:
         raise ValueError(f"compressed={job['compressed']!r} is not quantized: give a folder that quantize_ led to")

@@ -72,6 +72,7 @@ ROWS = {
     "pq_schedule": Row("progressive W4A4, fixed schedule", {"transitions": "schedule"}),
     "pq_normal": Row("progressive W4A4, normal C_QC", {"calibration_timesteps": "normal"}),
     "pq_uniform": Row("progressive W4A4, uniform C_QC", {"calibration_timesteps": "uniform"}),
+    "pq_w4a5": Row("progressive W4A5", {"activation_bits": 5}),
     "pq_w4a8": Row("progressive W4A8", {"activation_bits": 8}),
     "pq_w3a8": Row("progressive W3A8", {"weight_bits": 3, "activation_bits": 8}),
     "pq_w3a4": Row("progressive W3A4", {"weight_bits": 3}),
@@ -79,6 +80,8 @@ ROWS = {
     "pq_half": Row("progressive W4A4, half the steps", None, base="pq_full", part=2),
     "pqcad_half": _distilled("W4A4, distilled to half the steps"),
     "pqcad_quarter": _distilled("W4A4, distilled to a quarter of the steps", part=4, halvings=2),
+    "pqcad_half_w4a5": _distilled("W4A5, distilled to half the steps", base="pq_w4a5"),
+    "pqcad_quarter_w4a5": _distilled("W4A5, distilled to a quarter of the steps", base="pq_w4a5", part=4, halvings=2),
 }
 # What each part of distillation adds. All take the same number of updates.
 ABLATIONS = {

@@ -578,50 +578,54 @@ struct Quantize {
   bool silu;
 };
 
-// e^x for x <= 0 that is correct to about one unit in the last place (Cephes' expf).
-inline __m512 exp_of_negative(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-87.f));
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 8);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-  __m512 y = _mm512_set1_ps(1.9875691500e-4f);
-  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+// x / (1 + e^-x), to about one unit in the last place: e^-x is a power of two times a polynomial in what remains of the
+// exponent. Ends of +-87 keep the power a normal number.
+inline __m512 silu_of(__m512 x) {
+  const __m512 one = _mm512_set1_ps(1.f), minus_log2e = _mm512_set1_ps(-1.44269504f);
+  const __m512 ended = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.f)), _mm512_set1_ps(87.f));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(ended, minus_log2e), 8), r = _mm512_fmsub_ps(ended, minus_log2e, n);
+  __m512 y = _mm512_set1_ps(1.546144485e-4f);  // 2^r on [-1/2, 1/2], interpolated at Chebyshev's points
+  for (float c : {1.3400428e-3f, 9.618056938e-3f, 5.550327152e-2f, 2.402265072e-1f, 6.931471825e-1f, 1.f})
     y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c));
-  y = _mm512_add_ps(_mm512_fmadd_ps(y, _mm512_mul_ps(r, r), r), _mm512_set1_ps(1.f));
-  return _mm512_scalef_ps(y, n);
+  const __m512 d = _mm512_add_ps(one, _mm512_scalef_ps(y, n));
+  __m512 inverse = _mm512_rcp14_ps(d);  // 14 bits, and a Newton step: together shorter than a division
+  inverse = _mm512_mul_ps(inverse, _mm512_fnmadd_ps(d, inverse, _mm512_set1_ps(2.f)));
+  return _mm512_mul_ps(x, inverse);
 }
 
-inline __m512 silu_of(__m512 x) {  // x / (1 + e^-x); the exponential of -|x| never overflows
-  const __m512 one = _mm512_set1_ps(1.f), e = exp_of_negative(_mm512_or_ps(x, _mm512_set1_ps(-0.f)));
-  const __mmask16 negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
-  const __m512 d = _mm512_add_ps(one, e);
-  __m512 r = _mm512_rcp14_ps(d);  // and two Newton steps: together shorter than a division
-  r = _mm512_mul_ps(r, _mm512_fnmadd_ps(d, r, _mm512_set1_ps(2.f)));
-  r = _mm512_mul_ps(r, _mm512_fnmadd_ps(d, r, _mm512_set1_ps(2.f)));
-  return _mm512_mul_ps(_mm512_mul_ps(x, _mm512_mask_blend_ps(negative, one, e)), r);
+// Adds the sums and the sums of squares of rows [from, to) to sums[2][C], for N registers of channels from c on.
+template <int N>
+void moments(const Quantize& p, const Source& source, int64_t c, int64_t sample, int64_t from, int64_t to, double* sums) {
+  const int64_t count = std::min<int64_t>(N * LANES, source.channels - c);
+  const __mmask16 last = (__mmask16)((1u << (count - (N - 1) * LANES)) - 1);
+  alignas(64) float one[N * LANES], two[N * LANES];
+  for (int64_t h = from; h < to; h++) {  // row by row into doubles: long sums in float lose what the grid tells apart
+    const float* x = source.data + (sample * p.H + h) * p.W * source.channels + c;
+    __m512 sum[N], squares[N];
+    for (int j = 0; j < N; j++) sum[j] = squares[j] = _mm512_setzero_ps();
+    for (int64_t w = 0; w < p.W; w++, x += source.channels)
+      for (int j = 0; j < N; j++) {
+        const __m512 v = _mm512_maskz_loadu_ps(j + 1 < N ? (__mmask16)0xffff : last, x + j * LANES);
+        sum[j] = _mm512_add_ps(sum[j], v);
+        squares[j] = _mm512_fmadd_ps(v, v, squares[j]);
+      }
+    for (int j = 0; j < N; j++) _mm512_store_ps(one + j * LANES, sum[j]), _mm512_store_ps(two + j * LANES, squares[j]);
+    for (int64_t k = 0; k < count; k++) {
+      sums[source.first + c + k] += one[k];
+      sums[p.C + source.first + c + k] += two[k];
+    }
+  }
 }
 
-// Adds the sums and the sums of squares of rows [from, to) to sums[2][C].
 void moments(const Quantize& p, int64_t sample, int64_t from, int64_t to, double* sums) {
   for (auto& source : p.sources)
-    for (int64_t c = 0; c < source.channels; c += LANES) {
-      const __mmask16 lanes = source.channels - c >= LANES ? 0xffff : (__mmask16)((1u << (source.channels - c)) - 1);
-      alignas(64) float one[LANES], two[LANES];
-      for (int64_t h = from; h < to; h++) {  // row by row into doubles: long sums in float lose what the grid tells apart
-        const float* x = source.data + (sample * p.H + h) * p.W * source.channels + c;
-        __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
-        for (int64_t w = 0; w < p.W; w++, x += source.channels) {
-          const __m512 v = _mm512_maskz_loadu_ps(lanes, x);
-          sum = _mm512_add_ps(sum, v);
-          squares = _mm512_fmadd_ps(v, v, squares);
-        }
-        _mm512_store_ps(one, sum), _mm512_store_ps(two, squares);
-        for (int64_t k = 0; k < std::min<int64_t>(LANES, source.channels - c); k++) {
-          sums[source.first + c + k] += one[k];
-          sums[p.C + source.first + c + k] += two[k];
-        }
+    for (int64_t c = 0; c < source.channels; c += 4 * LANES)
+      switch (std::min<int64_t>(4, (source.channels - c + LANES - 1) / LANES)) {
+        case 1: moments<1>(p, source, c, sample, from, to, sums); break;
+        case 2: moments<2>(p, source, c, sample, from, to, sums); break;
+        case 3: moments<3>(p, source, c, sample, from, to, sums); break;
+        default: moments<4>(p, source, c, sample, from, to, sums);
       }
-    }
 }
 
 // What every channel of a sample is multiplied with and gets added, its reciprocal scale, and its grid's ends.
@@ -669,8 +673,8 @@ void quantize_rows(const Quantize& p, int64_t sample, int64_t from, int64_t to, 
           __m512 v = _mm512_maskz_loadu_ps(lanes, x);
           if (NORM) v = _mm512_fmadd_ps(v, factors, shifts);
           if (SILU) v = silu_of(v);
-          v = _mm512_roundscale_ps(_mm512_mul_ps(v, step), 8);
-          const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(v, least), most)));
+          v = _mm512_min_ps(_mm512_max_ps(_mm512_mul_ps(v, step), least), most);  // integers: rounding keeps within them
+          const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v));
           for (int64_t u = 0; u < U; u++) _mm_mask_storeu_epi8(to + u * p.C, lanes, bytes);
         }
       }
