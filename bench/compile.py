@@ -48,6 +48,7 @@ from pqcad_ao.bench.machine import (
 )
 from pqcad_ao.capture import sample_shape
 from pqcad_ao.evaluate import sqnr_db
+from pqcad_ao.files import check_writable
 from pqcad_ao.models import NAMES, load_model
 from pqcad_ao.sampling import predict, sample
 from pqcad_ao.serialization import quantized_state
@@ -661,12 +662,15 @@ def bench_compile(
 
     Raises:
         ValueError: an unknown model or row, a folder without a full-precision UNet, a count below 1.
+        OSError: there is no folder for the files.
         RuntimeError: the reference itself cannot run.
     """
     names, sizes = check_rows(rows), check_counts("batches", batches)
     check_counts("rounds", [rounds])
     check_counts("iterations", [iterations])
     threads = check_threads(threads)
+    target = None if json_path is None else check_writable(json_path)  # now, and not after half an hour
+    chart = None if plot_path is None else check_writable(plot_path)
     float_model(model)  # what is wrong with it is said before any process starts
     result: dict[str, Any] = {"benchmark": "compile", "model": model, "seed": seed, **describe(threads)}
     result |= {"rounds": rounds, "iterations": iterations, "roofline": [], "rows": []}
@@ -679,10 +683,10 @@ def bench_compile(
             result["roofline"].append(facts)
             result["rows"] += measured
     result["loadavg_end"] = loadavg()
-    if json_path is not None:
-        Path(json_path).write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-    if plot_path is not None:
-        plot(result, plot_path)
+    if target is not None:
+        target.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+    if chart is not None:
+        plot(result, chart)
     return result
 
 
@@ -896,7 +900,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         args.model,
         batches=args.batches or (1, 8),
         rounds=args.rounds,
-        iterations=args.iterations or 3,
+        iterations=3 if args.iterations is None else args.iterations,
         threads=args.threads,
         rows=args.rows,
         seed=args.seed,

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from pqcad_ao.passes.inline import writes
+
 aten = torch.ops.aten
 # Operators that spread one row over a batch by themselves.
 BROADCASTING = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor}
@@ -30,8 +32,17 @@ def fold_timesteps(graph: GraphModule, timesteps: Node, schedule: Tensor) -> Gra
 
     Returns:
         the same GraphModule; in the place of ``timesteps`` it takes ``step``, a (1,) int64 index into ``schedule``.
+
+    Raises:
+        ValueError: a value that depends on the timesteps alone is changed in place.
     """
     alone = _depending_on(timesteps)
+    for node in alone:
+        if node.op.startswith("call_") and writes(node):  # what it changes may be a view of what is folded
+            raise ValueError(
+                f"the network changes a value of the timestep in place ({node.format_node()}): it cannot be "
+                "a table with a row for each step. Write the operation out of place"
+            )
     for node in reversed([node for node in alone if not node.users and node.op != "placeholder"]):
         graph.graph.erase_node(node)  # checks of metadata: nothing reads them, and dead code elimination keeps them
         del alone[node]

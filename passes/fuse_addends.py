@@ -45,7 +45,7 @@ def fuse_addends(graph: GraphModule) -> int:
 def _takes(conv: object, addend: object) -> bool:
     if not (isinstance(conv, Node) and isinstance(addend, Node) and conv.target in CONV and len(conv.users) == 1):
         return False
-    if argument(conv, 14, "addend", None) is not None:
+    if addend is conv or argument(conv, 14, "addend", None) is not None:
         return False
     result, other = traced(conv), traced(addend)
     if not isinstance(other, torch.Tensor) or other.dtype != result.dtype or other.dim() != 4:

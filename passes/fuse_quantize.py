@@ -50,12 +50,12 @@ def _fuse_image(graph: GraphModule, node: Node, nodes: Order) -> None:
         return x.target in targets and nodes.calm(x, node)
 
     upsample = _upsampling(x) if is_one(x, UPSAMPLE) else 1
-    x = x.args[0] if upsample > 1 else x
+    x = _input(x) if upsample > 1 else x
     silu = is_one(x, SILU)
-    x = x.args[0] if silu else x
+    x = _input(x) if silu else x
     norm = x if is_one(x, GROUP_NORM) else None
-    x = x if norm is None else x.args[0]
-    inputs = list(x.args[0]) if is_one(x, CAT) and _along_channels(x) else [x]
+    x = x if norm is None else _input(x)
+    inputs = list(argument(x, 0, "tensors", ())) if is_one(x, CAT) and _along_channels(x) else [x]
     with graph.graph.inserting_before(node):
         options = (*_norm(norm), silu, scale, low, segments, bits, upsample)
         fused = graph.graph.call_function(pqcad.norm_silu_quantize, (inputs, *options))
@@ -66,11 +66,11 @@ def _fuse_image(graph: GraphModule, node: Node, nodes: Order) -> None:
 def _fuse_tokens(graph: GraphModule, node: Node, nodes: Order) -> None:
     """quantize(norm(...).transpose(1, 2)), the input of attention's projections; (B, C, L) is an image (B, C, L, 1)."""
     turned, scale, low, segments, bits, _ = node.args
-    norm = turned.args[0] if turned.target in TRANSPOSE and _swaps(turned) else None
+    norm = _input(turned) if turned.target in TRANSPOSE and _swaps(turned) else None
     if norm is None or norm.target not in GROUP_NORM or not nodes.calm(norm, node):
         return
     with graph.graph.inserting_before(node):
-        image = graph.graph.call_method("unsqueeze", (norm.args[0], -1))
+        image = graph.graph.call_method("unsqueeze", (_input(norm), -1))
         options = (*_norm(norm), False, scale, low, segments, bits, 1)
         fused = graph.graph.call_function(pqcad.norm_silu_quantize, ([image], *options))
         fused = graph.graph.call_method("squeeze", (fused, -1))
@@ -79,11 +79,15 @@ def _fuse_tokens(graph: GraphModule, node: Node, nodes: Order) -> None:
     graph.graph.erase_node(node)
 
 
+def _input(node: Node) -> Node:
+    return argument(node, 0, "input", None)
+
+
 def _upsampling(node: Node) -> int:
     """By what whole factor a node upsamples to the nearest; 1 where it does something else."""
     if node.target is functional.interpolate and argument(node, 3, "mode", "nearest") != "nearest":
         return 1
-    (small, large) = (traced(n).shape[2:] for n in (node.args[0], node))
+    (small, large) = (traced(n).shape[2:] for n in (_input(node), node))
     factor = int(large[0]) // int(small[0]) if all(isinstance(n, int) for n in (*small, *large)) else 0
     return factor if factor > 1 and tuple(large) == tuple(factor * n for n in small) else 1
 

@@ -270,7 +270,7 @@ class PT2UNet:
         if self.scheduler is None:
             raise ValueError("this package was exported without a scheduler: write export_pt2(..., scheduler=...)")
         bound = None if self.timesteps is None else len(self.timesteps)
-        steps = num_inference_steps or bound
+        steps = bound if num_inference_steps is None else num_inference_steps
         if steps is None or (bound is not None and steps != bound):
             raise ValueError(
                 f"num_inference_steps={num_inference_steps}: this package samples in {bound or 'any number'}"

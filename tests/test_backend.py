@@ -132,6 +132,32 @@ def test_changes_in_place_keep_their_meaning():
     assert sqnr(model(noise(), at(300)), found) > 60
 
 
+class Spelled(Awkward):
+    """Keywords for every argument, and a convolution that is added to itself."""
+
+    def middle(self, h: Tensor) -> Tensor:
+        h = F.dropout(input=torch.cat(tensors=[self.one(h), h], dim=1), p=0.5, training=False)
+        normal = F.group_norm(input=h[:, :8], num_groups=2)
+        two = self.two(F.interpolate(input=F.silu(input=normal), scale_factor=2.0, mode="nearest"))[:, :, ::2, ::2]
+        return self.three(torch.cat(tensors=[two[:, :4], h[:, 8:12]], dim=1)) + (two + two)
+
+
+class SelfAdded(Awkward):
+    def middle(self, h: Tensor) -> Tensor:
+        h = self.one(h)
+        return h + h
+
+
+@pytest.mark.parametrize("network", [Spelled, SelfAdded])
+@torch.no_grad()
+def test_any_way_to_write_it_is_understood(network):
+    model = quantized(network())
+    graph, inputs = graph_of(model, noise(), at(300))
+    fuse(graph)
+    (found,) = graph(*inputs)
+    assert sqnr(model(noise(), at(300)), found) > 60
+
+
 @torch.no_grad()
 def test_the_passes_take_exported_graphs_too():
     model = quantized(Small())

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from operators import convolutions, extremes, integers
 from torch import Tensor
 
+from pqcad_ao import ops
 from pqcad_ao.ops import arithmetic, cpu, reference
 from pqcad_ao.packing import pack
 
@@ -127,9 +128,9 @@ def images(draw):
     """Arguments of ``pqcad::norm_silu_quantize``."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     groups = draw(st.integers(0, 4))
-    channels = draw(st.lists(st.integers(1, 40), min_size=1, max_size=3))
+    channels = draw(st.lists(st.integers(1, 150), min_size=1, max_size=3))
     channels[-1] += -sum(channels) % max(groups, 1)
-    batch, height, width = draw(st.integers(0, 5)), draw(st.integers(1, 6)), draw(st.integers(2, 6))
+    batch, height, width = draw(st.integers(0, 5)), draw(st.integers(1, 6)), draw(st.integers(1, 6))
     xs = [3 * torch.randn(batch, c, height, width, generator=generator) + 1 for c in channels]
     if draw(st.booleans()):
         xs = [x.contiguous(memory_format=torch.channels_last) for x in xs]
@@ -137,7 +138,8 @@ def images(draw):
     bits = draw(st.integers(2, 8))
     affine = [torch.randn(sum(channels), generator=generator) for _ in range(2)] if draw(st.booleans()) else [None] * 2
     scale = torch.rand(batch, len(segments), generator=generator) * 0.3 + 0.02
-    low = torch.randint(-(2 ** (bits - 1)), 1, (batch, len(segments)), generator=generator, dtype=torch.int16)
+    most = 1 if bits < 8 else -127  # integers are carried in int8
+    low = torch.randint(-(2 ** (bits - 1)), most, (batch, len(segments)), generator=generator, dtype=torch.int16)
     upsample = draw(st.sampled_from([1, 1, 2, 3]))
     return (xs, *affine, groups, 1e-5, draw(st.booleans()), scale, low, segments, bits, upsample)
 
@@ -151,7 +153,7 @@ def test_quantizing_an_image_equals_the_reference(arguments):
     assert output.shape == expected.shape
     assert output.stride() == expected.stride()
     moved = (output.int() - expected.int()).abs()
-    assert not moved.numel() or (moved.max() <= 1 and moved.float().mean() <= 1e-3 + 1 / moved.numel())
+    assert not moved.numel() or (moved.max() <= 1 and moved.float().mean() <= 1e-3 + arguments[-1] ** 2 / moved.numel())
 
 
 @needs_kernels
@@ -168,7 +170,7 @@ def test_quantizing_equals_the_reference(arguments, tokens):
 
 
 @needs_kernels
-def test_silu_is_exact_to_the_last_bits():
+def test_silu_is_exact_far_below_a_step_of_any_grid():
     x = torch.cat([torch.linspace(-120, 120, 200_001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e30, -1e30])])
     x = x.view(1, 1, 1, -1)
     fine = torch.nn.functional.silu(x.double())
@@ -195,8 +197,7 @@ def test_threads_do_not_change_a_bit(convolution, image):
         torch.set_num_threads(before)
     for result in results[1:]:
         assert torch.equal(result[0], results[0][0])
-        # sums of a sample are taken in another order where its rows are shared out
-        assert (result[1] - results[0][1]).abs().max() <= 1 if result[1].numel() else True
+        assert torch.equal(result[1], results[0][1])
 
 
 @needs_kernels
@@ -299,6 +300,51 @@ def test_two_processes_may_compile_at_once(tmp_path, monkeypatch):
 
 
 @needs_kernels
-def test_what_is_multiplied_is_said():
+def test_what_is_multiplied_is_said(monkeypatch):
+    monkeypatch.setattr(ops, "has_gpu_kernels", lambda device: False)
     assert "8-bit multiply-accumulates (AVX512-VNNI" in arithmetic("cpu")
     assert "floating-point" in arithmetic("cuda")
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("index", "value", "message"),
+    [
+        (8, [0, 1], "stride=.*at least 1"),
+        (11, 2, "groups=2: must divide 5 input"),
+        (11, 0, "groups=0"),
+        (7, [9, 9], "leaves nothing"),
+        (14, torch.ones(3), "addend has 1 dimensions"),
+        (14, torch.ones(1, 3, 1, 1), "addend has shape"),
+    ],
+)
+def test_convolutions_that_cannot_be_are_refused(index, value, message):
+    generator = torch.Generator().manual_seed(0)
+    weight = pack(integers(generator, 4, 3, 5 * 9), 4)
+    scales = torch.ones(3), torch.ones(2, 1)
+    sizes = ([3, 3], [1, 1], [0, 0], [1, 1])
+    arguments = [integers(generator, 4, 2, 5, 6, 6), weight, *scales, None, 4, [5], *sizes, 1, torch.float32, 5, None]
+    with pytest.raises(ValueError, match=message):
+        torch.ops.pqcad.conv2d(*arguments[:index], value, *arguments[index + 1 :])
+
+
+@needs_kernels
+def test_a_stride_beyond_the_input_leaves_nothing_either():
+    arguments = (torch.ones(1, 4, 2, 2, dtype=torch.int8), pack(torch.ones(4, 36, dtype=torch.int8), 4))
+    options = (torch.ones(4), torch.ones(1, 1), None, 4, [4], [3, 3], [2, 2], [0, 0], [1, 1], 1, torch.float32)
+    with pytest.raises(ValueError, match="leaves nothing"):
+        torch.ops.pqcad.conv2d(*arguments, *options)
+
+
+@needs_kernels
+def test_a_norm_of_other_channels_is_refused():
+    grid = (torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int16), [8], 4, 1)
+    with pytest.raises(ValueError, match="a norm's weight or bias has 4 values: expected 8"):
+        torch.ops.pqcad.norm_silu_quantize([torch.ones(1, 8, 2, 2)], torch.ones(4), None, 2, 1e-5, False, *grid)
+
+
+@needs_kernels
+def test_a_product_over_nothing_is_refused():
+    arguments = (torch.ones(2, 0, dtype=torch.int8), torch.ones(3, 0, dtype=torch.uint8), torch.ones(3))
+    with pytest.raises(ValueError, match="no input channels"):
+        torch.ops.pqcad.linear(*arguments, torch.ones(2, 0), None, 4, [], torch.float32)

@@ -241,6 +241,34 @@ def test_identities_are_dropped_and_nothing_else():
     assert torch.equal(graph(x), Idle().eval()(x))
 
 
+def test_products_by_one_that_do_something_stay():
+    def copies(x):
+        y = x / 1.0
+        y += 3
+        return x + y
+
+    def rounds(x):
+        return torch.div(x, 1, rounding_mode="floor") + torch.mul(x, other=x)
+
+    for function in (copies, rounds):
+        x = noise()
+        graph = torch.fx.symbolic_trace(function)
+        assert torch.equal(drop_identities(graph)(x.clone()), function(x.clone()))
+
+
+@torch.no_grad()
+def test_timesteps_changed_in_place_are_refused():
+    class Changes(nn.Module):
+        def forward(self, x, t):
+            scale = t.float()[:, None].repeat(1, 4)
+            scale[:, :2].add_(1)
+            return x * scale[:, :1, None, None]
+
+    graph, timesteps = graph_of(Changes(), noise(1), at(500, 1))
+    with pytest.raises(ValueError, match=r"in place .*add_.* out of place"):
+        fold_timesteps(graph, timesteps, SCHEDULE)
+
+
 def test_every_pass_in_turn_keeps_the_function(quantized):
     graph, timesteps = graph_of(Denoiser(quantized), noise(), at(500), {})
     with torch.no_grad():

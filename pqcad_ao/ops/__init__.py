@@ -26,6 +26,7 @@ import warnings
 from types import ModuleType
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from pqcad_ao.ops import cpu, reference
 
@@ -94,6 +95,14 @@ def arithmetic(device: str = "cpu") -> str:
     return "4-bit weights and activations carried to floating-point multiply-accumulates (exact integers)"
 
 
+def _check_devices(*arguments) -> None:
+    """Refuse tensors of an operator that are on several devices."""
+    tensors = [value for value in tree_leaves(arguments) if isinstance(value, torch.Tensor)]
+    found = sorted({str(tensor.device) for tensor in tensors})
+    if len(found) > 1:
+        raise ValueError(f"tensors on {' and '.join(found)}: move the network and its inputs to one device")
+
+
 def _default(name: str):
     """Register the default kernel: the device's own where there is one, else the reference.
 
@@ -104,6 +113,7 @@ def _default(name: str):
     def kernel(input, *args, **kwargs):
         device = (input if isinstance(input, torch.Tensor) else input[0]).device
         if device.type == "cpu" and cpu.load():
+            _check_devices(input, *args, *kwargs.values())  # with one elsewhere, the dispatcher would come here again
             return getattr(torch.ops.pqcad, name)(input, *args, **kwargs)
         if name in ("conv2d", "linear") and has_gpu_kernels(device):
             return getattr(gpu_kernels(), name)(input, *args, **kwargs)

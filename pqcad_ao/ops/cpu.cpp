@@ -69,7 +69,7 @@ class Scratch {
   template <class T> T* of(int64_t count) {
     const int64_t needed = count * (int64_t)sizeof(T) + 64;
     if (size < needed) {
-      bytes.reset();
+      bytes.reset(), size = 0;  // should there be no memory, nothing is left
       bytes.reset(new uint8_t[needed]);
       size = needed;
     }
@@ -578,7 +578,7 @@ struct Quantize {
   bool silu;
 };
 
-// x / (1 + e^-x), to about one unit in the last place: e^-x is a power of two times a polynomial in what remains of the
+// x / (1 + e^-x), to 4 units in the last place where its size matters and to 1e-6 everywhere: e^-x is a power of two times a polynomial in what remains of the
 // exponent. Ends of +-87 keep the power a normal number.
 inline __m512 silu_of(__m512 x) {
   const __m512 one = _mm512_set1_ps(1.f), minus_log2e = _mm512_set1_ps(-1.44269504f);
@@ -739,6 +739,7 @@ void check(const Tensor& input, const Tensor& weight, const Tensor& input_scale,
                     "weight is ", weight.scalar_type(), " of shape ", weight.sizes(), ": expected uint8 (", rows, ", ",
                     (reduction * bits + 7) / 8, ")");
   TORCH_CHECK_VALUE(!bias || bias->numel() == rows, "bias has ", bias ? bias->numel() : 0, " values: expected ", rows);
+  TORCH_CHECK_VALUE(reduction > 0, "no input channels");
   TORCH_CHECK_VALUE(reduction < (int64_t)1 << 16, "sums of ", reduction, " products: 65535 fit in 32 bits");
 }
 
@@ -775,19 +776,23 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const Tensor& weight_sc
               int64_t groups, at::ScalarType dtype, int64_t input_bits, const std::optional<Tensor>& addend) {
   TORCH_CHECK_VALUE(input.dim() == 4, "input has ", input.dim(), " dimensions: expected (B, C, H, W)");
   TORCH_CHECK_VALUE(groups == 1 || segments.size() == 1, "a grouped convolution takes one segment of input channels");
+  TORCH_CHECK_VALUE(groups >= 1 && input.size(1) % groups == 0 && weight_scale.numel() % groups == 0, "groups=", groups,
+                    ": must divide ", input.size(1), " input and ", weight_scale.numel(), " output channels");
+  TORCH_CHECK_VALUE(stride[0] >= 1 && stride[1] >= 1, "stride=", stride, ": at least 1");
   Problem p{};
   p.B = input.size(0), p.C = input.size(1), p.H = input.size(2), p.W = input.size(3), p.O = weight_scale.numel();
   p.KH = kernel_size[0], p.KW = kernel_size[1], p.SH = stride[0], p.SW = stride[1], p.PH = padding[0];
   p.PW = padding[1], p.DH = dilation[0], p.DW = dilation[1], p.groups = groups, p.bits = (int)weight_bits;
-  p.OH = (p.H + 2 * p.PH - p.DH * (p.KH - 1) - 1) / p.SH + 1;
-  p.OW = (p.W + 2 * p.PW - p.DW * (p.KW - 1) - 1) / p.SW + 1;
+  const int64_t down = p.H + 2 * p.PH - p.DH * (p.KH - 1) - 1, along = p.W + 2 * p.PW - p.DW * (p.KW - 1) - 1;
+  TORCH_CHECK_VALUE(down >= 0 && along >= 0, "kernel of ", kernel_size, " on an input of ", input.sizes(), " leaves nothing");
+  p.OH = down / p.SH + 1, p.OW = along / p.SW + 1;
   check(input, weight, input_scale, bias, weight_bits, segments, p.C, p.O, p.in_group() * p.KH * p.KW);
-  TORCH_CHECK_VALUE(p.OH > 0 && p.OW > 0, "kernel of ", kernel_size, " on an input of ", input.sizes(), " leaves nothing");
   Tensor output = at::empty({p.B, p.O, p.OH, p.OW}, input.options().dtype(at::kFloat), at::MemoryFormat::ChannelsLast);
   Tensor a;
   if (addend) {
+    TORCH_CHECK_VALUE(addend->dim() == 4, "addend has ", addend->dim(), " dimensions: expected 4");
     const bool per_sample = addend->size(2) == 1 && addend->size(3) == 1;
-    TORCH_CHECK_VALUE(addend->dim() == 4 && addend->size(0) == p.B && addend->size(1) == p.O &&
+    TORCH_CHECK_VALUE(addend->size(0) == p.B && addend->size(1) == p.O &&
                           (per_sample || (addend->size(2) == p.OH && addend->size(3) == p.OW)),
                       "addend has shape ", addend->sizes(), ": expected ", output.sizes(), " or one value per channel");
     a = addend->to(at::kFloat).contiguous(at::MemoryFormat::ChannelsLast);
@@ -843,6 +848,9 @@ Tensor norm_silu_quantize(at::TensorList inputs, const std::optional<Tensor>& we
   check_grid("low", low, segments, p.B, p.C);
   TORCH_CHECK_VALUE(bits >= 2 && bits <= 8, "bits=", bits, ": allowed are 2 to 8");
   TORCH_CHECK_VALUE(norm_groups == 0 || p.C % norm_groups == 0, p.C, " channels in ", norm_groups, " groups");
+  for (auto* affine : {&weight, &bias})
+    TORCH_CHECK_VALUE(!*affine || (*affine)->numel() == p.C, "a norm's weight or bias has ", *affine ? (*affine)->numel() : 0,
+                      " values: expected ", p.C);
   Tensor output = at::empty({p.B, p.C, p.H * upsample, p.W * upsample}, head.options().dtype(at::kChar),
                             at::MemoryFormat::ChannelsLast);
   if (output.numel() > 0) {
