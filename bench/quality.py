@@ -19,7 +19,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from pqcad_ao.bench.machine import check_device, describe, peak_rss_bytes
-from pqcad_ao.calibration import digest
+from pqcad_ao.calibration import digest, settings_of
 from pqcad_ao.capture import placement, sample_shape
 from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.distill import distill_
@@ -141,6 +141,9 @@ def bench_quality(
         raise ValueError(f"rows {', '.join(unknown)}: allowed are {', '.join(ROWS)}")
     if n < 2 or steps < 1 or not seeds:
         raise ValueError(f"n={n}, steps={steps}, seeds={seeds}: allowed are n >= 2, steps >= 1 and at least one seed")
+    parts = max(ROWS[name].part for name in rows)
+    if steps % parts:
+        raise ValueError(f"steps={steps}: these rows take 1/{parts} of them, give a multiple of {parts}")
     if threads is not None:
         torch.set_num_threads(threads)
     network, real = features or embedded_features()
@@ -195,7 +198,7 @@ class _Bench:
     def home(self, name: str, seed: int) -> Path:
         """The folder of a row and seed, named by all that its network depends on."""
         base, settings = ROWS[name].base, self.settings(name, seed)
-        key = digest(settings[0], self.teacher.state_dict())
+        key = digest(settings[0], settings_of(self.scheduler), self.teacher.state_dict())
         if base is not None:
             key = digest(settings, self.home(base, seed).name)
         return self.work / f"{name}-{key[:8]}-seed{seed}"
@@ -214,6 +217,7 @@ class _Bench:
         if made.is_file():
             unet, sampler = load_model(home / "model")
             return unet.to(device), sampler, json.loads(made.read_text())
+        resumed, before = (home / "learning").exists(), facts.get("seconds", 0.0)
         unet, begin = copy.deepcopy(unet), time.perf_counter()
         keeps: dict[str, Any] = {"folder": home / "learning", "progress": self.progress}
         if config is not None:
@@ -225,7 +229,8 @@ class _Bench:
             cad.iterations * cad.halvings if cad is not None else 0
         )
         facts = {
-            "seconds": time.perf_counter() - begin,
+            # with those of the network it started from; unknown where this process made the last part alone
+            "seconds": None if resumed or before is None else before + time.perf_counter() - begin,
             "peak_rss_bytes": peak_rss_bytes(),
             "average_bits": plan(unet).average_bits if state else 32.0,
             "iterations": updates,

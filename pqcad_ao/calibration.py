@@ -25,6 +25,7 @@ FAMILY = (DDIMScheduler, DDPMScheduler, PNDMScheduler)
 
 
 SAVE_EVERY_S = 30.0
+LEAST_SIGNAL = 1e-6  # power of the image in x_t
 
 
 @dataclass
@@ -62,7 +63,27 @@ def as_ddim(scheduler) -> DDIMScheduler:
             f"scheduler is a {type(scheduler).__name__}: allowed are {', '.join(kind.__name__ for kind in FAMILY)}. "
             "If the network was trained on a DDPM noise process, pass DDIMScheduler.from_config(scheduler.config)"
         )
-    return DDIMScheduler.from_config(scheduler.config)
+    # PNDM never clips, and DDIM does where the configuration does not say
+    return DDIMScheduler.from_config(scheduler.config, clip_sample=scheduler.config.get("clip_sample", False))
+
+
+def settings_of(scheduler) -> str:
+    """What a scheduler computes with, the same in every process (diffusers keeps a list in a set's order beside it)."""
+    return repr(sorted((name, value) for name, value in scheduler.config.items() if not name.startswith("_")))
+
+
+def check_signal(scheduler, timesteps: Tensor) -> None:
+    """Look whether a network that predicts epsilon can be sampled from the first of these timesteps on.
+
+    Raises:
+        ValueError: the signal there is zero, and a prediction of the noise says nothing about the image.
+    """
+    first = int(timesteps[0])
+    if scheduler.config.prediction_type == "epsilon" and float(scheduler.alphas_cumprod[first]) < LEAST_SIGNAL:
+        raise ValueError(
+            f"at timestep {first} the schedule has no signal, and a prediction of epsilon says nothing about the image "
+            "there: such a network predicts v or the sample, or its betas are others (rescale_betas_zero_snr?)"
+        )
 
 
 def matching_ddim(scheduler, num_train_timesteps: int) -> DDIMScheduler:
@@ -145,12 +166,13 @@ def calibration_set(
         callback: called as ``callback("trajectories", done, total)``.
 
     Raises:
-        FloatingPointError: a trajectory leaves the finite numbers.
+        FloatingPointError: a trajectory leaves the finite numbers. ValueError: as :func:`check_signal`.
     """
     generator = torch.Generator().manual_seed(config.seed)
     scheduler = as_ddim(scheduler)
     scheduler.set_timesteps(config.calibration_steps)
     visited = scheduler.timesteps
+    check_signal(scheduler, visited)
     count = config.learning_points if config.learns else config.calibration_points
     drawn = draw_timesteps(
         count,
@@ -180,7 +202,9 @@ def calibration_set(
     walked = 0
     if folder is not None:
         law = (config.calibration_timesteps, config.calibration_mean, config.calibration_std)
-        key = digest(model.state_dict(), scheduler.config, law, config.calibration_steps, noise, rank, visited, chosen)
+        key = digest(
+            model.state_dict(), settings_of(scheduler), law, config.calibration_steps, noise, rank, visited, chosen
+        )
         file = Path(folder) / f"c_qc-{key}.safetensors"
         walked = _read(file, points)
     size, saved = config.calibration_batch_size, time.monotonic()

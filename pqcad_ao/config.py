@@ -106,7 +106,7 @@ class PQCADConfig(AOBaseConfig):
         calibration_timesteps: ``"normal"``, timesteps drawn from N(mean·T, (std·T)²) truncated to [0, T), or
             ``"uniform"``.
         calibration_mean: mean of the normal law as a part of T, 0 to 1.
-        calibration_std: standard deviation of the normal law as a part of T, above 0 and at most 10.
+        calibration_std: standard deviation of the normal law as a part of T, 0.001 to 10.
         calibration_batch_size: images per forward call while calibrating, at most 63 (diffusers' upsampling takes
             another branch from 64 on, which the captured graph does not hold).
         seed: seeds every random draw, 0 to 2^63 - 1.
@@ -168,8 +168,11 @@ class PQCADConfig(AOBaseConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
                 raise ValueError(f"{name}={value!r}: allowed are numbers from 0 to {most}, as a part of T")
-        if self.calibration_std == 0:
-            raise ValueError("calibration_std=0 would put every calibration point on one timestep; 0.4 is the default")
+        if self.calibration_std < 0.001:
+            raise ValueError(
+                f"calibration_std={self.calibration_std!r} would put every calibration point on one timestep: "
+                "allowed are numbers from 0.001; 0.4 is the default"
+            )
         _check_seed(self.seed)
         if not isinstance(self.overrides, dict):
             raise TypeError(

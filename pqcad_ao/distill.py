@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,23 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from pqcad_ao.calibration import digest, find_scheduler
+from pqcad_ao.calibration import digest, find_scheduler, settings_of
 from pqcad_ao.capture import capture, check_conditioning, conditioning_rows, placement
 from pqcad_ao.capture import sample_shape as find_sample_shape
 from pqcad_ao.config import CADConfig, PQCADConfig
+from pqcad_ao.files import write_whole
 from pqcad_ao.learner import Learner, drive, read_checkpoint
 from pqcad_ao.observe import activation_quantizers, weight_quantizers
-from pqcad_ao.quantize import adopt, fold, in_float32, quantize_, unfold
+from pqcad_ao.quantize import adopt, check_structure, fold, in_type, quantize_, unfold
 from pqcad_ao.sampling import evaluation_mode, predict, sample, take_rows
 from pqcad_ao.schedule import Walk, halved, teachable, timesteps_of
 from pqcad_ao.serialization import attach, quantized_state
 
 DIVERGED = 10.0  # times the loss of the first update
 OWN_TRAJECTORIES = 256  # of the student, behind ``own_share``
+OUTERMOST = 1.001  # value of a real picture
 CHECKED = 64  # pictures behind the denoising check
+LEAST_NOISE = 0.05  # power of the noise at the timesteps it looks at: of less, little is to be found
 FARTHEST = 0.04  # that a network's noise may be off; of the embedded teacher it is 0.006, with other betas from 0.07
 
 
@@ -100,6 +104,7 @@ def clean_images(
     """
     rank, world = rank_and_world()
     device, dtype = placement(reference)
+    conditioning = in_type(conditioning, dtype)
     count, size = config.points, config.generation_batch_size
     if folder is None:
         if world > 1:
@@ -109,9 +114,12 @@ def clean_images(
     else:
         place = Path(folder)
         place.mkdir(parents=True, exist_ok=True)
-        key = digest(reference.state_dict(), scheduler.config, config.steps, config.seed, count, conditioning)
-        file, marks = place / f"c_dc-{key}.npy", place / f"c_dc-{key}.{world}-{rank}.json"
+        key = digest(reference.state_dict(), settings_of(scheduler), config.steps, config.seed, count, conditioning)
+        # how many batches of this process are in the file
+        file, marks = place / f"c_dc-{key}.npy", place / f"c_dc-{key}.{size}-{world}-{rank}.json"
         if rank == 0 and not file.is_file():
+            for old in place.glob(f"c_dc-{key}.*.json"):
+                old.unlink()
             np.lib.format.open_memmap(file, "w+", np.float32, (count, *shape)).flush()
         if world > 1:
             dist.barrier()
@@ -130,7 +138,7 @@ def clean_images(
             drawn[rows.numpy()] = pictures.float().cpu().numpy()
             if marks is not None:
                 drawn.flush()
-                marks.write_text(json.dumps(number + 1))
+                write_whole(marks, json.dumps(number + 1).encode())
             bar.update()
             if callback is not None:
                 callback("pictures", number + 1, len(starts))
@@ -144,6 +152,12 @@ def _noise(shape: tuple[int, ...], seed: int, row: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed((seed * 1_000_003 + row) % 2**63))
 
 
+def in_own_type(network: nn.Module, x_t: Tensor, timesteps: Tensor, conditioning: dict[str, Any]) -> Tensor:
+    """A network's prediction for float32 inputs, computed in its own type and given back in float32."""
+    _, dtype = placement(network)
+    return predict(network, x_t.to(dtype), timesteps, in_type(conditioning, dtype)).float()
+
+
 @torch.no_grad()
 def check_denoising(reference: nn.Module, walk: Walk, images: CleanImages) -> None:
     """Look whether the network finds the noise that the scheduler says it put into the network's own pictures.
@@ -154,15 +168,17 @@ def check_denoising(reference: nn.Module, walk: Walk, images: CleanImages) -> No
     Raises:
         ValueError: the scheduler's betas or prediction type are not those that the network was trained with.
     """
-    device, dtype = placement(reference)
+    device, _ = placement(reference)
     x_0, conditioning = images.rows(torch.arange(min(CHECKED, len(images))))
-    x_0 = x_0.to(device, dtype)
+    x_0 = x_0.to(device)
     steps, worst = len(walk.timesteps) - 1, (0.0, 0)
     for step in range(steps // 4, steps, max(1, steps // 8)):
+        if float(walk.sigma[step]) ** 2 < LEAST_NOISE:
+            continue
         at = torch.full((len(x_0),), step, device=device)
         noise = torch.stack([_noise(tuple(x_0.shape[1:]), step, row) for row in range(len(x_0))]).to(x_0)
         x_t = walk.noised(x_0, noise, at)
-        _, found = walk.clean(predict(reference, x_t, walk.timesteps[at], conditioning), x_t, at)
+        _, found = walk.clean(in_own_type(reference, x_t, walk.timesteps[at], conditioning), x_t, at)
         departure = abs(float(found.square().sum() / (found * noise).sum()) - 1)
         worst = max(worst, (departure, int(walk.timesteps[step])))
     if not worst[0] <= FARTHEST:
@@ -170,6 +186,38 @@ def check_denoising(reference: nn.Module, walk: Walk, images: CleanImages) -> No
             f"at timestep {worst[1]} the noise that the network finds is {100 * worst[0]:.0f} % off that which the "
             "scheduler put in: it has other betas or another prediction_type than the network was trained with"
         )
+
+
+def check_distillation(
+    reference: nn.Module,
+    scheduler,
+    config: CADConfig,
+    *,
+    images: Tensor | None = None,
+    sample_shape: tuple[int, int, int] | None = None,
+) -> tuple[DDIMScheduler, tuple[int, int, int]]:
+    """What :func:`distill_` can say before any work is done; its arguments and errors.
+
+    Returns:
+        the DDIM sampler to halve, and the (C, H, W) of a sample.
+    """
+    scheduler = find_scheduler(reference) if scheduler is None else scheduler
+    if scheduler is None:
+        raise ValueError("no scheduler was given, none is saved beside the network: pass the one it was trained with")
+    if quantized_state(reference) is not None:
+        raise ValueError("the reference is quantized: give the full-precision network that the student was made from")
+    ddim = teachable(scheduler, config.steps, config.halvings)
+    shape = find_sample_shape(reference, sample_shape)
+    if images is None:
+        return ddim, shape
+    if images.dim() != 4 or tuple(images.shape[1:]) != shape or not len(images):
+        raise ValueError(f"images has shape {tuple(images.shape)}: write (N, {', '.join(map(str, shape))}), N from 1")
+    if not images.is_floating_point() or not images.abs().max() <= OUTERMOST:
+        raise ValueError(
+            f"images is {images.dtype}, from {images.min():g} to {images.max():g}: give floating point numbers from -1 "
+            "to 1 (of bytes: images / 127.5 - 1)"
+        )
+    return ddim, shape
 
 
 def distill_(
@@ -210,30 +258,28 @@ def distill_(
             structure, no pictures in ``images``. FloatingPointError: the loss left the finite numbers or exploded.
     """
     config = config or CADConfig()
-    scheduler = find_scheduler(reference) if scheduler is None else scheduler
-    if scheduler is None:
-        raise ValueError("no scheduler was given, none is saved beside the network: pass the one it was trained with")
-    if quantized_state(reference) is not None:
-        raise ValueError("the reference is quantized: give the full-precision network that the student was made from")
-    ddim = teachable(scheduler, config.steps, config.halvings)
-    shape = find_sample_shape(reference, sample_shape)
-    if images is not None and (images.dim() != 4 or tuple(images.shape[1:]) != shape or not len(images)):
-        raise ValueError(f"images has shape {tuple(images.shape)}: write (N, {', '.join(map(str, shape))}), N from 1")
+    ddim, shape = check_distillation(reference, scheduler, config, images=images, sample_shape=sample_shape)
     state = quantized_state(student)
     if state is not None and state.timestep.num_train_timesteps != ddim.config.num_train_timesteps:
         raise ValueError(
             f"the scheduler has {ddim.config.num_train_timesteps} training timesteps, the student was quantized for "
             f"{state.timestep.num_train_timesteps}"
         )
+    places = {str(value.device) for network in (student, reference) for value in network.state_dict().values()}
+    if len(places) > 1:
+        raise ValueError(f"student and reference are on {' and '.join(sorted(places))}: move both to one device")
+    if state is not None:
+        check_structure(student, reference)
     rank, world = rank_and_world()
     if config.batch_size % world:
         raise ValueError(f"batch_size={config.batch_size} cannot be shared by {world} processes: give a multiple")
-    conditioning = in_float32(check_conditioning(reference, conditioning))
+    conditioning = in_type(check_conditioning(reference, conditioning))
     options = {"folder": folder, "callback": callback, "progress": progress and rank == 0}
     device, _ = placement(reference)
     exact = Walk.of(ddim, config.steps, device)
     pictures = clean_images(reference, ddim, shape, config, conditioning, images=images, **options)
-    check_denoising(reference, exact, pictures)
+    with evaluation_mode(reference):
+        check_denoising(reference, exact, pictures)
     for number in range(config.halvings):
         steps = config.steps // 2**number
         following = halved(ddim, steps)
@@ -264,9 +310,11 @@ def compress(
     """Progressive quantization, then distillation: a quantized network for half the steps, and its sampler.
 
     Args:
-        unet: full precision; left as it is. images: as for :func:`distill_`. folder, options: as for both.
+        unet: full precision; left as it is. pq: its ``calibration_steps`` become ``cad.steps``.
+        images: as for :func:`distill_`. folder, options: as for both.
     """
     student, pq, cad = copy.deepcopy(unet), pq or PQCADConfig(), cad or CADConfig()
+    check_distillation(unet, scheduler, cad, images=images, sample_shape=options.get("sample_shape"))
     pq = replace(pq, calibration_steps=cad.steps)
     quantize_(student, pq, scheduler=scheduler, folder=folder, **options)
     return student, distill_(student, unet, scheduler, cad, images=images, folder=folder, **options)
@@ -300,7 +348,16 @@ class _Halving:
         else:
             self.graph, self.skeleton = unfold(student, reference, shape, conditioning)
         self.teacher = copy.deepcopy(self.graph) if config.teacher_weight else None
-        self.key = digest(self.graph.state_dict(), config, self.walk.timesteps, number)
+        self.key = digest(
+            self.graph.state_dict(),
+            reference.state_dict(),
+            settings_of(scheduler),
+            images.extra,
+            images.conditioning,
+            config,
+            self.walk.timesteps,
+            number,
+        )
         self.own = self._own_trajectories(conditioning) if config.own_share else None
         parameters = [p for name, p in self.graph.named_parameters() if name.startswith("unet.")]
         rates = (config.learning_rate, config.scale_learning_rate, config.iterations)
@@ -348,7 +405,7 @@ class _Halving:
         x_t = self.walk.noised(x_0.to(self.device), noise[mine].to(self.device), step)
         if self.own is not None:
             # the first of the batch, whose steps are in random order
-            count = round(config.own_share * size)
+            count = math.ceil(config.own_share * size)
             theirs = torch.arange(size)[mine] < count
             x_t[theirs] = self.own[own[mine][theirs].to(self.device), step[theirs] // 2]
             if conditioning:
@@ -358,11 +415,6 @@ class _Halving:
         if extra is not None:
             x_t = x_t + config.noise_injection * extra[mine].to(self.device)
         return x_t, step, conditioning
-
-    def _reference(self, x_t: Tensor, timesteps: Tensor, conditioning: dict[str, Any]) -> Tensor:
-        """The reference's prediction, in its own type."""
-        _, dtype = placement(self.reference)
-        return predict(self.reference, x_t.to(dtype), timesteps, conditioning).float()
 
     @torch.no_grad()
     def _target(
@@ -383,7 +435,7 @@ class _Halving:
         targets: dict[str, Tensor] = {}
         if config.reference_weight:
             exact = (self.exact, x_t, stride * step, 2 * stride, conditioning)
-            targets["reference"] = self._target(self._reference, *exact)
+            targets["reference"] = self._target(partial(in_own_type, self.reference), *exact)
         if self.teacher is not None:
             targets["teacher"] = self._target(self.teacher, self.walk, x_t, step, 2, conditioning)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
@@ -405,7 +457,8 @@ class _Halving:
         if not math.isfinite(value) or value > DIVERGED * max(self.first, 1e-6):
             raise FloatingPointError(
                 f"distillation diverged in halving {self.number + 1}, update {number}: the loss is {value:.3g}, at the "
-                f"start it was {self.first:.3g}. Lower learning_rate ({config.learning_rate:g})"
+                f"start it was {self.first:.3g}. Lower learning_rate ({config.learning_rate:g}), with another folder "
+                "if you gave one"
             )
         self.learner.step(loss, number)
         named = dict(zip(parts, shown, strict=True))

@@ -1,6 +1,7 @@
 """What every run that trains a fake-quantized graph shares: Adam over weights and scales, checkpoints, the loop."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -72,7 +73,9 @@ class Learner:
 
     def save(self, path: Path, header: dict[str, Any]) -> None:
         """Write graph, moments and header, first beside ``path`` and then in its place."""
-        tensors = {f"graph.{name}": value.detach().contiguous() for name, value in self.graph.state_dict().items()}
+        tensors: dict[str, Tensor] = {}
+        for name, value in self.graph.state_dict().items():  # cloned: a module may be there under two names
+            tensors[f"graph.{name}"] = value.detach().clone(memory_format=torch.contiguous_format)
         names = {parameter: name for name, parameter in self.graph.named_parameters()}
         for parameter, state in self.optimizer.state.items():
             for entry, value in state.items():
@@ -89,7 +92,8 @@ class Learner:
             kind, _, rest = name.partition(".")
             if kind == "adam":
                 entry, _, parameter = rest.partition(".")
-                self.optimizer.state[parameters[parameter]][entry] = value
+                place = parameters[parameter].device if entry != "step" else value.device  # Adam counts on the CPU
+                self.optimizer.state[parameters[parameter]][entry] = value.to(place)
 
 
 def read_checkpoint(path: Path, key: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -130,12 +134,14 @@ def drive(
             ``load(path)``.
         iterations: updates in all.
         folder: receives ``log.jsonl``, a line for each update, and every so often ``checkpoint.safetensors``. A run
-            that finds its own checkpoint there goes on from it, to the same result.
+            that finds its own checkpoint there goes on from it, to the same result. Where an update fails, the one
+            that stays there is the last with which an update succeeded.
         describe: what the progress bar shows of an update. title: of the bar.
         callback: called as ``callback(stage, done, total)``.
         write: whether this process writes to the folder; one that does not still reads from it.
     """
     checkpoint = None if folder is None else Path(folder) / "checkpoint.safetensors"
+    before = Path(folder or "") / "checkpoint-before.safetensors"
     log_file = None
     if folder is not None and checkpoint is not None:
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -147,18 +153,28 @@ def drive(
             log_file = (Path(folder) / "log.jsonl").open("w")
             log_file.writelines(json.dumps(asdict(update)) + "\n" for update in run.log)
     bar = tqdm(total=iterations, initial=len(run.log), desc=title, disable=not progress)
+    saved = None  # updates behind the checkpoint that was written last
     try:
         while len(run.log) < iterations:
-            update = run.update()
+            try:
+                update = run.update()
+            except FloatingPointError:
+                if write and checkpoint is not None and saved == len(run.log):
+                    before.replace(checkpoint)  # nothing has passed yet with what the newer one holds
+                raise
             if log_file is not None and checkpoint is not None:
                 log_file.write(json.dumps(asdict(update)) + "\n")
                 log_file.flush()
                 if len(run.log) % CHECKPOINT_EVERY == 0 or len(run.log) >= iterations:
+                    shutil.copyfile(checkpoint, before)
                     run.save(checkpoint)
+                    saved = len(run.log)
             if callback is not None:
                 callback(update.stage, len(run.log), iterations)
             bar.set_postfix(**describe(update))
             bar.update()
+        if write:
+            before.unlink(missing_ok=True)
     finally:
         bar.close()
         if log_file is not None:

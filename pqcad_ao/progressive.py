@@ -95,7 +95,7 @@ def policies(config: PQCADConfig, resolved: Plan) -> dict[str, MomentumTransitio
     rungs = ladders(config, resolved)
     options = {"beta": config.beta, "tau": config.tau, "window": config.window, "patience": config.patience}
     if config.transitions == "schedule":
-        # no progress is ever waited for, and α arrives with its first update
+        # no progress is ever waited for, and α arrives at once
         options |= {"beta": 1e-9, "patience": config.iterations + 1}
     return {
         stage: MomentumTransition(rungs[stage], budget, **options)
@@ -124,7 +124,7 @@ def learn(
 
     Raises:
         FloatingPointError: the loss left the finite numbers or exploded; says at which stage and width. The last
-            checkpoint stays.
+            checkpoint that an update succeeded with stays.
         ValueError: too few iterations for the ladders, or ``folder`` holds another run's checkpoint.
     """
     run = _Run(graph, resolved, points, config, num_train_timesteps)
@@ -158,6 +158,10 @@ class _Run:
         self.key = digest(graph.state_dict(), points.x_t, points.timesteps, points.conditioning, config, resolved.rows)
         with weights_in_full_precision(graph), torch.no_grad():
             self.targets = torch.cat([graph(*batch) for batch in points.batches(config.batch_size)])
+        if not self.targets.any():
+            raise ValueError(
+                "the network's output is zero on the whole calibration set: there is nothing to learn from"
+            )
         weights = self.policies.get("weights")
         fit_weights(graph, self._widths("weights", weights.bits if weights else 0))
         left_alone = {row.fqn for row in resolved.rows if not row.quantized}
@@ -196,7 +200,7 @@ class _Run:
             raise FloatingPointError(
                 f"learning diverged in stage {self.stage!r}, update {number}, at {self.policy.bits} bits: the "
                 f"perturbation loss is {value:.3g}. Lower learning_rate ({config.learning_rate:g}) or "
-                f"scale_learning_rate ({config.scale_learning_rate:g})"
+                f"scale_learning_rate ({config.scale_learning_rate:g}), with another folder if you gave one"
             )
         bits = self.policy.bits
         started = self.policy.update(value)

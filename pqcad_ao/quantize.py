@@ -119,7 +119,7 @@ def quantize_(
         # learning trains the graph, in float32, and a graph shares its parameters with what it is captured from;
         # convolutions learn fastest channels last
         subject = copy.deepcopy(model).float().to(memory_format=torch.channels_last) if config.learns else model
-        captured = capture(subject, shape, in_float32(conditioning) if config.learns else conditioning)
+        captured = capture(subject, shape, in_type(conditioning) if config.learns else conditioning)
         resolved = resolve(captured, model, config, filter_fn)
         if not resolved.quantized:
             raise ValueError(f"the plan quantizes no layer of {type(model).__name__}:\n{resolved}")
@@ -129,7 +129,7 @@ def quantize_(
         keeps = {"callback": callback, "progress": progress}
         points = calibration_set(model, scheduler, shape, config, conditioning, folder=folder, **keeps)
         if config.learns:
-            points = CalibrationSet(points.x_t.float(), points.timesteps, in_float32(points.conditioning))
+            points = CalibrationSet(points.x_t.float(), points.timesteps, in_type(points.conditioning))
         if config.learns or config.target_bits is not None:
             resolved = sensitive(captured, resolved, points, config, num_train_timesteps)
         if config.learns:
@@ -150,9 +150,9 @@ def quantize_(
     install_timestep(model, timestep)
 
 
-def in_float32(values: Any) -> Any:
-    """Every floating-point tensor of a nested value in float32."""
-    return tree_map(lambda v: v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v, values)
+def in_type(values: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """Every floating-point tensor of a nested value in ``dtype``."""
+    return tree_map(lambda v: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v, values)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -270,6 +270,29 @@ def adopt(model: nn.Module, learned: GraphModule | None, layers: dict[str, Quant
 
 
 @torch.no_grad()
+def check_structure(model: nn.Module, reference: nn.Module) -> dict[str, torch.Tensor]:
+    """A quantized network's state as the full-precision network has it, weights dequantized.
+
+    Raises:
+        ValueError: the reference's state has other names or shapes.
+    """
+    layers = {row.fqn: model.get_submodule(row.fqn) for row in quantized_state(model).plan.quantized}
+    values = {name: v for name, v in model.state_dict().items() if name.rpartition(".")[0] not in layers}
+    for fqn, layer in layers.items():
+        values[f"{fqn}.weight"] = layer.dequantized_weight()
+        if layer.bias is not None:
+            values[f"{fqn}.bias"] = layer.bias
+    own = reference.state_dict()
+    wrong = [name for name in sorted(own.keys() | values.keys()) if _shape_of(own, name) != _shape_of(values, name)]
+    if wrong:
+        raise ValueError(
+            f"the reference {type(reference).__name__} is of another structure than the network: {wrong[0]} is "
+            f"{_shape_of(own, wrong[0])} there and {_shape_of(values, wrong[0])} here"
+        )
+    return values
+
+
+@torch.no_grad()
 def unfold(
     model: nn.Module, reference: nn.Module, shape: tuple[int, int, int], conditioning: dict[str, Any]
 ) -> tuple[GraphModule, nn.Module]:
@@ -289,20 +312,8 @@ def unfold(
         raise ValueError(f"this {type(model).__name__} is not quantized by pqcad_ao: call quantize_ first")
     layers = {row.fqn: model.get_submodule(row.fqn) for row in state.plan.quantized}
     skeleton = copy.deepcopy(reference).float().to(memory_format=torch.channels_last)
-    values = {name: v for name, v in model.state_dict().items() if name.rpartition(".")[0] not in layers}
-    for fqn, layer in layers.items():
-        values[f"{fqn}.weight"] = layer.dequantized_weight()
-        if layer.bias is not None:
-            values[f"{fqn}.bias"] = layer.bias
-    own = skeleton.state_dict()
-    wrong = [name for name in sorted(own.keys() | values.keys()) if _shape_of(own, name) != _shape_of(values, name)]
-    if wrong:
-        raise ValueError(
-            f"the reference {type(reference).__name__} is of another structure than the network: {wrong[0]} is "
-            f"{_shape_of(own, wrong[0])} there and {_shape_of(values, wrong[0])} here"
-        )
-    skeleton.load_state_dict(values)
-    captured = capture(skeleton, shape, in_float32(conditioning))
+    skeleton.load_state_dict(check_structure(model, reference))
+    captured = capture(skeleton, shape, in_type(conditioning))
     graph = prepare(captured, state.plan, state.config, state.timestep.num_train_timesteps)
     for fqn, (weights, _) in weight_quantizers(graph).items():
         bits = state.plan[fqn].weight_bits

@@ -6,7 +6,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
-from pqcad_ao.calibration import as_ddim
+from pqcad_ao.calibration import as_ddim, check_signal
 
 SPACINGS = ("trailing", "leading")  # of which every second timestep is a schedule of the same kind
 
@@ -16,7 +16,8 @@ def teachable(scheduler, num_inference_steps: int, halvings: int) -> DDIMSchedul
 
     Raises:
         ValueError: steps that cannot be halved so often, a scheduler that draws noise while it samples, another family,
-            a spacing whose every second timestep is no schedule, or epsilon prediction where the signal is zero.
+            a spacing whose every second timestep is no schedule, dynamic thresholding, or epsilon prediction where the
+            signal is zero.
     """
     if isinstance(scheduler, DDPMScheduler):
         raise ValueError(
@@ -36,11 +37,12 @@ def teachable(scheduler, num_inference_steps: int, halvings: int) -> DDIMSchedul
             f"{config.num_train_timesteps} timesteps: allowed are {' and '.join(map(repr, SPACINGS))}, and steps that "
             "divide the training timesteps"
         )
-    if config.prediction_type == "epsilon" and (config.rescale_betas_zero_snr or float(ddim.alphas_cumprod[-1]) < 1e-6):
+    if config.thresholding:
         raise ValueError(
-            "the schedule ends at zero signal, where a prediction of epsilon says nothing about the image: "
-            "such a network predicts v or the sample"
+            "thresholding=True clips by each picture's own values, which no jump's target knows: give False"
         )
+    ddim.set_timesteps(num_inference_steps)
+    check_signal(ddim, ddim.timesteps)
     return ddim
 
 

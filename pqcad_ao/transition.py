@@ -64,8 +64,8 @@ class MomentumTransition:
             raise ValueError(
                 f"ladder={self.ladder} does not fall: write it from many bits to few, such as [8, 6, 5, 4]"
             )
-        if not 0 < self.beta < 1:
-            raise ValueError(f"beta={self.beta}: allowed are numbers between 0 and 1")
+        if not 0 < self.beta <= 0.9999:
+            raise ValueError(f"beta={self.beta}: allowed are numbers above 0 and up to 0.9999")
         if self.tau < 0 or self.window < 1 or self.patience < 1:
             raise ValueError(
                 f"tau={self.tau}, window={self.window}, patience={self.patience}: allowed are tau >= 0, others >= 1"

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from omegaconf import OmegaConf
 from torch import distributed as dist
 from torch import nn
 
+from pqcad_ao.calibration import digest, settings_of
 from pqcad_ao.capture import sample_shape
 from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.data import load_images, to_unit
-from pqcad_ao.distill import distill_
+from pqcad_ao.distill import check_distillation, distill_
 from pqcad_ao.models import load_model, save_model
 from pqcad_ao.quantize import quantize_
 from pqcad_ao.serialization import quantized_state
@@ -39,7 +41,8 @@ def processes(device: str) -> Iterator[tuple[int, torch.device]]:
         return
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    # all wait while the first one quantizes; a process that dies is torchrun's business, which ends the others
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timedelta(days=7))
     try:
         yield rank, place
     finally:
@@ -61,15 +64,27 @@ def compress_on_all(
 
     Args:
         teacher: full precision, on this process's device. images: real pictures for C_DC, (N, C, H, W) in [-1, 1].
+        pq: its ``calibration_steps`` become ``cad.steps``.
 
-    Raises: as ``quantize_`` and ``distill_``.
+    Raises:
+        ValueError: ``out`` holds a network that was quantized from something else or in another
+            way; and as ``quantize_`` and ``distill_``.
     """
     device = next(teacher.parameters()).device
-    quantized = out / "quantized"
+    check_distillation(teacher, scheduler, cad, images=images)
+    quantized, name = out / "quantized", out / "quantized.txt"
+    settings = replace(pq, calibration_steps=cad.steps)
+    made_from = digest(teacher.state_dict(), settings_of(scheduler), settings)
+    if (quantized / "model_index.json").is_file() and not (name.is_file() and name.read_text() == made_from):
+        raise ValueError(
+            f"{quantized} was made from another network, scheduler or PQCADConfig: give another folder, or delete it"
+        )
+    if dist.is_initialized():
+        dist.barrier()  # nobody looks for what the first one begins to write
     if rank == 0 and not (quantized / "model_index.json").is_file():
         student = copy.deepcopy(teacher)
-        settings = replace(pq, calibration_steps=cad.steps)
         quantize_(student, settings, scheduler=scheduler, folder=out / "work", progress=progress)
+        name.write_text(made_from)
         save_model(student, scheduler, quantized)
     if dist.is_initialized():
         dist.barrier()

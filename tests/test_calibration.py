@@ -6,13 +6,14 @@ from itertools import pairwise
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, UNet2DModel
+from diffusers.configuration_utils import FrozenDict
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import SHAPE, Small, cosine_scheduler, quick
 from torch import nn
 
 from pqcad_ao import calibration
-from pqcad_ao.calibration import CalibrationSet, as_ddim, calibration_set, draw_timesteps, find_scheduler
+from pqcad_ao.calibration import CalibrationSet, as_ddim, calibration_set, draw_timesteps, find_scheduler, settings_of
 from pqcad_ao.capture import capture
 from pqcad_ao.plan import resolve
 from pqcad_ao.quantize import calibrate, prepare
@@ -182,6 +183,25 @@ def test_the_family_keeps_its_noise_process(kind):
     assert torch.equal(ddim.alphas_cumprod, scheduler.alphas_cumprod)
     assert ddim.config.prediction_type == "v_prediction"
     assert ddim.config.num_train_timesteps == 500
+    assert ddim.config.clip_sample == (kind is not PNDMScheduler)  # it has no such thing
+
+
+def test_a_schedulers_settings_are_the_same_in_every_process():
+    """diffusers keeps the names of defaults in the order of a set."""
+    scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2")
+    other = DDIMScheduler.from_config(scheduler.config)
+    assert other.config._use_default_values
+    other._internal_dict = FrozenDict(
+        {**other.config, "_use_default_values": sorted(other.config._use_default_values)[::-1]}
+    )
+    assert settings_of(scheduler) == settings_of(other)
+    assert settings_of(scheduler) != settings_of(DDIMScheduler(beta_schedule="linear"))
+
+
+def test_epsilon_from_no_signal_is_refused(tiny_unet):
+    scheduler = DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    with pytest.raises(ValueError, match="at timestep 999 the schedule has no signal"):
+        calibration_set(tiny_unet, scheduler, SHAPE, quick())
 
 
 @pytest.mark.parametrize("other", [DPMSolverMultistepScheduler(), object(), "ddim", DDIMScheduler])

@@ -2,16 +2,17 @@
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
 from networks import SHAPE, Small, cosine_scheduler, quick, sqnr
 from torch import nn
 
 from pqcad_ao import CADConfig, PQCADConfig, compress, distill_, learner, plan, quantize_
 from pqcad_ao import distill as engine
-from pqcad_ao.distill import check_denoising, clean_images
+from pqcad_ao.distill import check_denoising, clean_images, in_own_type
 from pqcad_ao.models import load_model, save_model
 from pqcad_ao.nn import QuantizedLayer
 from pqcad_ao.quantize import unfold
@@ -103,7 +104,7 @@ def test_the_target_is_where_the_full_precision_jumps_end():
     x_t, step, _ = run._batch(3)
     assert step.tolist().count(0) == step.tolist().count(2) == 2  # balanced over the student's two steps
     with torch.no_grad():
-        target = run._target(run._reference, walk, x_t, step, 2, {})
+        target = run._target(partial(in_own_type, reference), walk, x_t, step, 2, {})
         middle = walk.jump(reference(x_t, walk.timesteps[step]), x_t, step)
         end = walk.jump(reference(middle, walk.timesteps[step + 1]), middle, step + 1)
         x_0 = x_t * walk.at(step, x_t)[0] - target * walk.at(step, x_t)[1]
@@ -132,6 +133,9 @@ def test_every_term_learns(options):
     assert (log[0].reference is not None) == bool(options.get("reference_weight", 1.0))
     assert all(update.loss > 0 for update in log)
     assert not same_weights(student, before)
+    plain = copy.deepcopy(before)
+    distill(plain, reference)
+    assert losses(plain)[0] != pytest.approx(log[0].loss, rel=1e-3)  # the option changed what is learned
 
 
 def test_a_full_precision_student_is_distilled_as_it_is(tiny_unet):
@@ -139,8 +143,22 @@ def test_a_full_precision_student_is_distilled_as_it_is(tiny_unet):
     distill(student, tiny_unet, config(learning_rate=1e-3))
     assert quantized_state(student) is None
     assert not same_weights(student, tiny_unet)
-    x_t, t = torch.randn(2, *SHAPE), torch.tensor([999, 499])
-    assert sqnr(tiny_unet(x_t, t).sample, student(x_t, t).sample) > 3
+    walk, missed = Walk.of(cosine_scheduler(), 4), []
+    x_t, step = torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 2] * 4)
+    with torch.no_grad():
+        for unet in (tiny_unet, student):  # one jump of each against two of the teacher's
+            x, at = walk.jump(tiny_unet(x_t, walk.timesteps[step]).sample, x_t, step), step + 1
+            end = walk.jump(tiny_unet(x, walk.timesteps[at]).sample, x, at)
+            one = walk.jump(unet(x_t, walk.timesteps[step]).sample, x_t, step, 2)
+            missed.append(float((one - end).square().mean()))
+    assert missed[1] < 0.9 * missed[0]
+
+
+def test_a_reference_in_bfloat16_teaches_as_well():
+    reference = Small()
+    student = student_of(reference)
+    distill(student, reference.bfloat16(), config(iterations=2))
+    assert all(0 < loss < 1 for loss in losses(student))
 
 
 def test_conditioning_reaches_teacher_and_student():
@@ -254,6 +272,34 @@ def test_a_draw_that_was_cut_short_goes_on(tmp_path, monkeypatch):
     assert torch.equal(resumed.rows(torch.arange(12))[0], expected.rows(torch.arange(12))[0])
 
 
+def test_a_draw_that_changed_its_batches_is_no_black_picture(tmp_path, monkeypatch):
+    reference, original = Small(), engine.sample
+    expected = clean_images(reference, cosine_scheduler(), SHAPE, config(), {}).rows(torch.arange(12))[0]
+
+    def drawn(size: int) -> torch.Tensor:
+        settings = config(generation_batch_size=size)
+        return clean_images(reference, cosine_scheduler(), SHAPE, settings, {}, folder=tmp_path).rows(torch.arange(12))[
+            0
+        ]
+
+    done = []
+
+    def failing(*args, **options):
+        if len(done) == 4:
+            raise KeyboardInterrupt
+        done.append(1)
+        return original(*args, **options)
+
+    monkeypatch.setattr(engine, "sample", failing)
+    with pytest.raises(KeyboardInterrupt):
+        drawn(2)
+    monkeypatch.setattr(engine, "sample", original)
+    torch.testing.assert_close(drawn(5), expected, rtol=1e-4, atol=1e-4)
+    for file in tmp_path.glob("*.npy"):
+        file.unlink()
+    torch.testing.assert_close(drawn(5), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_real_images_are_mixed_in():
     reference = Small()
     real = torch.full((3, *SHAPE), 0.5)
@@ -294,6 +340,10 @@ def test_another_runs_folder_is_refused(tmp_path):
     distill(student_of(reference), reference, config(iterations=2), folder=tmp_path)
     with pytest.raises(ValueError, match="is of another run"):
         distill(student_of(reference), reference, config(iterations=3), folder=tmp_path)
+    with pytest.raises(ValueError, match="is of another run"):
+        distill(student_of(reference), Small(seed=5), config(iterations=2), folder=tmp_path)
+    with pytest.raises(ValueError, match="is of another run"):
+        distill(student_of(reference), reference, config(iterations=2), images=torch.zeros(2, *SHAPE), folder=tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ bad input
@@ -328,8 +378,23 @@ def test_bad_networks():
         distill(student, other)
     with pytest.raises(ValueError, match=r"images has shape \(0, 1, 8, 8\)"):
         distill(student, reference, images=torch.zeros(0, *SHAPE))
+    for wrong in (torch.full((2, *SHAPE), 255, dtype=torch.uint8), torch.full((2, *SHAPE), torch.nan)):
+        with pytest.raises(ValueError, match="give floating point numbers from -1 to 1"):
+            distill(student, reference, images=wrong)
+    with pytest.raises(ValueError, match="thresholding=True"):
+        distill(student, reference, scheduler=DDIMScheduler(timestep_spacing="trailing", thresholding=True))
+    with pytest.raises(ValueError, match="move both to one device"):
+        distill(student, copy.deepcopy(reference).to("meta"))
     with pytest.raises(ValueError, match="500 training timesteps, the student was quantized for 1000"):
         distill(student, reference, scheduler=DDIMScheduler(num_train_timesteps=500, timestep_spacing="trailing"))
+
+
+def test_what_cannot_be_distilled_is_said_before_anything_is_quantized(monkeypatch, tiny_unet):
+    monkeypatch.setattr(engine, "quantize_", lambda *args, **options: pytest.fail("the work began"))
+    with pytest.raises(ValueError, match="DDPMScheduler draws noise"):
+        compress(tiny_unet, DDPMScheduler(), cad=config(), progress=False)
+    with pytest.raises(ValueError, match="images has shape"):
+        compress(tiny_unet, cosine_scheduler(), cad=config(), images=torch.zeros(2, 3, 8, 8), progress=False)
 
 
 def test_a_diverging_run_stops():
@@ -347,6 +412,8 @@ def test_other_betas_than_the_networks_are_found_out(monkeypatch):
         check_denoising(teacher, Walk.of(candidate, 20), images)
 
     check(scheduler)
+    for offset in (0, 1):  # leading timesteps end where there is next to no noise to be found
+        check(DDIMScheduler.from_config(scheduler.config, timestep_spacing="leading", steps_offset=offset))
     for other in ({"beta_schedule": "linear"}, {"beta_schedule": "scaled_linear"}, {"prediction_type": "sample"}):
         with pytest.raises(ValueError, match="it has other betas or another prediction_type"):
             check(DDIMScheduler.from_config(scheduler.config, **other))

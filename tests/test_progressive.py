@@ -7,7 +7,8 @@ from statistics import mean, median
 
 import pytest
 import torch
-from networks import SHAPE, Small, cosine_scheduler, sqnr
+from networks import SHAPE, Plain, Small, cosine_scheduler, sqnr
+from safetensors import safe_open
 from torch import nn
 
 from pqcad_ao import PQCADConfig, learner, plan, quantize_
@@ -326,14 +327,38 @@ def test_another_runs_folder_is_refused(tmp_path):
 
 
 def test_a_diverging_run_stops_and_keeps_its_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr(learner, "CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr(learner, "CHECKPOINT_EVERY", 1)
     model = Small()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(FloatingPointError, match=r"learning diverged in stage 'weights', update \d+, at \d bits"):
         quantize(model, config(learning_rate=1.0), folder=tmp_path)
-    assert (tmp_path / "checkpoint.safetensors").is_file()
+    with safe_open(tmp_path / "checkpoint.safetensors", "pt") as file:
+        kept = json.loads(file.metadata()["pqcad_learning"])["log"]
+    # an update went well with what was kept: the last one logged is a later one
+    assert len(kept) < len((tmp_path / "log.jsonl").read_text().splitlines())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert quantized_state(model) is None
+
+
+def test_a_module_under_two_names_is_kept_as_well(tmp_path):
+    class Twice(Plain):
+        def build(self) -> None:
+            self.one = nn.Conv2d(8, 8, 3, padding=1)
+            self.other = self.one
+
+        def middle(self, h: torch.Tensor) -> torch.Tensor:
+            return self.one(torch.relu(self.one(h)))
+
+    quantize(Twice(), config(), folder=tmp_path)
+    assert (tmp_path / "checkpoint.safetensors").is_file()
+
+
+def test_a_silent_network_is_named():
+    model = Small()
+    for parameter in model.last.parameters():
+        parameter.data.zero_()
+    with pytest.raises(ValueError, match="output is zero on the whole calibration set"):
+        quantize(model, config())
 
 
 def test_too_few_iterations_are_named_before_the_work(monkeypatch):

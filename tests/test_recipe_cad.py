@@ -114,4 +114,10 @@ def test_an_empty_image_folder_is_an_error(tmp_path, capsys):
     (tmp_path / "images").mkdir()
     command = ["--model", "demo", "--out", str(tmp_path / "out"), "--data", str(tmp_path / "images")]
     assert cad.main(command) == 2
-    assert "images" in capsys.readouterr().err
+    assert "error: no images in" in capsys.readouterr().err
+
+
+def test_another_networks_folder_is_refused(alone, capsys):
+    arguments = ["--model", "demo", "--out", str(alone), "--cad", *CAD]
+    assert cad.main([*arguments, "--pq", *PQ, "weight_bits=3"]) == 2
+    assert "was made from another network, scheduler or PQCADConfig" in capsys.readouterr().err

@@ -84,7 +84,7 @@ def test_every_kind_of_prediction_means_the_same(kind, seed):
         (EulerDiscreteScheduler(), 20, 1, "scheduler is a EulerDiscreteScheduler"),
         (ddim(timestep_spacing="linspace"), 20, 1, "'linspace' with 20 of 1000 timesteps: allowed are 'trailing'"),
         (ddim(), 64, 1, "64 of 1000 timesteps"),
-        (ddim(rescale_betas_zero_snr=True), 20, 1, "ends at zero signal"),
+        (ddim(rescale_betas_zero_snr=True), 20, 1, "at timestep 999 the schedule has no signal"),
     ],
 )
 def test_what_cannot_be_halved_is_an_error(scheduler, steps, halvings, message):
