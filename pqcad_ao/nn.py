@@ -17,7 +17,7 @@ class Timestep:
     """Which timestep group each sample of the running batch belongs to.
 
     A network's quantized layers share one; :func:`bind_timestep` sets it when the network is called and
-    :func:`release_timestep` clears it when the network returns.
+    :func:`release_timestep` clears it when the network returns. One call at a time: threads need a network each.
     """
 
     def __init__(self, groups: int, num_train_timesteps: int) -> None:

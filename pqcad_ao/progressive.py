@@ -95,7 +95,7 @@ def policies(config: PQCADConfig, resolved: Plan) -> dict[str, MomentumTransitio
     rungs = ladders(config, resolved)
     options = {"beta": config.beta, "tau": config.tau, "window": config.window, "patience": config.patience}
     if config.transitions == "schedule":
-        # no progress is ever waited for, and α arrives at once
+        # no progress is ever waited for, and α arrives within two updates
         options |= {"beta": 1e-9, "patience": config.iterations + 1}
     return {
         stage: MomentumTransition(rungs[stage], budget, **options)

@@ -91,6 +91,7 @@ SQNR_FLOOR = {
     "openvino_int8": 10,
     "pqcad_w4a4": 0,
     "pqcad_w4a4_pt2": 0,
+    "pqcad_w4a5_pt2": 0,
 }
 
 
