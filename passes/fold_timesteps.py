@@ -38,7 +38,7 @@ def fold_timesteps(graph: GraphModule, timesteps: Node, schedule: Tensor) -> Gra
     """
     alone = _depending_on(timesteps)
     for node in alone:
-        if node.op.startswith("call_") and writes(node):  # what it changes may be a view of what is folded
+        if writes(node):  # what it changes may be a view of what is folded
             raise ValueError(
                 f"the network changes a value of the timestep in place ({node.format_node()}): it cannot be "
                 "a table with a row for each step. Write the operation out of place"

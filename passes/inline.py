@@ -73,6 +73,8 @@ def argument(node: Node, position: int, name: str, default: Any) -> Any:
 
 def writes(node: Node) -> bool:
     """Whether a node changes a tensor in place."""
+    if not node.op.startswith("call_"):  # Dynamo's names of inputs end in an underscore, too
+        return False
     target, name = node.target, getattr(node.target, "__name__", str(node.target))
     if isinstance(target, OpOverload):
         return target._schema.is_mutable

@@ -256,6 +256,18 @@ def test_products_by_one_that_do_something_stay():
         assert torch.equal(drop_identities(graph)(x.clone()), function(x.clone()))
 
 
+def test_products_by_one_go_from_dynamos_graphs():
+    """Its inputs have names such as L_x_, which is no operator in place."""
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append(len(drop_identities(graph).graph.nodes))
+        return graph.forward
+
+    torch.compile(lambda x: torch.relu(x) / 1.0 + 2, backend=backend)(noise())
+    assert seen == [4]  # input, relu, sum, output
+
+
 @torch.no_grad()
 def test_timesteps_changed_in_place_are_refused():
     class Changes(nn.Module):
