@@ -24,7 +24,7 @@ from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.files import write_whole
 from pqcad_ao.learner import Learner, drive, read_checkpoint
 from pqcad_ao.observe import activation_quantizers, weight_quantizers
-from pqcad_ao.quantize import adopt, check_structure, fold, in_type, quantize_, unfold
+from pqcad_ao.quantize import adopt, dequantized_state, fold, in_type, quantize_, unfold
 from pqcad_ao.sampling import evaluation_mode, predict, sample, take_rows
 from pqcad_ao.schedule import Walk, halved, teachable, timesteps_of
 from pqcad_ao.serialization import attach, quantized_state
@@ -269,7 +269,7 @@ def distill_(
     if len(places) > 1:
         raise ValueError(f"student and reference are on {' and '.join(sorted(places))}: move both to one device")
     if state is not None:
-        check_structure(student, reference)
+        dequantized_state(student, reference)
     rank, world = rank_and_world()
     if config.batch_size % world:
         raise ValueError(f"batch_size={config.batch_size} cannot be shared by {world} processes: give a multiple")

@@ -270,7 +270,7 @@ def adopt(model: nn.Module, learned: GraphModule | None, layers: dict[str, Quant
 
 
 @torch.no_grad()
-def check_structure(model: nn.Module, reference: nn.Module) -> dict[str, torch.Tensor]:
+def dequantized_state(model: nn.Module, reference: nn.Module) -> dict[str, torch.Tensor]:
     """A quantized network's state as the full-precision network has it, weights dequantized.
 
     Raises:
@@ -312,7 +312,7 @@ def unfold(
         raise ValueError(f"this {type(model).__name__} is not quantized by pqcad_ao: call quantize_ first")
     layers = {row.fqn: model.get_submodule(row.fqn) for row in state.plan.quantized}
     skeleton = copy.deepcopy(reference).float().to(memory_format=torch.channels_last)
-    skeleton.load_state_dict(check_structure(model, reference))
+    skeleton.load_state_dict(dequantized_state(model, reference))
     captured = capture(skeleton, shape, in_type(conditioning))
     graph = prepare(captured, state.plan, state.config, state.timestep.num_train_timesteps)
     for fqn, (weights, _) in weight_quantizers(graph).items():

@@ -252,22 +252,27 @@ def test_clean_images_are_the_samplers(tmp_path):
     assert not isinstance(alone.drawn, type(kept.drawn))  # the file is mapped, not read
 
 
-def test_a_draw_that_was_cut_short_goes_on(tmp_path, monkeypatch):
-    reference, done = Small(), []
-    original = engine.sample
+def killed_after(calls: int):
+    """The sampler, in which a kill follows some calls."""
+    original, done = engine.sample, []
 
     def failing(*args, **options):
-        if len(done) == 2:
+        if len(done) == calls:
             raise KeyboardInterrupt
         done.append(1)
         return original(*args, **options)
 
-    monkeypatch.setattr(engine, "sample", failing)
+    return failing
+
+
+def test_a_draw_that_was_cut_short_goes_on(tmp_path, monkeypatch):
+    reference, done, original = Small(), [], engine.sample
+    monkeypatch.setattr(engine, "sample", killed_after(2))
     with pytest.raises(KeyboardInterrupt):
         clean_images(reference, cosine_scheduler(), SHAPE, config(), {}, folder=tmp_path)
     monkeypatch.setattr(engine, "sample", lambda *args, **options: done.append(1) or original(*args, **options))
     resumed = clean_images(reference, cosine_scheduler(), SHAPE, config(), {}, folder=tmp_path)
-    assert len(done) == 3
+    assert len(done) == 1
     expected = clean_images(reference, cosine_scheduler(), SHAPE, config(), {})
     assert torch.equal(resumed.rows(torch.arange(12))[0], expected.rows(torch.arange(12))[0])
 
@@ -278,19 +283,10 @@ def test_a_draw_that_changed_its_batches_is_no_black_picture(tmp_path, monkeypat
 
     def drawn(size: int) -> torch.Tensor:
         settings = config(generation_batch_size=size)
-        return clean_images(reference, cosine_scheduler(), SHAPE, settings, {}, folder=tmp_path).rows(torch.arange(12))[
-            0
-        ]
+        pictures = clean_images(reference, cosine_scheduler(), SHAPE, settings, {}, folder=tmp_path)
+        return pictures.rows(torch.arange(12))[0]
 
-    done = []
-
-    def failing(*args, **options):
-        if len(done) == 4:
-            raise KeyboardInterrupt
-        done.append(1)
-        return original(*args, **options)
-
-    monkeypatch.setattr(engine, "sample", failing)
+    monkeypatch.setattr(engine, "sample", killed_after(4))
     with pytest.raises(KeyboardInterrupt):
         drawn(2)
     monkeypatch.setattr(engine, "sample", original)

@@ -578,8 +578,8 @@ struct Quantize {
   bool silu;
 };
 
-// x / (1 + e^-x), to 4 units in the last place where its size matters and to 1e-6 everywhere: e^-x is a power of two times a polynomial in what remains of the
-// exponent. Ends of +-87 keep the power a normal number.
+// x / (1 + e^-x), to 4 units in the last place where its size matters and to 1.5e-6 everywhere: e^-x is a power of two
+// times a polynomial in what remains of the exponent. Ends of +-87 keep the power a normal number.
 inline __m512 silu_of(__m512 x) {
   const __m512 one = _mm512_set1_ps(1.f), minus_log2e = _mm512_set1_ps(-1.44269504f);
   const __m512 ended = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.f)), _mm512_set1_ps(87.f));
