@@ -13,10 +13,10 @@ def integers(generator: torch.Generator, bits: int, *shape: int) -> Tensor:
 
 
 @st.composite
-def convolutions(draw, winograd: bool, channels: int = 70):
+def convolutions(draw, winograd: bool, channels: int = 70, winograd_bits: int = 6):
     """Arguments of ``pqcad::conv2d``; with ``winograd`` those that the exact Winograd form takes.
 
-    channels: the most that a segment has.
+    channels: the most that a segment has. winograd_bits: the most that inputs have with ``winograd``.
     """
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     groups = 1 if winograd else draw(st.sampled_from([1, 1, 1, 2, 3]))
@@ -26,7 +26,7 @@ def convolutions(draw, winograd: bool, channels: int = 70):
         segments = [groups * draw(st.integers(1, 9))]
     out_channels = groups * draw(st.integers(1, channels + 10 if groups == 1 else 9))
     weight_bits = draw(st.integers(2, 4 if winograd else 8))
-    input_bits = draw(st.integers(2, 5 if winograd else 8))
+    input_bits = draw(st.integers(2, winograd_bits if winograd else 8))
     kernel = [3, 3] if winograd else [draw(st.integers(1, 4)) for _ in range(2)]
     stride, dilation = ([1, 1] if winograd else [draw(st.integers(1, 3)) for _ in range(2)] for _ in range(2))
     padding = [draw(st.integers(0, 3)) for _ in range(2)]
@@ -61,12 +61,12 @@ def convolutions(draw, winograd: bool, channels: int = 70):
 
 
 def extremes(low: int, high: int, weights: str) -> tuple:
-    """A 3x3 convolution whose integers are all at the ends of five and four bits; weights: lowest, highest or signs."""
+    """A 3x3 convolution of inputs at ``low`` or ``high``; 4-bit weights at an end: lowest, highest, signs of both."""
     generator = torch.Generator().manual_seed(0)
     x = torch.where(torch.rand(2, 64, 8, 8, generator=generator) < 0.5, low, high).to(torch.int8)
     x[0] = high
     weight = {"lowest": torch.full((16, 576), -8), "highest": torch.full((16, 576), 7)}.get(weights)
     if weight is None:
         weight = torch.where(torch.rand(16, 576, generator=generator) < 0.5, -8, 7)
-    geometry = ([3, 3], [1, 1], [1, 1], [1, 1], 1, torch.float32, 5)
+    geometry = ([3, 3], [1, 1], [1, 1], [1, 1], 1, torch.float32, (high - low).bit_length())
     return (x, pack(weight, 4), torch.ones(16), torch.ones(2, 1), None, 4, [64], *geometry)

@@ -92,6 +92,7 @@ SQNR_FLOOR = {
     "pqcad_w4a4": 0,
     "pqcad_w4a4_pt2": 0,
     "pqcad_w4a5_pt2": 0,
+    "pqcad_w4a6_pt2": 0,
 }
 
 

@@ -76,7 +76,9 @@ def test_convolutions_of_more_channels_than_are_widened_at_once(arguments):
 
 
 @needs_kernels
-@pytest.mark.parametrize(("low", "high"), [(-31, 0), (0, 31), (-16, 15), (-15, 0)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(-63, 0), (0, 63), (-32, 31), (-17, 46), (-31, 0), (0, 31), (-16, 15), (-15, 0)]
+)
 @pytest.mark.parametrize("weights", ["lowest", "highest", "signs"])
 def test_winograd_is_exact_at_the_extremes(low, high, weights):
     """The transformed values reach the ends of what eight bits hold, and no sum leaves its range."""

@@ -46,7 +46,7 @@ def test_the_direct_form_equals_the_reference(arguments):
 
 
 @settings(max_examples=12)
-@given(convolutions(winograd=True, channels=CHANNELS))
+@given(convolutions(winograd=True, channels=CHANNELS, winograd_bits=5))
 def test_the_winograd_form_equals_the_reference(arguments):
     same(arguments, form="winograd")
 

@@ -6,10 +6,11 @@
 // and odd channels and are not interleaved again: in scratch, activations and weights hold the even ones of every eight
 // channels and then the odd ones. Sums are exact 32-bit integers.
 //
-// A 3x3 convolution of stride 1 with weights of at most 4 bits and inputs of at most 5 goes by Winograd's F(2x2, 3x3)
-// (Lavin and Gray 2016) in 8-bit arithmetic. With d of 5 bits, B^T d B lies within [-124, 124]; with g of 4 bits,
-// (2G) g (2G)^T lies within [-72, 72]; the result is four times the convolution, and a shift by two restores it without
-// remainder. Everything else is a direct product over the taps.
+// A 3x3 convolution of stride 1 with weights of at most 4 bits and inputs of at most 6 goes by Winograd's F(2x2, 3x3)
+// (Lavin and Gray 2016) in 8-bit arithmetic. With d of 6 bits, fifteen of the sixteen planes of B^T d B are differences
+// and lie within [-126, 126]; the sixteenth is a sum of four values and lies within 252 of four times the least of them,
+// which its own offset makes zero. With g of 4 bits, (2G) g (2G)^T lies within [-72, 72]; the result is four times the
+// convolution, and a shift by two restores it without remainder. Everything else is a direct product over the taps.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -47,7 +48,7 @@ struct Problem {
   int64_t addend_sample, addend_pixel;  // strides; the channel's is 1
   float* output;         // (B, OH, OW, O)
   int64_t B, H, W, C, O, OH, OW, KH, KW, SH, SW, PH, PW, DH, DW, groups;
-  int bits;
+  int bits, input_bits;  // of weights, and of inputs where the form of the product depends on it
   std::vector<Part> parts;
   int64_t padded;        // channels of all parts together, each padded
   int64_t in_group() const { return C / groups; }
@@ -418,8 +419,37 @@ template <int NR> void plane_product(const uint8_t* v, const int8_t* u, int64_t 
   }
 }
 
-// Input tiles B^T d B + 128 of a block: v[part][16][TILE][padded].
-void transform_input(const Problem& p, int64_t first, int64_t count, int64_t TH, int64_t TW, uint8_t* v) {
+constexpr int MIDDLE = 5;  // the plane in row 1 and column 1 of the sixteen: sums alone, and it enters all four outputs
+
+// What makes the middle plane unsigned, [B][part]: minus four times the least integer of a sample, or of the zeros around
+// it. Up to 5 bits the offset of the other planes does.
+std::vector<int32_t> middle_offsets(const Problem& p) {
+  const int64_t parts = (int64_t)p.parts.size();
+  std::vector<int32_t> offsets(p.B * parts, 128);
+  if (p.input_bits <= 5) return offsets;
+  at::parallel_for(0, p.B, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; b++)
+      for (int64_t s = 0; s < parts; s++) {
+        const Part& part = p.parts[s];
+        __m512i least = _mm512_setzero_si512();
+        for (int64_t pixel = 0; pixel < p.H * p.W; pixel++) {
+          const int8_t* from = p.input + (b * p.H * p.W + pixel) * p.C + part.first;
+          for (int64_t k = 0; k < part.length; k += 64) {
+            const __mmask64 have = part.length - k >= 64 ? ~0ull : (1ull << (part.length - k)) - 1;
+            least = _mm512_min_epi8(least, _mm512_maskz_loadu_epi8(have, from + k));
+          }
+        }
+        alignas(64) int8_t lanes[64];
+        _mm512_store_si512(lanes, least);
+        offsets[b * parts + s] = -4 * *std::min_element(lanes, lanes + 64);
+      }
+  });
+  return offsets;
+}
+
+// Input tiles B^T d B, with their offset, of a block: v[part][16][TILE][padded].
+void transform_input(const Problem& p, const int32_t* middle, int64_t first, int64_t count, int64_t TH, int64_t TW,
+                     uint8_t* v) {
   static const int8_t zeros[64] = {};
   const __m512i offset = _mm512_set1_epi8((char)128);
   for (int64_t q = 0; q < count; q++) {
@@ -431,7 +461,9 @@ void transform_input(const Problem& p, int64_t first, int64_t count, int64_t TH,
         pixel[i * 4 + j] = inside ? p.input + ((b * p.H + y + i) * p.W + x + j) * p.C : nullptr;
       }
     uint8_t* of_part = v;
+    const int32_t* of_middle = middle + b * (int64_t)p.parts.size();
     for (auto& part : p.parts) {
+      const __m512i own = _mm512_set1_epi8((char)*of_middle++);
       for (int64_t k = 0; k < part.padded; k += 64) {
         const __mmask64 have = part.length - k >= 64 ? ~0ull : part.length > k ? (1ull << (part.length - k)) - 1 : 0;
         const __mmask64 want = part.padded - k >= 64 ? ~0ull : (1ull << (part.padded - k)) - 1;
@@ -450,7 +482,9 @@ void transform_input(const Problem& p, int64_t first, int64_t count, int64_t TH,
           const __m512i* r = e + i * 4;
           const __m512i f[4] = {_mm512_sub_epi8(r[0], r[2]), _mm512_add_epi8(r[1], r[2]), _mm512_sub_epi8(r[2], r[1]),
                                 _mm512_sub_epi8(r[1], r[3])};
-          for (int j = 0; j < 4; j++) _mm512_mask_storeu_epi8(to + (i * 4 + j) * plane, want, _mm512_add_epi8(f[j], offset));
+          for (int j = 0; j < 4; j++)
+            _mm512_mask_storeu_epi8(to + (i * 4 + j) * plane, want,
+                                    _mm512_add_epi8(f[j], i * 4 + j == MIDDLE ? own : offset));
         }
       }
       of_part += 16 * TILE * part.padded;
@@ -458,7 +492,8 @@ void transform_input(const Problem& p, int64_t first, int64_t count, int64_t TH,
   }
 }
 
-// A^T comp A: what the offset adds to each of a tile's four outputs, as [4][width*16].
+// A^T comp A: what an offset of 128 adds to each of a tile's four outputs, as [4][width*16], and what one of 1 in the
+// middle plane adds to all of them.
 void transform_offset(const Panel& panel, const int32_t* comp, int32_t* of_output) {
   const int64_t columns = panel.width * LANES;
   for (int64_t c = 0; c < columns; c++) {
@@ -472,17 +507,19 @@ void transform_offset(const Panel& panel, const int32_t* comp, int32_t* of_outpu
       of_output[(2 * i) * columns + c] = e[i][0] + e[i][1] + e[i][2];
       of_output[(2 * i + 1) * columns + c] = e[i][1] - e[i][2] - e[i][3];
     }
+    of_output[4 * columns + c] = comp[MIDDLE * columns + c] / 128;
   }
 }
 
-void transform_output(const Problem& p, const Panel& panel, const int32_t* m, const int32_t* of_output, int64_t first,
-                      int64_t count, int64_t TH, int64_t TW, int64_t segment) {
+void transform_output(const Problem& p, const Panel& panel, const int32_t* middle, const int32_t* m,
+                      const int32_t* of_output, int64_t first, int64_t count, int64_t TH, int64_t TW, int64_t segment) {
   const int NR = panel.width;
   for (int j = 0; j < NR; j++) {
     const __mmask16 lanes = lanes_of(panel, j);
-    __m512i offset[4];
-    for (int k = 0; k < 4; k++) offset[k] = _mm512_loadu_si512(of_output + (k * NR + j) * LANES);
+    __m512i of_all[5], offset[4];
+    for (int k = 0; k < 5; k++) of_all[k] = _mm512_loadu_si512(of_output + (k * NR + j) * LANES);
     Epilogue store(p, panel.first + j * LANES, lanes, segment);
+    int64_t sample = -1;
     for (int64_t q = 0; q < count; q++) {
       const int64_t t = first + q, b = t / (TH * TW), y = t % (TH * TW) / TW * 2, x = t % TW * 2;
       const int32_t* at = m + (q * NR + j) * LANES;
@@ -495,6 +532,11 @@ void transform_output(const Problem& p, const Panel& panel, const int32_t* m, co
         e[1][k] = _mm512_sub_epi32(_mm512_sub_epi32(m1, m2), m3);
       }
       store.of_sample(b);
+      if (b != sample) {
+        sample = b;
+        const __m512i more = _mm512_set1_epi32(middle[b * (int64_t)p.parts.size() + segment] - 128);
+        for (int k = 0; k < 4; k++) offset[k] = _mm512_add_epi32(of_all[k], _mm512_mullo_epi32(of_all[4], more));
+      }
       for (int i = 0; i < 2 && y + i < p.OH; i++) {
         const int64_t pixel = (b * p.OH + y + i) * p.OW + x;
         __m512i sums = _mm512_add_epi32(_mm512_add_epi32(e[i][0], e[i][1]), e[i][2]);
@@ -508,6 +550,7 @@ void transform_output(const Problem& p, const Panel& panel, const int32_t* m, co
 }
 
 void winograd(const Problem& p) {
+  const auto middle = middle_offsets(p);
   const int64_t TH = (p.OH + 1) / 2, TW = (p.OW + 1) / 2, tiles = p.B * TH * TW;
   const int64_t of_block = 16 * TILE * p.padded;
   const int64_t chunk = std::max<int64_t>(1, CHUNK / of_block) * TILE;
@@ -517,7 +560,8 @@ void winograd(const Problem& p) {
     const int64_t stop = std::min(start + chunk, tiles), blocks = (stop - start + TILE - 1) / TILE;
     at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; k++)
-        transform_input(p, start + k * TILE, std::min<int64_t>(TILE, stop - start - k * TILE), TH, TW, v + k * of_block);
+        transform_input(p, middle.data(), start + k * TILE, std::min<int64_t>(TILE, stop - start - k * TILE), TH, TW,
+                        v + k * of_block);
     });
     at::parallel_for(0, (int64_t)all.size() * blocks, 1, [&](int64_t begin, int64_t end) {
       int64_t current = -1;
@@ -527,14 +571,14 @@ void winograd(const Problem& p) {
         const int64_t columns = panel.width * LANES, from = start + task % blocks * TILE,
                       count = std::min<int64_t>(TILE, stop - from);
         int8_t* u = weights.of<int8_t>(16 * p.padded * columns);
-        int32_t* of_output = sums.of<int32_t>((parts * 4 + 16) * columns);
+        int32_t* of_output = sums.of<int32_t>((parts * 5 + 16) * columns);
         int32_t* m = products.of<int32_t>(16 * TILE * columns);
         if (current != task / blocks) {
           current = task / blocks;
-          int32_t* comp = of_output + parts * 4 * columns;
+          int32_t* comp = of_output + parts * 5 * columns;
           for (int64_t s = 0; s < parts; s++) {
             widen_winograd(p, panel, p.parts[s], u + 16 * p.parts[s].offset * columns, comp);
-            transform_offset(panel, comp, of_output + s * 4 * columns);
+            transform_offset(panel, comp, of_output + s * 5 * columns);
           }
         }
         for (int64_t s = 0; s < parts; s++) {
@@ -551,7 +595,7 @@ void winograd(const Problem& p) {
               default: plane_product<4>(a, w, part.padded, count, to);
             }
           }
-          transform_output(p, panel, m, of_output + s * 4 * columns, from, count, TH, TW, s);
+          transform_output(p, panel, middle.data(), m, of_output + s * 5 * columns, from, count, TH, TW, s);
         }
       }
     });
@@ -783,6 +827,7 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const Tensor& weight_sc
   p.B = input.size(0), p.C = input.size(1), p.H = input.size(2), p.W = input.size(3), p.O = weight_scale.numel();
   p.KH = kernel_size[0], p.KW = kernel_size[1], p.SH = stride[0], p.SW = stride[1], p.PH = padding[0];
   p.PW = padding[1], p.DH = dilation[0], p.DW = dilation[1], p.groups = groups, p.bits = (int)weight_bits;
+  p.input_bits = (int)input_bits;
   const int64_t down = p.H + 2 * p.PH - p.DH * (p.KH - 1) - 1, along = p.W + 2 * p.PW - p.DW * (p.KW - 1) - 1;
   TORCH_CHECK_VALUE(down >= 0 && along >= 0, "kernel of ", kernel_size, " on an input of ", input.sizes(), " leaves nothing");
   p.OH = down / p.SH + 1, p.OW = along / p.SW + 1;
@@ -800,7 +845,7 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const Tensor& weight_sc
     p.addend_pixel = per_sample ? 0 : p.O;
   }
   const bool three = p.KH == 3 && p.KW == 3 && p.SH == 1 && p.SW == 1 && p.DH == 1 && p.DW == 1 && groups == 1;
-  compute(p, three && weight_bits <= 4 && input_bits <= 5 ? winograd : direct,
+  compute(p, three && weight_bits <= 4 && input_bits <= 6 ? winograd : direct,
           input.contiguous(at::MemoryFormat::ChannelsLast), weight, weight_scale, input_scale, bias, a, segments, output);
   return output.to(dtype);
 }
