@@ -73,6 +73,7 @@ ROWS = {
     "pq_normal": Row("progressive W4A4, normal C_QC", {"calibration_timesteps": "normal"}),
     "pq_uniform": Row("progressive W4A4, uniform C_QC", {"calibration_timesteps": "uniform"}),
     "pq_w4a5": Row("progressive W4A5", {"activation_bits": 5}),
+    "pq_w4a6": Row("progressive W4A6", {"activation_bits": 6}),
     "pq_w4a8": Row("progressive W4A8", {"activation_bits": 8}),
     "pq_w3a8": Row("progressive W3A8", {"weight_bits": 3, "activation_bits": 8}),
     "pq_w3a4": Row("progressive W3A4", {"weight_bits": 3}),
@@ -82,6 +83,8 @@ ROWS = {
     "pqcad_quarter": _distilled("W4A4, distilled to a quarter of the steps", part=4, halvings=2),
     "pqcad_half_w4a5": _distilled("W4A5, distilled to half the steps", base="pq_w4a5"),
     "pqcad_quarter_w4a5": _distilled("W4A5, distilled to a quarter of the steps", base="pq_w4a5", part=4, halvings=2),
+    "pqcad_half_w4a6": _distilled("W4A6, distilled to half the steps", base="pq_w4a6"),
+    "pqcad_quarter_w4a6": _distilled("W4A6, distilled to a quarter of the steps", base="pq_w4a6", part=4, halvings=2),
 }
 # What each part of distillation adds. All take the same number of updates.
 ABLATIONS = {
@@ -113,6 +116,7 @@ def bench_quality(
     features: tuple[nn.Module, RealFeatures] | None = None,
     options: dict[str, Any] | None = None,
     cad_options: dict[str, Any] | None = None,
+    compiled: bool = False,
     progress: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -126,6 +130,7 @@ def bench_quality(
         device: where networks learn and sample.
         features: feature network and real statistics; the embedded ones if None.
         options, cad_options: further options of every row's :class:`PQCADConfig` and :class:`CADConfig`.
+        compiled: sample through ``torch.compile``, quantized networks with ``backend="pqcad"``: for many images.
         say: receives a line for each result.
 
     Returns:
@@ -154,12 +159,13 @@ def bench_quality(
     for seed in seeds:
         for name in rows:
             row = ROWS[name]
-            file = bench.home(name, seed) / f"steps{steps // row.part}-n{n}.json"
+            form = "-compiled" if compiled else ""
+            file = bench.home(name, seed) / f"steps{steps // row.part}-n{n}{form}.json"
             if file.is_file():
                 result = json.loads(file.read_text())
             else:
                 unet, sampler, made = bench.network(name, seed)
-                images, sqnr = pictures(teacher, unet, sampler, steps // row.part, n, seed, progress)
+                images, sqnr = pictures(teacher, unet, sampler, steps // row.part, n, seed, compiled, progress)
                 quality = fid_kid(images, network, real, seed=seed, bootstrap=BOOTSTRAP)
                 result = {
                     "name": name,
@@ -167,6 +173,7 @@ def bench_quality(
                     **quality,
                     "steps": steps // row.part,
                     "seed": seed,
+                    "sampled": "compiled" if compiled else "eager",
                     "sqnr_db": sqnr if row.part == 1 else None,  # a distilled step is another function by design
                     **made,
                 }
@@ -242,13 +249,17 @@ class _Bench:
 
 
 def pictures(
-    teacher: nn.Module, unet: nn.Module, scheduler, steps: int, n: int, seed: int, progress: bool
+    teacher: nn.Module, unet: nn.Module, scheduler, steps: int, n: int, seed: int, compiled: bool, progress: bool
 ) -> tuple[Tensor, float | None]:
     """``n`` images of a row's network, and its SQNR against the teacher on trajectories; None for the teacher."""
     shape = sample_shape(teacher)
     device, _ = placement(teacher)
     noise = torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed)).to(device)
-    images = sample(unet, scheduler, noise, steps, batch_size=BATCH, progress=progress).cpu()
+    runs: Any = unet
+    if compiled:
+        torch.compiler.reset()  # networks of one class share their code, and so its limit of recompilations
+        runs = torch.compile(unet, backend="pqcad" if quantized_state(unet) else "inductor", dynamic=False)
+    images = sample(runs, scheduler, noise, steps, batch_size=BATCH, progress=progress).cpu()
     if unet is teacher:
         return images, None
     visited: list[tuple[Tensor, Tensor]] = []
@@ -307,6 +318,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     parser.add_argument("--threads", type=int, help="(default: PyTorch's)")
+    parser.add_argument("--compile", action="store_true", help="sample through torch.compile: for many images")
     parser.add_argument("--json", metavar="FILE", help="write the result there")
 
 
@@ -321,6 +333,7 @@ def run(args: argparse.Namespace, progress: bool = False) -> dict[str, Any]:
         work=args.work,
         device=args.device,
         threads=args.threads,
+        compiled=args.compile,
         progress=progress,
     )
     print(table(result))

@@ -124,3 +124,16 @@ def test_distilled_rows_start_from_another_rows_network(tiny_dir, tmp_path, monk
     assert found["pd_then_q"]["average_bits"] < 8
     again, _ = run(tiny_dir, tmp_path, rows=rows, steps=4, cad_options=cad)
     assert again["rows"] == result["rows"]
+
+
+@pytest.mark.slow
+def test_rows_sampled_through_the_compiler_are_those_of_eager(measured, tiny_dir):
+    work, result, _ = measured
+    compiled, _ = run(tiny_dir, work, rows=["fp_full", "pq_full"], compiled=True)
+    for row in compiled["rows"]:
+        eager = next(other for other in result["rows"] if (other["name"], other["seed"]) == (row["name"], 0))
+        assert (row["sampled"], eager["sampled"]) == ("compiled", "eager")
+        assert row["fid"] == pytest.approx(
+            eager["fid"], rel=0.02
+        )  # values on a threshold of the grid may go either way
+        assert row["sqnr_db"] == eager["sqnr_db"]
