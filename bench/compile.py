@@ -403,7 +403,7 @@ ROWS = {
     "openvino_int8": Row(build_openvino_int8, ("openvino", "nncf")),
     "pqcad_w4a4": Row(build_pqcad_w4a4),
     "pqcad_w4a4_pt2": Row(partial(build_pqcad_pt2, bits=4)),
-    # Winograd stays exact: two more bits of the activations cost no time
+    # Winograd stays exact: two more bits of the activations cost next to no time
     "pqcad_w4a5_pt2": Row(partial(build_pqcad_pt2, bits=5)),
     "pqcad_w4a6_pt2": Row(partial(build_pqcad_pt2, bits=6)),
 }

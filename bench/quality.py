@@ -159,8 +159,7 @@ def bench_quality(
     for seed in seeds:
         for name in rows:
             row = ROWS[name]
-            form = "-compiled" if compiled else ""
-            file = bench.home(name, seed) / f"steps{steps // row.part}-n{n}{form}.json"
+            file = bench.home(name, seed) / f"steps{steps // row.part}-n{n}{'-compiled' if compiled else ''}.json"
             if file.is_file():
                 result = json.loads(file.read_text())
             else:
