@@ -1,4 +1,4 @@
-"""How good the pictures are, row by row: FID and KID of full precision and of every way to quantize, side by side.
+"""How good the pictures are, row by row: FID, KID, precision and recall of full precision and of every way to quantize.
 
 One sampler, one feature pipeline, the same noise for every row of a seed. Each row is learned and sampled once for a
 seed and kept under the work folder, so that a run that was cut short goes on and another one can add rows.
@@ -15,6 +15,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -22,17 +23,19 @@ from pqcad_ao.bench.machine import check_device, describe, peak_rss_bytes
 from pqcad_ao.calibration import digest, settings_of
 from pqcad_ao.capture import placement, sample_shape
 from pqcad_ao.config import CADConfig, PQCADConfig
+from pqcad_ao.data import to_uint8
 from pqcad_ao.distill import distill_
-from pqcad_ao.evaluate import RealFeatures, embedded_features, fid_kid, trajectory_sqnr
+from pqcad_ao.evaluate import RealFeatures, embedded_features, image_quality, trajectory_sqnr
 from pqcad_ao.models import load_model, save_model
 from pqcad_ao.quantize import plan, quantize_
-from pqcad_ao.report import write_json
+from pqcad_ao.report import save_samples, write_json
 from pqcad_ao.sampling import sample
 from pqcad_ao.serialization import quantized_state
 
 BATCH = 32  # more do not stay in the cache, and take longer for each image
 TRAJECTORIES = 16  # images whose trajectories carry the SQNR
 BOOTSTRAP = 200
+DRAWN = 16  # images of each row that are kept, for --grid
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ def bench_quality(
     options: dict[str, Any] | None = None,
     cad_options: dict[str, Any] | None = None,
     compiled: bool = False,
+    grid: str | Path | None = None,
     progress: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -131,11 +135,12 @@ def bench_quality(
         features: feature network and real statistics; the embedded ones if None.
         options, cad_options: further options of every row's :class:`PQCADConfig` and :class:`CADConfig`.
         compiled: sample through ``torch.compile``, quantized networks with ``backend="pqcad"``: for many images.
+        grid: a picture (PNG) to write, with the first images of every row, of the first seed.
         say: receives a line for each result.
 
     Returns:
-        ``rows``, one for each name and seed (name, title, fid, fid_ci, kid, n, steps, seed, sqnr_db, and what making
-        its network took), and the versions, threads and CPU behind them.
+        ``rows``, one for each name and seed (name, title, fid, fid_ci, kid, precision, recall, n, steps, seed, sqnr_db,
+        and what making its network took), and the versions, threads and CPU behind them.
 
     Raises:
         ValueError: a row that does not exist, or sizes out of range.
@@ -155,17 +160,18 @@ def bench_quality(
     place = check_device(device)
     teacher, scheduler = load_model(model)
     bench = _Bench(teacher.to(place), scheduler, steps, Path(work), options or {}, cad_options or {}, progress)
-    found = []
+    found, panels = [], {}
     for seed in seeds:
         for name in rows:
             row = ROWS[name]
             file = bench.home(name, seed) / f"steps{steps // row.part}-n{n}{'-compiled' if compiled else ''}.json"
-            if file.is_file():
+            drawn = file.with_suffix(".safetensors")
+            if file.is_file() and drawn.is_file():
                 result = json.loads(file.read_text())
             else:
                 unet, sampler, made = bench.network(name, seed)
                 images, sqnr = pictures(teacher, unet, sampler, steps // row.part, n, seed, compiled, progress)
-                quality = fid_kid(images, network, real, seed=seed, bootstrap=BOOTSTRAP)
+                quality = image_quality(images, network, real, seed=seed, bootstrap=BOOTSTRAP)
                 result = {
                     "name": name,
                     "title": row.title,
@@ -176,9 +182,14 @@ def bench_quality(
                     "sqnr_db": sqnr if row.part == 1 else None,  # a distilled step is another function by design
                     **made,
                 }
+                save_file({"images": to_uint8(images[:DRAWN])}, drawn)
                 write_json(file, result)
+            if seed == seeds[0]:
+                panels[f"{row.title}: {steps // row.part} steps, FID {result['fid']:.2f}"] = load_file(drawn)["images"]
             found.append(result)
             say(f"{name} seed {seed}: FID {result['fid']:.3f}, {result['n']} images, {result['steps']} steps")
+    if grid is not None:
+        save_samples(panels, grid, columns=4, side=2.4, across=5)
     return {"rows": found, "model": model, **describe(torch.get_num_threads())}
 
 
@@ -289,13 +300,15 @@ def table(result: dict[str, Any]) -> str:
             rows[0]["title"],
             spread(rows, "fid", 3),
             spread([{"kid": 1000 * row["kid"]} for row in rows if row["kid"] is not None], "kid", 3),
+            spread(rows, "precision", 3),
+            spread(rows, "recall", 3),
             spread(rows, "sqnr_db", 1),
             spread(rows, "seconds", 0),
             len(rows),
         )
         for rows in by_name.values()
     ]
-    headers = ("row", "FID", "1000 · KID", "SQNR of a step, dB", "seconds to make", "seeds")
+    headers = ("row", "FID", "1000 · KID", "precision", "recall", "SQNR of a step, dB", "seconds to make", "seeds")
     return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
 
 
@@ -318,6 +331,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     parser.add_argument("--threads", type=int, help="(default: PyTorch's)")
     parser.add_argument("--compile", action="store_true", help="sample through torch.compile: for many images")
+    parser.add_argument("--grid", type=Path, metavar="FILE", help="draw the first images of every row there (PNG)")
     parser.add_argument("--json", metavar="FILE", help="write the result there")
 
 
@@ -333,6 +347,7 @@ def run(args: argparse.Namespace, progress: bool = False) -> dict[str, Any]:
         device=args.device,
         threads=args.threads,
         compiled=args.compile,
+        grid=args.grid,
         progress=progress,
     )
     print(table(result))

@@ -22,7 +22,7 @@ from pqcad_ao.config import MODES, CADConfig, PQCADConfig
 from pqcad_ao.data import load_images
 from pqcad_ao.distill import compress
 from pqcad_ao.edge_plan import OBJECTIVES
-from pqcad_ao.evaluate import RealFeatures, embedded_features, extract_features, fid_kid, load_classifier
+from pqcad_ao.evaluate import RealFeatures, embedded_features, extract_features, image_quality, load_classifier
 from pqcad_ao.models import NAMES, load_model, save_model
 from pqcad_ao.quantize import plan, quantize_
 from pqcad_ao.quiet import start_executorch
@@ -402,10 +402,11 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
         pictures, _ = load_images(args.data, "test", image_size=shape[1], channels=shape[0])
         real = RealFeatures.from_images(pictures, network)
     extract_features(torch.zeros(2, *shape), network)  # images that do not fit are refused before sampling
-    found = fid_kid(sampled(args, unet, scheduler), network, real, seed=args.seed, bootstrap=args.bootstrap)
+    found = image_quality(sampled(args, unet, scheduler), network, real, seed=args.seed, bootstrap=args.bootstrap)
     interval = f" [{found['fid_ci'][0]:.2f}, {found['fid_ci'][1]:.2f}]" if "fid_ci" in found else ""
     kid = "" if found["kid"] is None else f", KID {found['kid']:.5f} ± {found['kid_std']:.5f}"
-    print(f"FID {found['fid']:.3f}{interval}{kid} ({found['n']} images, {args.steps} steps)")
+    covers = "" if found["recall"] is None else f", precision {found['precision']:.3f}, recall {found['recall']:.3f}"
+    print(f"FID {found['fid']:.3f}{interval}{kid}{covers} ({found['n']} images, {args.steps} steps)")
     return {**found, "steps": args.steps, "seed": args.seed, "model": args.model}
 
 

@@ -20,6 +20,7 @@ from pqcad_ao.sampling import predict
 
 CLASSIFIER_FORMAT = "pqcad_ao.FeatureClassifier"
 FEATURES_FORMAT = "pqcad_ao.RealFeatures"
+NEIGHBOURS = 3  # k of precision and recall (Kynkäänniemi et al. 2019, §4)
 
 
 def _conv(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -364,7 +365,7 @@ def fid_kid(
     return result
 
 
-def precision_recall(real_features: Tensor, fake_features: Tensor, k: int = 3) -> dict[str, float]:
+def precision_recall(real_features: Tensor, fake_features: Tensor, k: int = NEIGHBOURS) -> dict[str, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019, eq. 1-2).
 
     Each set's manifold is the union of the balls around its points that reach to their k-th nearest neighbour within
@@ -396,6 +397,19 @@ def precision_recall(real_features: Tensor, fake_features: Tensor, k: int = 3) -
         return torch.cat(inside).double().mean().item()
 
     return {"precision": covered(fake, real), "recall": covered(real, fake)}
+
+
+def image_quality(
+    images: Tensor, network: nn.Module, real: RealFeatures, *, seed: int = 0, bootstrap: int = 0
+) -> dict[str, Any]:
+    """Everything that is said of generated images: :func:`fid_kid` and :func:`precision_recall`, in one dictionary.
+
+    ``precision`` and ``recall`` are None where ``real`` holds no features, as ``kid`` is, or there are too few images.
+    """
+    found = fid_kid(images, network, real, seed=seed, bootstrap=bootstrap)
+    if real.features is None or min(len(images), len(real.features)) <= NEIGHBOURS:
+        return {**found, "precision": None, "recall": None}
+    return {**found, **precision_recall(real.features, extract_features(images, network))}
 
 
 def _db(signal: float, noise: float) -> float:

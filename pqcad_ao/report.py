@@ -4,6 +4,7 @@ import base64
 import html
 import json
 import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ SQNR_NAMES = {
     "pte_images": "finished pictures: unet.pte against the eager compressed model",
 }
 
+LETTERS = 12  # of a panel's label to an inch
 PLAN_HEADERS = ("layer", "kind", "role", "shape", "W", "A", "split", "sensitivity", "reason")
 
 STYLE = """
@@ -103,26 +105,37 @@ def save_grid(images: Tensor, path: str | Path, columns: int = 8) -> None:
     Image.fromarray(array).save(path)
 
 
-def save_samples(panels: dict[str, Tensor], path: str | Path, *, columns: int = 8, title: str = "") -> None:
+def save_samples(
+    panels: dict[str, Tensor],
+    path: str | Path,
+    *,
+    columns: int = 8,
+    title: str = "",
+    side: float = 4.2,
+    across: int = 8,
+) -> None:
     """Draw grids of images side by side, each under its label; the same place in each is the same seed.
 
     Args:
         panels: label to (N, C, H, W) images (as for :func:`grid`), as many in each.
+        columns: images in a row of a grid. side: width of a grid in inches. across: grids side by side, at most.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
     pictures = {label: grid(images, columns) for label, images in panels.items()}
     _, height, width = next(iter(pictures.values())).shape
-    side = 4.2  # inches
-    figure = Figure(figsize=(side * len(pictures), side * height / width + 0.8), layout="constrained")
+    across = min(across, len(pictures))
+    down = math.ceil(len(pictures) / across)
+    figure = Figure(figsize=(side * across, (side * height / width + 0.8) * down), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(pictures), squeeze=False)[0]
-    for axis, (label, picture) in zip(axes, pictures.items(), strict=True):
+    axes = [*figure.subplots(down, across, squeeze=False).flat]
+    for axis in axes:
+        axis.axis("off")
+    for axis, (label, picture) in zip(axes, pictures.items(), strict=False):
         array = picture.permute(1, 2, 0).numpy()
         axis.imshow(array.repeat(3, 2) if array.shape[2] == 1 else array, interpolation="nearest")
-        axis.set_title(label, fontsize=10)
-        axis.axis("off")
+        axis.set_title(textwrap.fill(label, round(side * LETTERS)), fontsize=10)
     if title:
         figure.suptitle(title, fontsize=11)
     Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 from pqcad_ao import CADConfig, distill
 from pqcad_ao.bench import quality as bench
+from pqcad_ao.data import to_uint8
 from pqcad_ao.evaluate import RealFeatures
+from pqcad_ao.models import load_model
+from pqcad_ao.sampling import sample
 
 OPTIONS = {
     "calibration_points": 16,
@@ -60,6 +63,8 @@ def test_a_row_for_each_name_and_seed(measured):
         assert row["fid"] >= 0
         assert row["fid_ci"][0] <= row["fid"] <= row["fid_ci"][1]
         assert (row["sqnr_db"] is None) == (row["name"] == "fp_full")
+        assert 0 <= row["precision"] <= 1
+        assert 0 <= row["recall"] <= 1
     learned = [row for row in result["rows"] if row["name"] == "pq_full"]
     assert all(row["iterations"] == 24 and row["transitions"] for row in learned)
     assert {"versions", "threads", "cpu"} <= result.keys()
@@ -85,6 +90,21 @@ def test_what_was_measured_is_not_measured_again(measured, tiny_dir, monkeypatch
     more, _ = run(tiny_dir, work, rows=["pq_full"], seeds=[1], steps=3)  # the network is there, its pictures are not
     assert more["rows"][0]["steps"] == 3
     assert more["rows"][0]["seconds"] == again["rows"][0]["seconds"]
+
+
+def test_pictures_of_every_row_are_drawn(measured, tiny_dir, tmp_path, monkeypatch):
+    work, _, _ = measured
+    drawn = {}
+    monkeypatch.setattr(bench, "save_samples", lambda panels, path, **options: drawn.update(panels) or path.touch())
+    run(tiny_dir, work, rows=["fp_full", "pq_full"], seeds=[1, 0], grid=tmp_path / "grid.png")
+    assert (tmp_path / "grid.png").is_file()
+    assert [label.split(":")[0] for label in drawn] == ["full precision", "progressive W4A4"]
+    first, second = drawn.values()
+    assert first.shape == second.shape == (6, 1, 8, 8)
+    assert not torch.equal(first, second)
+    teacher, scheduler = load_model(tiny_dir)
+    noise = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(first, to_uint8(sample(teacher, scheduler, noise, 2)))  # the first seed's, not the last one's
 
 
 def test_bad_input_is_named(tiny_dir, tmp_path):

@@ -121,7 +121,9 @@ def test_eval_against_a_folder_of_images(model_dir: Path, tmp_path: Path, capsys
     assert found["fid"] > 0
     assert found["n"] == 24
     assert found["fid_ci"][0] <= found["fid"] <= found["fid_ci"][1]
-    assert f"FID {found['fid']:.3f}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"FID {found['fid']:.3f}" in printed
+    assert f"precision {found['precision']:.3f}, recall {found['recall']:.3f}" in printed
 
 
 def test_compress_distills_and_its_steps_are_then_the_default(

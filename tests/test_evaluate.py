@@ -23,6 +23,7 @@ from pqcad_ao.evaluate import (
     embedded_features,
     extract_features,
     fid_kid,
+    image_quality,
     load_classifier,
     precision_recall,
     sqnr_db,
@@ -365,6 +366,18 @@ def test_precision_and_recall_by_brute_force(k):
     assert result["precision"] == pytest.approx(_inside(fake.double().numpy(), real.double().numpy(), k))
     assert result["recall"] == pytest.approx(_inside(real.double().numpy(), fake.double().numpy(), k))
     assert result["precision"] > result["recall"]  # the narrower set covers less
+
+
+def test_image_quality_holds_both_measures():
+    network = Project()
+    real, fake = RealFeatures.from_images(pictures(60), network), pictures(40, seed=1)
+    found = image_quality(fake, network, real, seed=3, bootstrap=5)
+    apart = {**fid_kid(fake, network, real, seed=3, bootstrap=5)}
+    assert found == {**apart, **precision_recall(real.features, extract_features(fake, network))}
+    bare = image_quality(fake, network, RealFeatures(real.mean, real.cov, real.n))
+    assert bare["fid"] == apart["fid"]
+    assert bare["kid"] is bare["precision"] is bare["recall"] is None
+    assert image_quality(fake[:3], network, real)["recall"] is None  # no third neighbour
 
 
 def test_precision_and_recall_at_the_ends():

@@ -81,6 +81,16 @@ def test_save_samples_draws_every_panel(tmp_path: Path, channels: int):
     assert (pixels[:, :half] < 128).float().mean() < 0.05 < 0.5 < (pixels[:, half:] < 128).float().mean()
 
 
+def test_save_samples_begins_a_line_where_one_is_full(tmp_path: Path):
+    panels = {name: torch.full((1, 1, 8, 8), level) for name, level in zip("abc", (-1.0, 1.0, -1.0), strict=True)}
+    save_samples(panels, tmp_path / "samples.png", side=2.0, across=2)
+    with Image.open(tmp_path / "samples.png") as picture:
+        dark = torch.tensor(list(picture.convert("L").getdata())).view(picture.height, picture.width) < 128
+    top, half = picture.height // 2, picture.width // 2
+    for line in (dark[:top], dark[top:]):  # the second grid is white, the fourth is not there
+        assert line[:, half:].float().mean() < 0.05 < 0.3 < line[:, :half].float().mean()
+
+
 def test_json_is_strict(tmp_path: Path):
     values = {"a": [float("inf"), 1.0], "b": {3: float("nan")}, "c": (None, True, "x")}
     assert finite(values) == {"a": [None, 1.0], "b": {"3": None}, "c": [None, True, "x"]}
