@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import hypot
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -284,32 +285,56 @@ def pictures(
 
 
 def table(result: dict[str, Any]) -> str:
-    """Each row's mean ± standard deviation over its seeds, in Markdown."""
-    by_name: dict[str, list[dict[str, Any]]] = {}
-    for row in result["rows"]:
-        by_name.setdefault(row["name"], []).append(row)
+    """Each row in Markdown: mean ± standard deviation over its seeds; of a single seed, FID with its 95 % interval.
 
-    def spread(rows: list[dict[str, Any]], key: str, digits: int) -> str:
-        values = [row[key] for row in rows if row.get(key) is not None]
+    The ratio is to full precision of the same seed, at all the steps; of a single seed, with the interval that both
+    rows' give as if they were independent.
+    """
+    by_name: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        by_name.setdefault((row["name"], row["n"]), []).append(row)
+    full = {(row["seed"], row["n"]): row for row in result["rows"] if row["name"] == "fp_full"}
+
+    def spread(values: list[float], digits: int, single: float | None = None) -> str:
         if not values:
             return "–"
-        return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+        around = stdev(values) if len(values) > 1 else single
+        return f"{mean(values):.{digits}f}" + (f" ± {around:.{digits}f}" if around is not None else "")
+
+    def of(rows: list[dict[str, Any]], key: str) -> list[float]:
+        return [row[key] for row in rows if row.get(key) is not None]
+
+    def over_full(rows: list[dict[str, Any]]) -> str:
+        if rows[0]["name"] == "fp_full":
+            return "1"
+        pairs = [(row, full[row["seed"], row["n"]]) for row in rows if (row["seed"], row["n"]) in full]
+        ratios = [row["fid"] / other["fid"] for row, other in pairs]
+        parts = [_half_width(one) / one["fid"] for pair in pairs for one in pair]
+        return spread(ratios, 2, ratios[0] * hypot(*parts) if len(ratios) == 1 else None)
 
     lines = [
         (
             rows[0]["title"],
-            spread(rows, "fid", 3),
-            spread([{"kid": 1000 * row["kid"]} for row in rows if row["kid"] is not None], "kid", 3),
-            spread(rows, "precision", 3),
-            spread(rows, "recall", 3),
-            spread(rows, "sqnr_db", 1),
-            spread(rows, "seconds", 0),
+            rows[0]["steps"],
+            spread(of(rows, "fid"), 2, _half_width(rows[0])),
+            over_full(rows),
+            spread(of(rows, "kid"), 3),
+            spread(of(rows, "precision"), 3),
+            spread(of(rows, "recall"), 3),
+            spread(of(rows, "sqnr_db"), 1),
+            spread(of(rows, "seconds"), 0),
             len(rows),
         )
         for rows in by_name.values()
     ]
-    headers = ("row", "FID", "1000 · KID", "precision", "recall", "SQNR of a step, dB", "seconds to make", "seeds")
+    measures = ("FID", "over full precision", "KID", "precision", "recall", "a step, dB", "seconds to make")
+    headers = ("row", "steps", *measures, "seeds")
     return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+
+
+def _half_width(row: dict[str, Any]) -> float:
+    low, high = row["fid_ci"]
+    return (high - low) / 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -78,6 +78,23 @@ def test_the_table_has_the_spread_of_the_seeds(measured):
     assert "progressive W4A4" in lines[-1]
 
 
+def test_the_table_sets_each_row_over_full_precision_of_its_seed():
+    def row(name, seed, fid, interval):
+        rest = {"kid": None, "precision": 0.5, "recall": None, "sqnr_db": None, "seconds": None}
+        return {"name": name, "title": name, "seed": seed, "n": 9, "steps": 4, "fid": fid, "fid_ci": interval, **rest}
+
+    full = [row("fp_full", 0, 2.0, [1.8, 2.2]), row("fp_full", 1, 4.0, [3.0, 5.0])]
+    other = [row("pq_full", 0, 3.0, [2.7, 3.3]), row("pq_full", 1, 8.0, [7.0, 9.0])]
+
+    def cells(rows):
+        return [cell.strip() for cell in bench.table({"rows": rows}).splitlines()[-1].split("|")[1:-1]]
+
+    assert cells(full + other)[:4] == ["pq_full", "4", "5.50 ± 3.54", "1.75 ± 0.35"]
+    assert cells(full[:1] + other[:1])[2:6] == ["3.00 ± 0.30", "1.50 ± 0.21", "–", "0.500"]
+    assert cells(full[1:] + other[:1])[3] == "–"  # full precision of another seed is no measure
+    assert cells(other[:1] + full[:1])[3] == "1"
+
+
 def test_what_was_measured_is_not_measured_again(measured, tiny_dir, monkeypatch):
     work, result, _ = measured
     monkeypatch.setattr(bench, "quantize_", lambda *args, **options: pytest.fail("it quantized again"))
