@@ -1,5 +1,8 @@
 """pqcad_ao: diffusion UNets in four bits and half the sampling steps, as an ordinary PyTorch 2 workflow."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 import pqcad_ao.quiet  # noqa: F401  (before the imports that it quietens)
 from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.distill import compress, distill_
@@ -7,18 +10,41 @@ from pqcad_ao.plan import Plan, PlanRow
 from pqcad_ao.quantize import is_root, plan, quantize_
 from pqcad_ao.serialization import load_quantized, save_quantized
 
+if TYPE_CHECKING:
+    from pqcad_ao.backend import export_pt2, load_pt2
+    from pqcad_ao.edge import export_pte
+    from pqcad_ao.pte_sampler import PTESampler
+
 __version__ = "0.1.0"
+
+# Imported when they are asked for: their modules bring what quantizing does not need, executorch among it.
+_LATER = {
+    "PTESampler": "pqcad_ao.pte_sampler",
+    "export_pt2": "pqcad_ao.backend",
+    "export_pte": "pqcad_ao.edge",
+    "load_pt2": "pqcad_ao.backend",
+}
 
 __all__ = [
     "CADConfig",
     "PQCADConfig",
+    "PTESampler",
     "Plan",
     "PlanRow",
     "compress",
     "distill_",
+    "export_pt2",
+    "export_pte",
     "is_root",
+    "load_pt2",
     "load_quantized",
     "plan",
     "quantize_",
     "save_quantized",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -114,7 +114,7 @@ def check_conditioning(model: nn.Module, conditioning: dict[str, Any] | None) ->
     """The conditioning on the network's device; what a network needs and did not get is an error that names it.
 
     Args:
-        conditioning: keyword arguments of ``model.forward``, one row for each sample.
+        conditioning: keyword arguments of ``model.forward``, tensors with rows to draw from.
 
     Raises:
         ValueError: missing, empty, or of unequal lengths. TypeError: not a dictionary.
@@ -136,7 +136,7 @@ def check_conditioning(model: nn.Module, conditioning: dict[str, Any] | None) ->
         if conditioning.get(name) is None:
             raise ValueError(
                 f"{type(model).__name__} is conditional and conditioning has no {name!r}: pass "
-                f"conditioning={{{name!r}: tensor with one row for each sample}}"
+                f"conditioning={{{name!r}: tensor with rows to draw from}}"
             )
     lengths = {leaf.shape[0] if leaf.dim() else 0 for leaf in tree_leaves(conditioning) if isinstance(leaf, Tensor)}
     if len(lengths) > 1 or 0 in lengths:

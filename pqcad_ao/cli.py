@@ -23,7 +23,7 @@ from pqcad_ao.data import load_images
 from pqcad_ao.distill import compress
 from pqcad_ao.edge_plan import OBJECTIVES
 from pqcad_ao.evaluate import RealFeatures, embedded_features, extract_features, image_quality, load_classifier
-from pqcad_ao.models import NAMES, load_model, save_model
+from pqcad_ao.models import load_model, save_model
 from pqcad_ao.quantize import plan, quantize_
 from pqcad_ao.quiet import start_executorch
 from pqcad_ao.report import save_grid, write_json
@@ -31,7 +31,8 @@ from pqcad_ao.sampling import sample
 from pqcad_ao.schedule import default_steps
 from pqcad_ao.serialization import quantized_state
 
-MODEL_HELP = f"{', '.join(NAMES)}, or a folder of diffusers layout (unet/ and scheduler/)"
+# sd15 is conditional, which of all commands `bench compile` alone can time
+MODEL_HELP = "demo, ddpm-cifar10 (random weights), or a folder of diffusers layout (unet/ and scheduler/)"
 # What bad input raises; anything else is a defect of ours and keeps its traceback.
 BAD_INPUT = (
     ValueError,
@@ -90,7 +91,8 @@ def override(text: str) -> tuple[str, dict[str, int | None]]:
     return key, {name: bits(side.strip()) for name, side in zip(names, sides, strict=False)}
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+def add_bits_arguments(parser: argparse.ArgumentParser) -> None:
+    """What decides a plan."""
     default = PQCADConfig()
     parser.add_argument(
         "--weight-bits", type=bits, default=default.weight_bits, metavar="W", help="2 to 8 (default: %(default)s)"
@@ -102,10 +104,31 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A",
         help="2 to 8, or float (default: %(default)s)",
     )
-    parser.add_argument("--mode", choices=MODES, default=default.mode, help="how (default: %(default)s)")
-    parser.add_argument("--fast", action="store_true", help="learn with fewer updates, within 90 seconds on two cores")
     parser.add_argument(
-        "--iterations", type=positive, metavar="N", help=f"training updates (default: {default.iterations})"
+        "--override",
+        type=override,
+        action="append",
+        default=[],
+        metavar="ROLE=W,A",
+        help="other bits for a role or for layers by name, such as attention=8,8 or 'up_blocks.*=4,6' or "
+        "shortcut=float; may be repeated",
+    )
+
+
+def add_learning_arguments(parser: argparse.ArgumentParser) -> None:
+    default = PQCADConfig()
+    parser.add_argument("--mode", choices=MODES, default=default.mode, help="how (default: %(default)s)")
+    parser.add_argument(
+        "--fast",
+        action="store_true",
+        help="learn, and distill, with fewer updates: quantizing a network of a million parameters takes less than 90 "
+        "seconds on two idle cores",
+    )
+    parser.add_argument(
+        "--iterations",
+        type=positive,
+        metavar="N",
+        help=f"updates of quantization (default: {default.iterations}, with --fast {PQCADConfig.fast().iterations})",
     )
     parser.add_argument(
         "--target-bits",
@@ -126,15 +149,6 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         default=default.calibration_points,
         metavar="N",
         help="noisy images that calibrate the activations (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--override",
-        type=override,
-        action="append",
-        default=[],
-        metavar="ROLE=W,A",
-        help="other bits for a role or for layers by name, such as attention=8,8 or 'up_blocks.*=4,6' or "
-        "shortcut=float; may be repeated",
     )
 
 
@@ -206,7 +220,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="distill to half the steps, about 30 seconds (default: yes, where the steps are even)",
     )
 
-    add_config_arguments(command("plan", run_plan, "print what happens to each layer and why"))
+    add_bits_arguments(command("plan", run_plan, "print what happens to each layer and why"))
 
     compress = command("compress", run_compress, "quantize a network and save it in diffusers layout")
     compress.add_argument("--out", type=Path, required=True, metavar="DIR", help="receives unet/ and scheduler/")
@@ -224,13 +238,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="keeps checkpoints and a log; the same command with the same folder goes on where it was killed",
     )
     add_device_argument(compress)
-    add_config_arguments(compress)
+    add_bits_arguments(compress)
+    add_learning_arguments(compress)
 
     sampling = command("sample", run_sample, "draw images into one picture")
     sampling.add_argument("--out", type=Path, required=True, metavar="FILE", help="a picture, such as grid.png")
     add_sampling_arguments(sampling, images=16)
 
-    evaluate = command("eval", run_eval, "FID and KID of sampled images")
+    evaluate = command("eval", run_eval, "FID, KID, precision and recall of sampled images")
     add_sampling_arguments(evaluate, images=2000)
     evaluate.add_argument(
         "--data", type=Path, metavar="DIR", help="real images to compare with (default: the embedded statistics)"
@@ -261,7 +276,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="measure this project and its peers side by side")
     kinds = bench.add_subparsers(dest="kind", required=True, metavar="KIND")
-    quality_parser = kinds.add_parser("quality", help="FID and KID of every way to quantize")
+    quality_parser = kinds.add_parser("quality", help="FID, KID, precision and recall of every way to quantize")
     bench_quality.add_arguments(quality_parser)
     quality_parser.add_argument("--traceback", action="store_true", help="show an error's whole traceback")
     quality_parser.set_defaults(run=lambda args: bench_quality.run(args, sys.stderr.isatty()))
@@ -336,7 +351,10 @@ def run_demo(args: argparse.Namespace) -> dict[str, Any]:
 
 def run_plan(args: argparse.Namespace) -> dict[str, Any]:
     unet, _ = load_unconditional(args.model)
-    resolved = plan(unet, config_from(args))
+    config = PQCADConfig(
+        weight_bits=args.weight_bits, activation_bits=args.activation_bits, overrides=dict(args.override)
+    )
+    resolved = plan(unet, None if config == PQCADConfig() else config)
     print(resolved)
     return {"rows": resolved.to_list(), "summary": resolved.summary()}
 

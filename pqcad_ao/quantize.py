@@ -54,9 +54,14 @@ def plan(
     """What was done to a quantized network, or what :func:`quantize_` would do to a full-precision one.
 
     Args: as for :func:`quantize_`; a quantized network needs none.
+
+    Raises:
+        ValueError: a config for a network that is quantized already.
     """
     state = quantized_state(model)
     if state is not None:
+        if config is not None:
+            raise ValueError("the network is quantized already, no other bits can be planned for it: give no config")
         return state.plan
     return resolve(_capture(model, sample_shape, conditioning), model, config or PQCADConfig(), filter_fn)
 
@@ -92,7 +97,8 @@ def quantize_(
         scheduler: of the DDPM/DDIM family, the one the network was trained with; if None, the one saved beside the
             network, or else diffusers' ``DDIMScheduler()``, with a warning.
         sample_shape: (C, H, W), for networks whose config does not say it.
-        conditioning: keyword arguments of ``model.forward`` with one row for each sample, for conditional networks.
+        conditioning: keyword arguments of ``model.forward`` with rows to draw from, for conditional networks: any
+            number of them, each used as often as the next.
         folder: where a long run keeps what it needs to go on after it was killed: the calibration set, checkpoints, and
             ``log.jsonl`` with a line for each update. The same call with the same folder goes on, to the same result.
         callback: called as ``callback(stage, done, total)``.

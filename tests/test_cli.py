@@ -97,6 +97,7 @@ def test_compress_reports_what_it_wrote(model_dir: Path, tmp_path: Path):
     assert {row["weight_bits"] for row in found["rows"] if row["role"] == "body"} == {6}
     assert found["arithmetic"]
     assert cli.main(["plan", "--model", str(out)]) == 0  # of a quantized network: what was done
+    assert cli.main(["plan", "--model", str(out), "--weight-bits", "5"]) == 2
 
 
 def test_sample_is_the_same_for_the_same_seed(compressed_dir: Path, tmp_path: Path):
@@ -204,7 +205,8 @@ def test_export_of_a_network_in_full_precision_is_one_line(
         (["plan", "--model", "{model}", "--override", "attention=8,8,8"], "write attention=8,8"),
         (["plan", "--model", "{model}", "--override", "attention=x"], "neither a number of bits nor 'float'"),
         (["plan", "--model", "{model}", "--override", "atention=8"], "matches no layer"),
-        (["plan", "--model", "{model}", "--mode", "magic"], "invalid choice: 'magic'"),
+        (["compress", "--model", "{model}", "--mode", "magic"], "invalid choice: 'magic'"),
+        (["plan", "--model", "{model}", "--target-bits", "5"], "unrecognized arguments: --target-bits"),
         (["plan", "--model", "{model}", "--json", "{model}/model_index.json/x"], "cannot write to"),
         (["compress", "--model", "{model}", "--out", "{model}/model_index.json"], "cannot write to"),
         (["sample", "--model", "{model}", "--out", "{tmp}/a.png", "--n", "0"], "'0' is no whole number from 1"),
@@ -288,7 +290,8 @@ def test_traceback_shows_where(model_dir: Path, capsys: pytest.CaptureFixture):
 
 
 def test_options_mirror_the_config():
-    argv = ["plan", "--model", "demo", "--weight-bits", "3", "--activation-bits", "float", "--mode", "ptq"]
+    compress = ["compress", "--model", "demo", "--out", "out"]
+    argv = [*compress, "--weight-bits", "3", "--activation-bits", "float", "--mode", "ptq"]
     argv += ["--groups", "5", "--seed", "7", "--calibration-points", "9"]
     argv += ["--override", "head=8,8", "--override", "up_blocks.*=float", "--override", "stem=8,float"]
     expected = PQCADConfig(
@@ -305,8 +308,8 @@ def test_options_mirror_the_config():
         },
     )
     assert cli.config_from(cli.build_parser().parse_args(argv)) == expected
-    assert cli.config_from(cli.build_parser().parse_args(["plan", "--model", "demo"])) == PQCADConfig()
-    argv = ["plan", "--model", "demo", "--fast", "--iterations", "50", "--target-bits", "4.2"]
+    assert cli.config_from(cli.build_parser().parse_args(compress)) == PQCADConfig()
+    argv = [*compress, "--fast", "--iterations", "50", "--target-bits", "4.2"]
     expected = PQCADConfig.fast(iterations=50, target_bits=4.2)
     assert cli.config_from(cli.build_parser().parse_args(argv)) == expected
 
