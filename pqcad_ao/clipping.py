@@ -12,16 +12,19 @@ def weight_range(bits: int) -> tuple[int, int]:
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
-def squared_error(values: Tensor, scale: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
-    """Σ (values - scale·clamp(round(values/scale), low, high))² over the last dimension.
+def squared_error(
+    values: Tensor, scale: Tensor, low: Tensor | int, high: Tensor | int, weights: Tensor | None = None
+) -> Tensor:
+    """Σ weights·(values - scale·clamp(round(values/scale), low, high))² over the last dimension.
 
-    Shapes: values (R, N); scale, low, high broadcastable to (..., R); returns (..., R).
+    Shapes: values, weights (R, N); scale, low, high broadcastable to (..., R); returns (..., R).
     """
     scale = scale[..., None]
     if isinstance(low, Tensor):
         low, high = low[..., None], high[..., None]
     steps = torch.clamp((values * scale.reciprocal()).round(), low, high)
-    return (values - steps * scale).square().sum(-1)
+    squares = (values - steps * scale).square()
+    return squares.sum(-1) if weights is None else (squares * weights).sum(-1)
 
 
 def fit_weight_scale(weight: Tensor, bits: int) -> Tensor:
@@ -63,7 +66,7 @@ def activation_lows(bits: int, device: torch.device | str = "cpu") -> Tensor:
     return torch.linspace(-(size - 1), 0, min(size, 17), device=device).round().to(torch.int64)
 
 
-def fit_activation_grid(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def fit_activation_grid(values: Tensor, bits: int, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Per-row scale and lowest integer of a ``bits``-bit grid with the least squared error among those tried.
 
     Like :func:`fit_weight_scale`, with the position of the grid searched as well: signed, unsigned, and what lies
@@ -71,6 +74,7 @@ def fit_activation_grid(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
     Args:
         values: (R, N), a row for each timestep group. bits: 2 to 8.
+        weights: (R, N), how many values each of them stands for; one if None.
 
     Returns:
         scale (R,) float32 and low (R,) int64.
@@ -84,13 +88,13 @@ def fit_activation_grid(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         size = 2**width
         if width == 8:
             low = torch.full_like(low, -128)
-        error = squared_error(values, scale, low, low + size - 1)
+        error = squared_error(values, scale, low, low + size - 1, weights)
         for start in activation_lows(width, values.device):
             # the scale at which this grid just reaches both ends of the values
             reach = torch.maximum(largest / (start + size - 0.5), -smallest / (0.5 - start))
             for part in parts:
                 tried = (reach * part).clamp_min(_TINY)
-                found = squared_error(values, tried, start, start + size - 1)
+                found = squared_error(values, tried, start, start + size - 1, weights)
                 better = found < error
                 scale, error = torch.where(better, tried, scale), torch.where(better, found, error)
                 low = torch.where(better, start, low)

@@ -7,8 +7,10 @@ from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
 from pqcad_ao.clipping import fit_activation_grid, fit_weight_scale, weight_range
 from pqcad_ao.ops.reference import per_channel
 
-_VALUES_PER_SAMPLE = 256  # activations kept of each observed sample, layer and segment
-_VALUES_PER_GROUP = 2048  # of those, how many a timestep group's grid is fitted to
+_SAMPLES = 8  # observed samples that a timestep group's grid is fitted to
+# Values kept of each of them, layer and segment: those at either end one by one, for a handful decides how far a
+# grid of six or eight bits should reach, and a random draw misses them; and some between, which stand for all others.
+_EXTREMES, _INNER = 24, 168
 
 
 def timestep_group(timesteps: Tensor, groups: int, num_train_timesteps: int) -> Tensor:
@@ -148,6 +150,27 @@ class WeightFakeQuantize(_Blending):
         return self.scale.detach(), torch.zeros_like(self.scale, dtype=torch.int64)
 
 
+def stratified(values: Tensor) -> tuple[Tensor, Tensor]:
+    """A small sample of each row with all of its extremes, and how many values each of the sample stands for.
+
+    Args:
+        values: (B, N).
+
+    Returns:
+        (B, n) values and (n,) weights, n the same for every N: short rows are filled up with zeros of weight zero.
+    """
+    count, size = values.shape[1], 2 * _EXTREMES + _INNER
+    if count <= size:
+        weights = torch.ones(count, device=values.device)
+        return nn.functional.pad(values, (0, size - count)), nn.functional.pad(weights, (0, size - count))
+    high, low = values.topk(_EXTREMES).values, values.topk(_EXTREMES, largest=False).values
+    inner = values[:, torch.linspace(0, count - 1, _INNER, device=values.device).long()]
+    inner = torch.minimum(torch.maximum(inner, low[:, -1:]), high[:, -1:])  # the extremes are there already
+    alone = torch.ones(_EXTREMES, device=values.device)
+    others = torch.full((_INNER,), (count - 2 * _EXTREMES) / _INNER, device=values.device)
+    return torch.cat([low, inner, high], 1), torch.cat([alone, others, alone])
+
+
 class ActivationFakeQuantize(_Blending):
     """A grid for each timestep group and segment of the channels.
 
@@ -155,25 +178,36 @@ class ActivationFakeQuantize(_Blending):
     While the observer is enabled it keeps a sample of what passes, to which :meth:`fit` and :meth:`begin` fit grids.
     """
 
-    def __init__(self, bits: int, segments: list[int], groups: int, channel_dim: int, seed: int, **_) -> None:
+    def __init__(self, bits: int, segments: list[int], groups: int, channel_dim: int, **_) -> None:
         super().__init__(bits)
         self.qscheme, self.quant_min, self.quant_max = torch.per_tensor_affine, -128, 127
-        self.segments, self.groups, self.channel_dim, self.seed = segments, groups, channel_dim, seed
+        self.segments, self.groups, self.channel_dim = segments, groups, channel_dim
         shape = (groups, len(segments))
         self.scale, self.next_scale = nn.Parameter(torch.ones(shape)), nn.Parameter(torch.ones(shape))
         self.register_buffer("low", torch.full(shape, -(2 ** (bits - 1)), dtype=torch.int64))
         self.register_buffer("next_low", self.low.clone())
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was observed."""
         self.observed: list[tuple[Tensor, Tensor]] = []
+        self.weights: Tensor | None = None
+        self.room = [_SAMPLES] * self.groups
+        self.finite = True
 
     def observe(self, x: Tensor, group: Tensor) -> None:
-        # which values are kept depends on the seed and on how many batches came before, and on nothing else
-        generator = torch.Generator().manual_seed((self.seed + len(self.observed)) % 2**63)
+        """Keep some values of each group's first samples: x is (B, ...), group (B,)."""
+        self.finite = self.finite and bool(x.isfinite().all())
         rows = []
-        for part in x.detach().split(self.segments, self.channel_dim):
-            part = part.flatten(1)
-            chosen = torch.randint(part.shape[1], (_VALUES_PER_SAMPLE,), generator=generator)
-            rows.append(part[:, chosen.to(x.device)].float().cpu())
-        self.observed.append((torch.stack(rows, 1), group.cpu()))
+        for row, index in enumerate(group.tolist()):
+            if self.room[index]:
+                self.room[index] -= 1
+                rows.append(row)
+        if rows:
+            parts = x.detach()[rows].float().split(self.segments, self.channel_dim)
+            kept = [stratified(part.flatten(1)) for part in parts]
+            self.observed.append((torch.stack([values for values, _ in kept], 1).cpu(), group[rows].cpu()))
+            self.weights = torch.stack([weights for _, weights in kept]).cpu()  # the same for every batch
 
     def fitted(self, bits: int) -> tuple[Tensor, Tensor]:
         """Scale and low of every group's and segment's grid, fitted to what was observed.
@@ -183,19 +217,19 @@ class ActivationFakeQuantize(_Blending):
         Raises:
             FloatingPointError: NaN or infinity was observed. RuntimeError: nothing was.
         """
-        if not self.observed:
+        if self.weights is None:
             raise RuntimeError("no activation was observed: run the calibration set through the graph first")
-        values = torch.cat([rows for rows, _ in self.observed])
-        group = torch.cat([groups for _, groups in self.observed])
-        if not values.isfinite().all():
+        if not self.finite:
             raise FloatingPointError("NaN or infinite activations")
-        generator = torch.Generator().manual_seed(self.seed)
+        values = torch.cat([rows for rows, _ in self.observed])  # (samples, segments, n)
+        group = torch.cat([groups for _, groups in self.observed])
         seen = group.unique()
-        table = torch.empty(len(seen), len(self.segments), _VALUES_PER_GROUP)
-        for row, index in enumerate(seen):
-            pool = values[group == index].transpose(0, 1).flatten(1)
-            table[row] = pool[:, torch.randint(pool.shape[1], (_VALUES_PER_GROUP,), generator=generator)]
-        scale, low = fit_activation_grid(table.flatten(0, 1), bits)
+        # where there are fewer samples some count twice, so that all groups are fitted at once
+        turns = [(group == index).nonzero().flatten() for index in seen]
+        chosen = torch.stack([rows[torch.arange(_SAMPLES) % len(rows)] for rows in turns])
+        table = values[chosen].transpose(1, 2).flatten(2).flatten(0, 1)  # (groups · segments, samples · n)
+        weights = self.weights.repeat(len(seen), _SAMPLES)
+        scale, low = fit_activation_grid(table, bits, weights)
         nearest = (torch.arange(self.groups)[:, None] - seen[None]).abs().argmin(1)
         return scale.view(len(seen), -1)[nearest], low.view(len(seen), -1)[nearest]
 

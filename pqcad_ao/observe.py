@@ -63,7 +63,7 @@ def observe(
     """Show the calibration set to a graph's activation quantizers, which keep a sample of it and quantize nothing."""
     quantizers = activation_quantizers(graph).values()
     for module in quantizers:
-        module.observed = []
+        module.forget()
         module.enable_observer()
         module.disable_fake_quant()
     total = -(-len(points) // batch_size)
@@ -109,7 +109,7 @@ def fit_activations(
                 module.fit(bits[fqn])
             elif bits[fqn] != module.bits:
                 module.begin(bits[fqn])
-            module.observed = []
+            module.forget()
         except FloatingPointError as error:
             raise FloatingPointError(f"{error} at the input of {fqn} while calibrating") from error
         if callback is not None:

@@ -28,13 +28,12 @@ class PQCADQuantizer(Quantizer):
         plan: the resolved plan.
         side: ``"weights"`` or ``"activations"``.
         groups: timestep groups of the activations.
-        seed: of the activations' observers.
     """
 
-    def __init__(self, plan: Plan, side: str, *, groups: int = 20, seed: int = 0) -> None:
+    def __init__(self, plan: Plan, side: str, *, groups: int = 20) -> None:
         if side not in SIDES:
             raise ValueError(f"side={side!r}: allowed are {', '.join(map(repr, SIDES))}")
-        self.side, self.groups, self.seed = side, groups, seed
+        self.side, self.groups = side, groups
         self.rows = {row.fqn: row for row in plan.quantized if side == "weights" or row.activation_bits is not None}
 
     def annotate(self, model: GraphModule) -> GraphModule:
@@ -58,7 +57,6 @@ class PQCADQuantizer(Quantizer):
             segments=row.segments,
             groups=self.groups,
             channel_dim=-1 if row.kind == "linear" else 1,
-            seed=self.seed,
         )
         return {node.args[0]: QuantizationSpec(torch.int8, fake_quant, -128, 127, torch.per_tensor_affine)}
 

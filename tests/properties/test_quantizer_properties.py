@@ -13,6 +13,7 @@ from pqcad_ao.fake_quant import (
     expand_grid,
     fake_quantize,
     quantize,
+    stratified,
     timestep_group,
 )
 
@@ -278,7 +279,7 @@ def test_expanded_grids_are_the_tables_entries(batch, groups, segments, rank):
 
 
 def _fitted(bits: int = 2, segments=(3, 2), groups: int = 4, **options) -> ActivationFakeQuantize:
-    module = ActivationFakeQuantize(bits, list(segments), groups, 1, seed=0)
+    module = ActivationFakeQuantize(bits, list(segments), groups, 1)
     generator = torch.Generator().manual_seed(1)
     module.enable_observer()
     module.disable_fake_quant()
@@ -291,6 +292,44 @@ def _fitted(bits: int = 2, segments=(3, 2), groups: int = 4, **options) -> Activ
     return module
 
 
+@given(st.integers(1, 3000), st.integers(0, 2**31))
+def test_a_stratified_sample_holds_every_extreme_and_stands_for_all_values(count, seed):
+    values = torch.randn(3, count, generator=torch.Generator().manual_seed(seed)) ** 3
+    kept, weights = stratified(values)
+    assert kept.shape == (3, 216)
+    assert weights.sum().item() == pytest.approx(count, rel=1e-5)
+    ends = min(24, count)
+    for row, sample in zip(values, kept, strict=True):
+        there = sample[weights > 0].sort().values
+        assert torch.equal(there[:ends], row.sort().values[:ends])
+        assert torch.equal(there[-ends:], row.sort().values[-ends:])
+    assert (weights[(kept == values.amax(1, keepdim=True)).any(0)] == 1).all()
+
+
+def test_a_wide_grid_reaches_what_few_values_reach():
+    """One value in two thousand decides how far eight bits should go; a draw of so many may miss it."""
+    x = torch.randn(8, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    x.view(8, -1)[:, 17] = 12.0
+    module = ActivationFakeQuantize(8, [4], 1, 1)
+    module.enable_observer()
+    module(x, torch.zeros(8, dtype=torch.int64))
+    module.fit()
+    assert 127 * module.scale.item() > 10
+    module.fit(2)
+    assert module.scale.item() < 4  # and what few values reach is nothing to two bits
+
+
+def test_the_first_samples_of_each_group_are_kept_and_no_more():
+    module = ActivationFakeQuantize(4, [3, 2], 2, 1)
+    module.enable_observer()
+    for level in range(1, 5):
+        module(torch.full((6, 5, 2, 2), float(level)), torch.tensor([0, 0, 0, 0, 0, 1]))
+    values, groups = (torch.cat(part) for part in zip(*module.observed, strict=True))
+    assert groups.bincount().tolist() == [8, 4]
+    assert values[groups == 0].amax((1, 2)).tolist() == [1.0] * 5 + [2.0] * 3
+    assert values[groups == 1].amax((1, 2)).tolist() == [1.0, 2.0, 3.0, 4.0]
+
+
 def test_a_batch_may_mix_timestep_groups():
     module, x, group = _fitted(), torch.randn(7, 5, 4, 4), torch.tensor([3, 0, 1, 1, 2, 0, 3])
     mixed = module(x, group)
@@ -299,7 +338,7 @@ def test_a_batch_may_mix_timestep_groups():
 
 
 def test_segments_are_fitted_and_applied_separately():
-    module = ActivationFakeQuantize(2, [3, 2], 1, 1, seed=0)
+    module = ActivationFakeQuantize(2, [3, 2], 1, 1)
     x = torch.cat([torch.randn(64, 3, 4, 4), torch.rand(64, 2, 4, 4) * 100], 1)
     module.enable_observer()
     module(x, torch.zeros(64, dtype=torch.int64))
@@ -321,7 +360,7 @@ def test_a_group_that_saw_nothing_takes_its_nearest_neighbours_grid():
 
 
 def test_nan_and_nothing_are_errors():
-    module = ActivationFakeQuantize(4, [2], 2, 1, seed=0)
+    module = ActivationFakeQuantize(4, [2], 2, 1)
     with pytest.raises(RuntimeError, match="no activation was observed"):
         module.fit()
     module.enable_observer()
