@@ -161,11 +161,13 @@ def bench_quality(
     place = check_device(device)
     teacher, scheduler = load_model(model)
     bench = _Bench(teacher.to(place), scheduler, steps, Path(work), options or {}, cad_options or {}, progress)
+    measure = digest(network.state_dict(), real.mean, real.cov)[:8]
     found, panels = [], {}
     for seed in seeds:
         for name in rows:
             row = ROWS[name]
-            file = bench.home(name, seed) / f"steps{steps // row.part}-n{n}{'-compiled' if compiled else ''}.json"
+            kind = f"steps{steps // row.part}-n{n}{'-compiled' if compiled else ''}-{measure}"
+            file = bench.home(name, seed) / f"{kind}.json"
             drawn = file.with_suffix(".safetensors")
             if file.is_file() and drawn.is_file():
                 result = json.loads(file.read_text())
@@ -208,10 +210,10 @@ class _Bench:
 
     def settings(self, name: str, seed: int) -> tuple[PQCADConfig | None, CADConfig | None]:
         row = ROWS[name]
-        # a network that was distilled before is calibrated on the steps that it now takes
-        shorter = {"calibration_steps": self.steps // ROWS[row.base].part} if row.base else {}
+        # the steps that it will take, or takes since it was distilled
+        walked = {"calibration_steps": self.steps // (ROWS[row.base].part if row.base else 1)}
         cad = None if row.cad is None else CADConfig(seed=seed, **{"steps": self.steps, **row.cad, **self.cad_options})
-        return row.config(seed, {**shorter, **self.options}), cad
+        return row.config(seed, {**walked, **self.options}), cad
 
     def home(self, name: str, seed: int) -> Path:
         """The folder of a row and seed, named by all that its network depends on."""
@@ -342,7 +344,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="demo", help="demo, or a folder with a diffusers UNet (default: demo)")
     parser.add_argument(
         "--rows",
-        type=lambda text: {"all": [*ROWS], "ablations": [*ABLATIONS]}.get(text) or text.split(","),
+        type=lambda text: (
+            {"all": [*ROWS], "ablations": ["fp_full", "pqcad_half", *ABLATIONS]}.get(text) or text.split(",")
+        ),
         metavar="ROW,ROW",
         help=f"all, ablations, or of {', '.join(ROWS)} (default: {','.join(DEFAULT_ROWS)})",
     )

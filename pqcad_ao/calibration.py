@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
@@ -150,6 +151,7 @@ def calibration_set(
     conditioning: dict[str, Any] | None = None,
     *,
     folder: str | Path | None = None,
+    share: tuple[int, int] = (0, 1),
     callback: Callable[[str, int, int], None] | None = None,
     progress: bool = False,
 ) -> CalibrationSet:
@@ -163,6 +165,8 @@ def calibration_set(
         shape: (C, H, W). conditioning: rows are used in turn, one for each trajectory.
         folder: keeps the points in a file named by all that they depend on. What is found there is not walked again; a
             walk that was cut short goes on with its next batch of trajectories.
+        share: (rank, world) of this process where several walk a part each, in the same batches as one alone, and call
+            this alike; all of them get all points.
         callback: called as ``callback("trajectories", done, total)``.
 
     Raises:
@@ -198,22 +202,32 @@ def calibration_set(
         visited[step_of_point].to(device),
         take_rows(chosen, rank),
     )
-    file = None
-    walked = 0
+    size, (own, world) = config.calibration_batch_size, share
+    starts = [*range(0, trajectories, size)][own::world]  # of this process's batches
+    whole = part = None
     if folder is not None:
         law = (config.calibration_timesteps, config.calibration_mean, config.calibration_std)
         key = digest(
             model.state_dict(), settings_of(scheduler), law, config.calibration_steps, noise, rank, visited, chosen
         )
-        file = Path(folder) / f"c_qc-{key}.safetensors"
-        walked = _read(file, points)
-    size, saved = config.calibration_batch_size, time.monotonic()
-    bar = tqdm(total=trajectories, initial=walked, desc="trajectories", disable=not progress, leave=False)
+        whole = Path(folder) / f"c_qc-{key}.safetensors"
+        found = _read(whole, points)
+        if found == trajectories:
+            return points
+        if world == 1:
+            part, starts = whole, [*range(found, trajectories, size)]
+        else:
+            part = whole.with_suffix(f".{size}-{world}-{own}.safetensors")
+            points.x_t.zero_()
+            found = _read(part, points)
+            starts = [start for start in starts if start >= found]
+    saved, remaining = time.monotonic(), len(starts)
+    bar = tqdm(total=remaining, desc="trajectories", disable=not progress, leave=False)
     with evaluation_mode(model), bar:
-        while walked < trajectories:
-            rows = slice(walked, walked + size)
+        for done, begin in enumerate(starts, start=1):
+            rows = slice(begin, begin + size)
 
-            def keep(first: int, step: int, timestep: Tensor, state: Tensor, begin: int = walked) -> None:
+            def keep(first: int, step: int, timestep: Tensor, state: Tensor, begin: int = begin) -> None:
                 here = (step_of_point == step) & (rank >= begin) & (rank < begin + len(state))
                 points.x_t[here.to(device)] = state[(rank[here] - begin).to(device)]
 
@@ -232,13 +246,20 @@ def calibration_set(
                     "and that the scheduler is the one it was trained with "
                     f"({scheduler.config.prediction_type}, {scheduler.config.beta_schedule})"
                 )
-            walked = min(walked + size, trajectories)
-            bar.update(len(final))
+            walked = min(begin + size, trajectories)
+            bar.update()
             if callback is not None:
                 callback("trajectories", walked, trajectories)
-            if file is not None and (walked == trajectories or time.monotonic() - saved > SAVE_EVERY_S):
-                _write(file, points, walked)
+            if part is not None and (done == remaining or time.monotonic() - saved > SAVE_EVERY_S):
+                _write(part, points, walked)
                 saved = time.monotonic()
+    if world > 1:
+        dist.all_reduce(points.x_t)  # each point is one process's, and zero in the others
+        if whole is not None and part is not None:
+            if own == 0:
+                _write(whole, points, trajectories)
+            dist.barrier()
+            part.unlink(missing_ok=True)
     return points
 
 

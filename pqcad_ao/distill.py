@@ -24,7 +24,7 @@ from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.files import write_whole
 from pqcad_ao.learner import Learner, drive, read_checkpoint
 from pqcad_ao.observe import activation_quantizers, weight_quantizers
-from pqcad_ao.quantize import adopt, dequantized_state, fold, in_type, quantize_, unfold
+from pqcad_ao.quantize import adopt, check_structure, dequantized_state, fold, in_type, quantize_, to_learn, unfold
 from pqcad_ao.sampling import evaluation_mode, predict, sample, take_rows
 from pqcad_ao.schedule import Walk, halved, teachable, timesteps_of
 from pqcad_ao.serialization import attach, quantized_state
@@ -104,7 +104,6 @@ def clean_images(
     """
     rank, world = rank_and_world()
     device, dtype = placement(reference)
-    conditioning = in_type(conditioning, dtype)
     count, size = config.points, config.generation_batch_size
     if folder is None:
         if world > 1:
@@ -114,7 +113,9 @@ def clean_images(
     else:
         place = Path(folder)
         place.mkdir(parents=True, exist_ok=True)
-        key = digest(reference.state_dict(), settings_of(scheduler), config.steps, config.seed, count, conditioning)
+        key = digest(
+            reference.state_dict(), settings_of(scheduler), config.steps, config.seed, count, shape, conditioning
+        )
         # how many batches of this process are in the file
         file, marks = place / f"c_dc-{key}.npy", place / f"c_dc-{key}.{size}-{world}-{rank}.json"
         if rank == 0 and not file.is_file():
@@ -131,7 +132,7 @@ def clean_images(
         for number in range(done, len(starts)):
             rows = torch.arange(starts[number], min(starts[number] + size, count))
             noise = torch.stack([_noise(shape, config.seed, int(row)) for row in rows]).to(device, dtype)
-            chosen = take_rows(conditioning, rows % conditioning_rows(conditioning))
+            chosen = in_type(take_rows(conditioning, rows % conditioning_rows(conditioning)), dtype)
             pictures = sample(reference, scheduler, noise, config.steps, conditioning=chosen, batch_size=size)
             if not pictures.isfinite().all():
                 raise FloatingPointError("the full-precision sampler left the finite numbers while drawing C_DC")
@@ -171,7 +172,7 @@ def check_denoising(reference: nn.Module, walk: Walk, images: CleanImages) -> No
     device, _ = placement(reference)
     x_0, conditioning = images.rows(torch.arange(min(CHECKED, len(images))))
     x_0 = x_0.to(device)
-    steps, worst = len(walk.timesteps) - 1, (0.0, 0)
+    steps = len(walk.timesteps) - 1
     for step in range(steps // 4, steps, max(1, steps // 8)):
         if float(walk.sigma[step]) ** 2 < LEAST_NOISE:
             continue
@@ -180,12 +181,12 @@ def check_denoising(reference: nn.Module, walk: Walk, images: CleanImages) -> No
         x_t = walk.noised(x_0, noise, at)
         _, found = walk.clean(in_own_type(reference, x_t, walk.timesteps[at], conditioning), x_t, at)
         departure = abs(float(found.square().sum() / (found * noise).sum()) - 1)
-        worst = max(worst, (departure, int(walk.timesteps[step])))
-    if not worst[0] <= FARTHEST:
-        raise ValueError(
-            f"at timestep {worst[1]} the noise that the network finds is {100 * worst[0]:.0f} % off that which the "
-            "scheduler put in: it has other betas or another prediction_type than the network was trained with"
-        )
+        if not departure <= FARTHEST:
+            raise ValueError(
+                f"at timestep {int(walk.timesteps[step])} the noise that the network finds is {100 * departure:.0f} % "
+                "off that which the scheduler put in: it has other betas or another prediction_type than the network "
+                "was trained with"
+            )
 
 
 def check_distillation(
@@ -194,6 +195,7 @@ def check_distillation(
     config: CADConfig,
     *,
     images: Tensor | None = None,
+    conditioning: dict[str, Any] | None = None,
     sample_shape: tuple[int, int, int] | None = None,
 ) -> tuple[DDIMScheduler, tuple[int, int, int]]:
     """What :func:`distill_` can say before any work is done; its arguments and errors.
@@ -206,10 +208,18 @@ def check_distillation(
         raise ValueError("no scheduler was given, none is saved beside the network: pass the one it was trained with")
     if quantized_state(reference) is not None:
         raise ValueError("the reference is quantized: give the full-precision network that the student was made from")
+    _, world = rank_and_world()
+    if config.batch_size % world:
+        raise ValueError(f"batch_size={config.batch_size} cannot be shared by {world} processes: give a multiple")
     ddim = teachable(scheduler, config.steps, config.halvings)
     shape = find_sample_shape(reference, sample_shape)
     if images is None:
         return ddim, shape
+    if conditioning:
+        raise ValueError(
+            f"images were given together with conditioning ({', '.join(conditioning)}), and nothing says which rows of "
+            "it are theirs: leave the images out, C_DC is drawn under the conditioning"
+        )
     if images.dim() != 4 or tuple(images.shape[1:]) != shape or not len(images):
         raise ValueError(f"images has shape {tuple(images.shape)}: write (N, {', '.join(map(str, shape))}), N from 1")
     if not images.is_floating_point() or not images.abs().max() <= OUTERMOST:
@@ -243,7 +253,7 @@ def distill_(
         student: a network that ``quantize_`` has quantized, or a full-precision one.
         reference: the full-precision network it was made from.
         scheduler: that it was trained with, deterministic (DDIM or PNDM); if None, the one saved beside the reference.
-        images: (N, C, H, W) real pictures in [-1, 1], mixed into C_DC; none are needed.
+        images: (N, C, H, W) real pictures in [-1, 1], mixed into C_DC; none are needed. Unconditional networks only.
         conditioning: keyword arguments of ``forward`` with rows to draw from, for conditional networks.
         sample_shape: (C, H, W), for networks whose config does not say it.
         folder: keeps C_DC, checkpoints and ``log.jsonl``: the same call with the same folder goes on after a kill, to
@@ -258,7 +268,84 @@ def distill_(
             structure, no pictures in ``images``. FloatingPointError: the loss left the finite numbers or exploded.
     """
     config = config or CADConfig()
-    ddim, shape = check_distillation(reference, scheduler, config, images=images, sample_shape=sample_shape)
+    ddim, shape = check_distillation(
+        reference, scheduler, config, images=images, conditioning=conditioning, sample_shape=sample_shape
+    )
+    _check_student(student, reference, ddim)
+    keeps: dict[str, Any] = {"folder": folder, "callback": callback, "progress": progress}
+    pictures = checked_images(reference, ddim, shape, config, conditioning, images=images, **keeps)
+    return _teach(student, reference, ddim, shape, config, pictures, **keeps)
+
+
+def compress(
+    unet: nn.Module,
+    scheduler,
+    pq: PQCADConfig | None = None,
+    cad: CADConfig | None = None,
+    *,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    images: Tensor | None = None,
+    conditioning: dict[str, Any] | None = None,
+    sample_shape: tuple[int, int, int] | None = None,
+    folder: str | Path | None = None,
+    callback: Callable[[str, int, int], None] | None = None,
+    progress: bool = True,
+) -> tuple[nn.Module, DDIMScheduler]:
+    """Progressive quantization, then distillation: a quantized network for half the steps, and its sampler.
+
+    C_DC is drawn first: a scheduler that does not fit the network is found out before anything is learned.
+
+    Args:
+        unet: full precision; left as it is. pq: its ``calibration_steps`` become ``cad.steps``.
+        filter_fn: as for :func:`~pqcad_ao.quantize.quantize_`. images: as for :func:`distill_`.
+        conditioning, sample_shape, folder, callback, progress: as for both.
+
+    Raises: as both.
+    """
+    student, pq, cad = copy.deepcopy(unet), pq or PQCADConfig(), cad or CADConfig()
+    ddim, shape = check_distillation(
+        unet, scheduler, cad, images=images, conditioning=conditioning, sample_shape=sample_shape
+    )
+    keeps: dict[str, Any] = {"folder": folder, "callback": callback, "progress": progress}
+    pictures = checked_images(unet, ddim, shape, cad, conditioning, images=images, **keeps)
+    pq = replace(pq, calibration_steps=cad.steps)
+    given = {"conditioning": conditioning, "sample_shape": sample_shape, **keeps}
+    quantize_(student, pq, filter_fn, scheduler=scheduler, **given)
+    return student, _teach(student, unet, ddim, shape, cad, pictures, **keeps)
+
+
+def checked_images(
+    reference: nn.Module,
+    ddim: DDIMScheduler,
+    shape: tuple[int, int, int],
+    config: CADConfig,
+    conditioning: dict[str, Any] | None,
+    *,
+    images: Tensor | None,
+    folder: str | Path | None,
+    callback: Callable[[str, int, int], None] | None,
+    progress: bool,
+) -> CleanImages:
+    """C_DC, of a scheduler that :func:`check_denoising` finds to fit; as :func:`clean_images`."""
+    rank, _ = rank_and_world()
+    pictures = clean_images(
+        reference,
+        ddim,
+        shape,
+        config,
+        in_type(check_conditioning(reference, conditioning)),
+        images=images,
+        folder=folder,
+        callback=callback,
+        progress=progress and rank == 0,
+    )
+    with evaluation_mode(reference):
+        check_denoising(reference, Walk.of(ddim, config.steps, placement(reference)[0]), pictures)
+    return pictures
+
+
+def _check_student(student: nn.Module, reference: nn.Module, ddim: DDIMScheduler) -> None:
+    """Raises ValueError: the student is not one of this reference's and this sampler's."""
     state = quantized_state(student)
     if state is not None and state.timestep.num_train_timesteps != ddim.config.num_train_timesteps:
         raise ValueError(
@@ -268,56 +355,49 @@ def distill_(
     places = {str(value.device) for network in (student, reference) for value in network.state_dict().values()}
     if len(places) > 1:
         raise ValueError(f"student and reference are on {' and '.join(sorted(places))}: move both to one device")
-    if state is not None:
+    if state is None:
+        check_structure(student.state_dict(), reference)
+    else:
         dequantized_state(student, reference)
-    rank, world = rank_and_world()
-    if config.batch_size % world:
-        raise ValueError(f"batch_size={config.batch_size} cannot be shared by {world} processes: give a multiple")
-    conditioning = in_type(check_conditioning(reference, conditioning))
-    options = {"folder": folder, "callback": callback, "progress": progress and rank == 0}
-    device, _ = placement(reference)
-    exact = Walk.of(ddim, config.steps, device)
-    pictures = clean_images(reference, ddim, shape, config, conditioning, images=images, **options)
-    with evaluation_mode(reference):
-        check_denoising(reference, exact, pictures)
+
+
+def _teach(
+    student: nn.Module,
+    reference: nn.Module,
+    ddim: DDIMScheduler,
+    shape: tuple[int, int, int],
+    config: CADConfig,
+    pictures: CleanImages,
+    *,
+    folder: str | Path | None,
+    callback: Callable[[str, int, int], None] | None,
+    progress: bool,
+) -> DDIMScheduler:
+    """Every halving in turn; returns the last one's sampler."""
+    rank, _ = rank_and_world()
+    exact = Walk.of(ddim, config.steps, placement(reference)[0])
+
+    def describe(update: DistillUpdate) -> dict[str, Any]:
+        return {"stage": update.stage, "loss": f"{update.loss:.5f}"}
+
     for number in range(config.halvings):
         steps = config.steps // 2**number
         following = halved(ddim, steps)
-        run = _Halving(student, reference, exact, ddim, steps, pictures, config, number, shape, conditioning)
-
-        def describe(update: DistillUpdate) -> dict[str, Any]:
-            return {"stage": update.stage, "loss": f"{update.loss:.5f}"}
-
-        place = None if folder is None else Path(folder) / f"halving-{number + 1}"
-        options |= {"folder": place}
+        run = _Halving(student, reference, exact, ddim, steps, pictures, config, number, shape)
         with evaluation_mode(reference):
-            drive(run, config.iterations, describe=describe, title="distill", write=rank == 0, **options)
+            drive(
+                run,
+                config.iterations,
+                folder=None if folder is None else Path(folder) / f"halving-{number + 1}",
+                describe=describe,
+                title="distill",
+                callback=callback,
+                progress=progress and rank == 0,
+                write=rank == 0,
+            )
         run.give_back(timesteps_of(following, steps // 2))
         ddim = following
     return ddim
-
-
-def compress(
-    unet: nn.Module,
-    scheduler,
-    pq: PQCADConfig | None = None,
-    cad: CADConfig | None = None,
-    *,
-    images: Tensor | None = None,
-    folder: str | Path | None = None,
-    **options: Any,
-) -> tuple[nn.Module, DDIMScheduler]:
-    """Progressive quantization, then distillation: a quantized network for half the steps, and its sampler.
-
-    Args:
-        unet: full precision; left as it is. pq: its ``calibration_steps`` become ``cad.steps``.
-        images: as for :func:`distill_`. folder, options: as for both.
-    """
-    student, pq, cad = copy.deepcopy(unet), pq or PQCADConfig(), cad or CADConfig()
-    check_distillation(unet, scheduler, cad, images=images, sample_shape=options.get("sample_shape"))
-    pq = replace(pq, calibration_steps=cad.steps)
-    quantize_(student, pq, scheduler=scheduler, folder=folder, **options)
-    return student, distill_(student, unet, scheduler, cad, images=images, folder=folder, **options)
 
 
 class _Halving:
@@ -334,7 +414,6 @@ class _Halving:
         config: CADConfig,
         number: int,
         shape: tuple[int, int, int],
-        conditioning: dict[str, Any],
     ) -> None:
         self.student, self.reference, self.exact, self.images, self.config = student, reference, exact, images, config
         self.steps, self.number, self.scheduler = steps, number, scheduler
@@ -342,8 +421,9 @@ class _Halving:
         self.walk = Walk.of(scheduler, steps, self.device)  # two of its steps are one of the student's
         self.log: list[DistillUpdate] = []
         self.first: float | None = None
+        conditioning = images.conditioning
         if quantized_state(student) is None:
-            self.skeleton = copy.deepcopy(student).float().to(memory_format=torch.channels_last)
+            self.skeleton = to_learn(student)
             self.graph = capture(self.skeleton, shape, conditioning).graph
         else:
             self.graph, self.skeleton = unfold(student, reference, shape, conditioning)
@@ -352,6 +432,7 @@ class _Halving:
             self.graph.state_dict(),
             reference.state_dict(),
             settings_of(scheduler),
+            shape,
             images.extra,
             images.conditioning,
             config,

@@ -140,29 +140,32 @@ def drive(
         callback: called as ``callback(stage, done, total)``.
         write: whether this process writes to the folder; one that does not still reads from it.
     """
-    checkpoint = None if folder is None else Path(folder) / "checkpoint.safetensors"
-    before = Path(folder or "") / "checkpoint-before.safetensors"
-    log_file = None
-    if folder is not None and checkpoint is not None:
+    if folder is None:
+        checkpoint, before, log_file = None, None, None
+    else:
+        checkpoint = Path(folder) / "checkpoint.safetensors"
+        before = checkpoint.with_name("checkpoint-before.safetensors")
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         if checkpoint.is_file():
             run.load(checkpoint)
         elif write:
             run.save(checkpoint)
-        if write:
-            log_file = (Path(folder) / "log.jsonl").open("w")
+        log_file = (Path(folder) / "log.jsonl").open("w") if write else None
+        if log_file is not None:
             log_file.writelines(json.dumps(asdict(update)) + "\n" for update in run.log)
+    # updates behind the checkpoint that was written last, as long as the one before it is there
+    saved = len(run.log) if before is not None and before.is_file() else None
     bar = tqdm(total=iterations, initial=len(run.log), desc=title, disable=not progress)
-    saved = None  # updates behind the checkpoint that was written last
     try:
         while len(run.log) < iterations:
             try:
-                update = run.update()
+                with torch.enable_grad():  # whatever the caller's mode
+                    update = run.update()
             except FloatingPointError:
-                if write and checkpoint is not None and saved == len(run.log):
+                if write and before is not None and saved == len(run.log):
                     before.replace(checkpoint)  # nothing has passed yet with what the newer one holds
                 raise
-            if log_file is not None and checkpoint is not None:
+            if log_file is not None:
                 log_file.write(json.dumps(asdict(update)) + "\n")
                 log_file.flush()
                 if len(run.log) % CHECKPOINT_EVERY == 0 or len(run.log) >= iterations:
@@ -173,7 +176,7 @@ def drive(
                 callback(update.stage, len(run.log), iterations)
             bar.set_postfix(**describe(update))
             bar.update()
-        if write:
+        if log_file is not None:
             before.unlink(missing_ok=True)
     finally:
         bar.close()

@@ -24,6 +24,7 @@ class Timestep:
         self.groups, self.num_train_timesteps = groups, num_train_timesteps
         self.group: Tensor | None = None
         self.schedule: list[int] | None = None  # the timesteps that the network was distilled for
+        self.visited: int | None = None  # of them, the one of the last call
 
     def current(self, batch: int) -> Tensor:
         """(B,) int64.
@@ -43,13 +44,20 @@ class Timestep:
         return self.group
 
 
-def check_schedule(schedule: list[int], timesteps: list[int]) -> None:
-    """Warn where a network that was distilled for a schedule is asked for other timesteps."""
-    if not set(timesteps) <= set(schedule):
-        other = next(t for t in timesteps if t not in schedule)
+def check_schedule(state: Timestep, timesteps: list[int]) -> None:
+    """Warn where a network that was distilled for a schedule is asked for other timesteps, or walks past some."""
+    schedule, asked = state.schedule or [], sorted(set(timesteps))
+    wrong = [f"is asked for {t}" for t in asked if t not in schedule][:1]
+    if not wrong and len(asked) == 1:
+        before, now = state.visited, asked[0]
+        # downwards, as samplers walk: a new walk begins above
+        if before is not None and now < before and schedule.index(now) > schedule.index(before) + 1:
+            wrong = [f"goes from {before} to {now}"]
+        state.visited = now
+    if wrong:
         warnings.warn(
-            f"this network was distilled for {len(schedule)} timesteps, {schedule[0]} to {schedule[-1]}, and is asked "
-            f"for {other}: sample with num_inference_steps={len(schedule)} and the scheduler it was saved with",
+            f"this network was distilled for {len(schedule)} timesteps, {schedule[0]} to {schedule[-1]}, and "
+            f"{wrong[0]}: sample with num_inference_steps={len(schedule)} and the scheduler it was saved with",
             stacklevel=3,
         )
 
@@ -71,16 +79,17 @@ def bind_timestep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Non
     timesteps = _call_argument(module, args, kwargs, 1)
     if isinstance(timesteps, (int, float)):  # torch.full takes a symbolic number; as_tensor would recompile for each
         timesteps = torch.full((1,), timesteps)
-    timesteps = torch.as_tensor(timesteps, device=sample.device).reshape(-1)
+    timesteps = torch.as_tensor(timesteps).reshape(-1)
+    state = module._pqcad_timestep
+    # one that is on a GPU would have to be waited for at every step; pqcad_ao's own sampler looks before it starts
+    if state.schedule is not None and timesteps.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_schedule(state, timesteps.tolist())
+    timesteps = timesteps.to(sample.device)
     if timesteps.shape[0] != 1 and timesteps.shape[0] != sample.shape[0]:
         raise ValueError(
             f"{timesteps.shape[0]} timesteps for a batch of {sample.shape[0]}: give one for all, or one for each sample"
         )
     timesteps = timesteps.expand(sample.shape[0])
-    state = module._pqcad_timestep
-    # on a GPU looking would mean waiting at every step; pqcad_ao's own sampler looks before it starts
-    if state.schedule is not None and timesteps.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_schedule(state.schedule, timesteps.tolist())
     state.group = timestep_group(timesteps, state.groups, state.num_train_timesteps)
 
 

@@ -4,7 +4,7 @@ Everything is learned against the full-precision network's own predictions on C_
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +154,10 @@ class _Run:
         self.policies = policies(config, resolved)
         self.log: list[Update] = []
         self.transitions: list[dict[str, Any]] = []
-        # the graph holds the full-precision network now and never again
-        self.key = digest(graph.state_dict(), points.x_t, points.timesteps, points.conditioning, config, resolved.rows)
+        # the graph holds the full-precision network now and never again; the last bits of a sensitivity depend on the
+        # number of threads, which may change while a run is interrupted
+        rows = [replace(row, sensitivity=None) for row in resolved.rows]
+        self.key = digest(graph.state_dict(), points.x_t, points.timesteps, points.conditioning, config, rows)
         with weights_in_full_precision(graph), torch.no_grad():
             self.targets = torch.cat([graph(*batch) for batch in points.batches(config.batch_size)])
         if not self.targets.any():
@@ -223,7 +225,7 @@ class _Run:
 
     def _insert_activations(self, *, fit: bool) -> None:
         config = self.config
-        quantizer = PQCADQuantizer(self.plan, "activations", groups=config.timestep_groups, seed=config.seed)
+        quantizer = PQCADQuantizer(self.plan, "activations", groups=config.timestep_groups)
         self.graph = insert_activations(self.graph, quantizer, self.num_train_timesteps)
         self.quantizers = list(activation_quantizers(self.graph).values())
         self.learner.graph = self.graph

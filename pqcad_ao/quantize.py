@@ -32,7 +32,7 @@ from pqcad_ao.passes.insert_activations import insert_activations
 from pqcad_ao.plan import Plan, resolve
 from pqcad_ao.progressive import Learned, learn, policies
 from pqcad_ao.quantizer import PQCADQuantizer, insert_fake_quantizers
-from pqcad_ao.sensitivity import layer_sensitivity, spend_bits
+from pqcad_ao.sensitivity import layer_sensitivity, spare_bits, spend_bits
 from pqcad_ao.serialization import QuantizedState, attach, quantized_state
 
 logger = logging.getLogger(__name__)
@@ -122,22 +122,24 @@ def quantize_(
         if device is not None:
             model.to(device)
         conditioning = check_conditioning(model, conditioning)
-        # learning trains the graph, in float32, and a graph shares its parameters with what it is captured from;
-        # convolutions learn fastest channels last
-        subject = copy.deepcopy(model).float().to(memory_format=torch.channels_last) if config.learns else model
+        # learning trains the graph, which shares its parameters with what it is captured from
+        subject = to_learn(model) if config.learns else model
         captured = capture(subject, shape, in_type(conditioning) if config.learns else conditioning)
         resolved = resolve(captured, model, config, filter_fn)
         if not resolved.quantized:
             raise ValueError(f"the plan quantizes no layer of {type(model).__name__}:\n{resolved}")
+        # too few iterations and too few bits are found out now
         if config.learns:
-            policies(config, resolved)  # too few iterations are found out now
+            policies(config, resolved)
+        if config.target_bits is not None:
+            spare_bits(resolved, config.target_bits)
         num_train_timesteps = scheduler.config.num_train_timesteps
         keeps = {"callback": callback, "progress": progress}
         points = calibration_set(model, scheduler, shape, config, conditioning, folder=folder, **keeps)
         if config.learns:
             points = CalibrationSet(points.x_t.float(), points.timesteps, in_type(points.conditioning))
         if config.learns or config.target_bits is not None:
-            resolved = sensitive(captured, resolved, points, config, num_train_timesteps)
+            resolved = sensitive(captured, resolved, points, config, num_train_timesteps, **keeps)
         if config.learns:
             graph = insert_fake_quantizers(captured.graph, PQCADQuantizer(resolved, "weights"))
             learned = learn(graph, resolved, points, config, num_train_timesteps, folder=folder, **keeps)
@@ -154,6 +156,14 @@ def quantize_(
     # nothing above touched the model's layers; nothing below can fail
     adopt(model, learned.graph if config.learns else None, layers)
     install_timestep(model, timestep)
+
+
+def to_learn(network: nn.Module) -> nn.Module:
+    """A copy whose parameters all learn, frozen ones too: in float32, and channels last for fast convolutions."""
+    copied = copy.deepcopy(network).float().to(memory_format=torch.channels_last)
+    for parameter in copied.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return copied
 
 
 def in_type(values: Any, dtype: torch.dtype = torch.float32) -> Any:
@@ -196,7 +206,7 @@ def _scheduler(model: nn.Module, scheduler) -> DDIMScheduler:
 def prepare(captured: Capture, resolved: Plan, config: PQCADConfig, num_train_timesteps: int) -> GraphModule:
     """Put the plan's fake quantizers into the captured graph, with the timestep wired to the activations'."""
     graph = insert_fake_quantizers(captured.graph, PQCADQuantizer(resolved, "weights"))
-    quantizer = PQCADQuantizer(resolved, "activations", groups=config.timestep_groups, seed=config.seed)
+    quantizer = PQCADQuantizer(resolved, "activations", groups=config.timestep_groups)
     return insert_activations(graph, quantizer, num_train_timesteps)
 
 
@@ -222,7 +232,14 @@ def calibrate(
 
 
 def sensitive(
-    captured: Capture, resolved: Plan, points: CalibrationSet, config: PQCADConfig, num_train_timesteps: int
+    captured: Capture,
+    resolved: Plan,
+    points: CalibrationSet,
+    config: PQCADConfig,
+    num_train_timesteps: int,
+    *,
+    callback: Callable[[str, int, int], None] | None = None,
+    progress: bool = True,
 ) -> Plan:
     """The plan with each layer's sensitivity, and more bits where ``config.target_bits`` allows them."""
     trial = Capture(copy.deepcopy(captured.graph), captured.x_t, captured.timesteps)
@@ -230,7 +247,8 @@ def sensitive(
     head = points[: config.calibration_points]
     with weights_in_full_precision(graph):
         observe(graph, head, config.calibration_batch_size)
-    found = layer_sensitivity(graph, resolved, head, rungs=config.target_bits is not None)
+    shown: dict[str, Any] = {"callback": callback, "progress": progress}
+    found = layer_sensitivity(graph, resolved, head, rungs=config.target_bits is not None, **shown)
     return spend_bits(resolved, found, config.target_bits)
 
 
@@ -288,6 +306,16 @@ def dequantized_state(model: nn.Module, reference: nn.Module) -> dict[str, torch
         values[f"{fqn}.weight"] = layer.dequantized_weight()
         if layer.bias is not None:
             values[f"{fqn}.bias"] = layer.bias
+    check_structure(values, reference)
+    return values
+
+
+def check_structure(values: dict[str, torch.Tensor], reference: nn.Module) -> None:
+    """Compare a network's full-precision state with another network's, by names and shapes.
+
+    Raises:
+        ValueError: they differ; names the first tensor that does.
+    """
     own = reference.state_dict()
     wrong = [name for name in sorted(own.keys() | values.keys()) if _shape_of(own, name) != _shape_of(values, name)]
     if wrong:
@@ -295,7 +323,6 @@ def dequantized_state(model: nn.Module, reference: nn.Module) -> dict[str, torch
             f"the reference {type(reference).__name__} is of another structure than the network: {wrong[0]} is "
             f"{_shape_of(own, wrong[0])} there and {_shape_of(values, wrong[0])} here"
         )
-    return values
 
 
 @torch.no_grad()
@@ -317,7 +344,7 @@ def unfold(
     if state is None:
         raise ValueError(f"this {type(model).__name__} is not quantized by pqcad_ao: call quantize_ first")
     layers = {row.fqn: model.get_submodule(row.fqn) for row in state.plan.quantized}
-    skeleton = copy.deepcopy(reference).float().to(memory_format=torch.channels_last)
+    skeleton = to_learn(reference)
     skeleton.load_state_dict(dequantized_state(model, reference))
     captured = capture(skeleton, shape, in_type(conditioning))
     graph = prepare(captured, state.plan, state.config, state.timestep.num_train_timesteps)

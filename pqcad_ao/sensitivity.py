@@ -1,10 +1,12 @@
 """How much each layer's quantization alone moves the network, and more bits for the layers that move it most."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
+from tqdm.auto import tqdm
 
 from pqcad_ao.calibration import CalibrationSet
 from pqcad_ao.observe import activation_quantizers, weight_quantizers
@@ -27,13 +29,20 @@ def raised(row: PlanRow, bits: int) -> PlanRow:
 
 @torch.no_grad()
 def layer_sensitivity(
-    graph: GraphModule, resolved: Plan, points: CalibrationSet, *, rungs: bool
+    graph: GraphModule,
+    resolved: Plan,
+    points: CalibrationSet,
+    *,
+    rungs: bool,
+    callback: Callable[[str, int, int], None] | None = None,
+    progress: bool = False,
 ) -> dict[str, dict[int, float]]:
     """The perturbation loss when one layer alone is quantized, weights and input: for each layer, by weight bits.
 
     Args:
         graph: prepared on both sides, whose activation quantizers have observed the calibration set.
         rungs: measure the widths that the layer may be raised to as well, not only the plan's own.
+        callback: called as ``callback("sensitivity", done, total)``, total being the layers. progress: show a bar.
     """
     count = min(POINTS, len(points))
     batch = next(points.batches(count))
@@ -43,7 +52,8 @@ def layer_sensitivity(
         module.disable_fake_quant()
     reference = graph(*batch)
     found: dict[str, dict[int, float]] = {}
-    for row in resolved.quantized:
+    layers = resolved.quantized
+    for done, row in enumerate(tqdm(layers, desc="sensitivity", disable=not progress, leave=False), start=1):
         found[row.fqn] = {}
         for bits in [row.weight_bits, *(rung for rung in RUNGS if rungs and rung > row.weight_bits)]:
             tried = raised(row, bits) if bits != row.weight_bits else row
@@ -57,9 +67,26 @@ def layer_sensitivity(
             for used in (module, activations.get(row.fqn)):
                 if used is not None:
                     used.disable_fake_quant()
+        if callback is not None:
+            callback("sensitivity", done, len(layers))
     for module in quantizers:
         module.enable_fake_quant()
     return found
+
+
+def spare_bits(resolved: Plan, target_bits: float) -> float:
+    """How many bits the quantized layers' weights may grow by, all together.
+
+    Raises:
+        ValueError: the plan is above ``target_bits`` already.
+    """
+    spare = (target_bits - resolved.average_bits) * sum(row.parameters for row in resolved.quantized)
+    if spare < 0:
+        raise ValueError(
+            f"target_bits={target_bits:g}: the plan takes {resolved.average_bits:.3f} bits on average already; "
+            "give more, or lower weight_bits or an override"
+        )
+    return spare
 
 
 def spend_bits(resolved: Plan, sensitivity: dict[str, dict[int, float]], target_bits: float | None) -> Plan:
@@ -67,18 +94,11 @@ def spend_bits(resolved: Plan, sensitivity: dict[str, dict[int, float]], target_
 
     Layers that the user gave bits to, and those at 8 bits, stay as they are.
 
-    Raises:
-        ValueError: the plan is above ``target_bits`` already.
+    Raises: as :func:`spare_bits`.
     """
     rows = {row.fqn: replace(row, sensitivity=sensitivity[row.fqn][row.weight_bits or 0]) for row in resolved.quantized}
     if target_bits is not None:
-        weights = sum(row.parameters for row in resolved.quantized)
-        spare = (target_bits - resolved.average_bits) * weights
-        if spare < 0:
-            raise ValueError(
-                f"target_bits={target_bits:g}: the plan takes {resolved.average_bits:.3f} bits on average already; "
-                "give more, or lower weight_bits or an override"
-            )
+        spare = spare_bits(resolved, target_bits)
         while True:
             best, gain = None, 0.0
             for fqn, losses in sensitivity.items():

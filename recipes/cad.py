@@ -2,7 +2,8 @@
 
 On several processes: ``torchrun --nproc-per-node K -m pqcad_ao.recipes.cad ...``. Every process has the whole network
 and a share of each batch, so K processes learn what one does, up to the order of floating-point sums. The first one
-quantizes; the pictures are drawn by all. What is killed goes on with the same command and the same ``--out``.
+quantizes; what it calibrates on and the pictures are drawn by all. What is killed goes on with the same command and
+the same ``--out``.
 """
 
 import argparse
@@ -18,14 +19,17 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import distributed as dist
 from torch import nn
+from yaml import YAMLError  # OmegaConf's own parser raises it
 
-from pqcad_ao.calibration import digest, settings_of
+from pqcad_ao.bench.machine import check_device
+from pqcad_ao.calibration import calibration_set, digest, settings_of
 from pqcad_ao.capture import sample_shape
 from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.data import load_images, to_unit
-from pqcad_ao.distill import check_distillation, distill_
+from pqcad_ao.distill import check_distillation, checked_images, distill_, rank_and_world
 from pqcad_ao.models import load_model, save_model
 from pqcad_ao.quantize import quantize_
 from pqcad_ao.serialization import quantized_state
@@ -35,7 +39,7 @@ from pqcad_ao.serialization import quantized_state
 def processes(device: str) -> Iterator[tuple[int, torch.device]]:
     """This process's rank and device; under torchrun, the group of all is there meanwhile."""
     rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    place = torch.device(f"cuda:{local}" if device == "cuda" else device)
+    place = check_device(f"cuda:{local}" if device == "cuda" else device)
     if "WORLD_SIZE" not in os.environ:
         yield rank, place
         return
@@ -71,7 +75,7 @@ def compress_on_all(
             way; and as ``quantize_`` and ``distill_``.
     """
     device = next(teacher.parameters()).device
-    check_distillation(teacher, scheduler, cad, images=images)
+    ddim, shape = check_distillation(teacher, scheduler, cad, images=images)
     quantized, name = out / "quantized", out / "quantized.txt"
     settings = replace(pq, calibration_steps=cad.steps)
     made_from = digest(teacher.state_dict(), settings_of(scheduler), settings)
@@ -81,7 +85,13 @@ def compress_on_all(
         )
     if dist.is_initialized():
         dist.barrier()  # nobody looks for what the first one begins to write
-    if rank == 0 and not (quantized / "model_index.json").is_file():
+    unquantized = not (quantized / "model_index.json").is_file()
+    keeps: dict[str, Any] = {"folder": out / "work", "callback": None, "progress": progress}
+    # before anything is learned: it finds out whether the scheduler fits
+    checked_images(teacher, ddim, shape, cad, None, images=images, **keeps)
+    if unquantized and dist.is_initialized():
+        calibration_set(teacher, scheduler, shape, settings, share=rank_and_world(), folder=out / "work")
+    if unquantized and rank == 0:
         student = copy.deepcopy(teacher)
         quantize_(student, settings, scheduler=scheduler, folder=out / "work", progress=progress)
         name.write_text(made_from)
@@ -99,9 +109,12 @@ def from_dotted(kind: type, asked: list[str]) -> Any:
     """A configuration from ``name=value`` arguments.
 
     Raises:
-        ValueError: a name that it does not have.
+        ValueError: no ``name=value``, or a name that it does not have.
     """
-    values: Any = OmegaConf.to_container(OmegaConf.from_dotlist(asked))
+    try:
+        values: Any = OmegaConf.to_container(OmegaConf.from_dotlist(asked))
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ValueError(f"{' '.join(asked)!r} cannot be read as NAME=VALUE: {str(error).splitlines()[0]}") from error
     known = {field.name for field in fields(kind)}
     if unknown := sorted(values.keys() - known):
         raise ValueError(f"{kind.__name__} has no {', '.join(unknown)}: allowed are {', '.join(sorted(known))}")
@@ -133,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
                 state = quantized_state(student)
                 schedule = state.timestep.schedule if state else None
                 print(f"{args.out}: {len(schedule or [])} steps, {state.plan.summary() if state else ''}")
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     return 0

@@ -268,6 +268,27 @@ def test_whatever_the_points_depend_on_makes_a_file_of_its_own(tmp_path, monkeyp
     assert len(walks) == walked, "bits do not matter to the trajectories"
 
 
+def test_several_processes_walk_what_one_does(tmp_path, monkeypatch):
+    counted = _count_walks(monkeypatch)
+    expected, parts = _points(None), []
+    alone = sorted(counted)
+    monkeypatch.setattr(calibration.dist, "all_reduce", lambda x_t: parts.append(x_t.clone()))
+    monkeypatch.setattr(calibration.dist, "barrier", lambda: None)
+    config = quick(calibration_points=64, calibration_batch_size=4)
+    counted.clear()
+    for rank in range(3):
+        shared = {"folder": tmp_path / str(rank), "share": (rank, 3)}
+        found = calibration_set(Small(), cosine_scheduler(), SHAPE, config, **shared)
+        assert torch.equal(found.timesteps, expected.timesteps)
+    assert torch.equal(sum(parts), expected.x_t)
+    assert all(part.any() for part in parts)
+    assert sorted(counted) == alone  # each batch was walked by one of them
+    # the first one leaves the file that a process alone looks for, and nobody a part of it
+    names = [sorted(path.name for path in (tmp_path / str(rank)).iterdir()) for rank in range(3)]
+    assert [len(found) for found in names] == [1, 0, 0]
+    assert names[0][0].count(".") == 1
+
+
 def test_a_walk_that_was_cut_short_goes_on(tmp_path, monkeypatch):
     fresh = _points(None)
     monkeypatch.setattr(calibration, "SAVE_EVERY_S", -1.0)

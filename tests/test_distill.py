@@ -99,7 +99,6 @@ def test_the_target_is_where_the_full_precision_jumps_end():
         config(),
         0,
         SHAPE,
-        {},
     )
     x_t, step, _ = run._batch(3)
     assert step.tolist().count(0) == step.tolist().count(2) == 2  # balanced over the student's two steps
@@ -183,6 +182,38 @@ def test_conditioning_reaches_teacher_and_student():
     assert not torch.equal(first, second)
 
 
+def test_frozen_networks_learn_all_the_same(tiny_unet):
+    """A teacher is frozen by habit, and a student copied from it is too."""
+    reference = Small().requires_grad_(False)
+    student = student_of(reference)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    with torch.no_grad():
+        distill(student, reference)
+    moved = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
+    assert {"norm.weight", "first.bias"} <= moved
+    expected = student_of(Small())
+    distill(expected, Small())
+    assert same_weights(student, expected)
+    plain = copy.deepcopy(reference)
+    distill(plain, reference)
+    assert not same_weights(plain, reference)
+
+
+def test_a_bfloat16_network_with_conditioning_is_distilled():
+    class Conditional(Small):
+        def forward(self, x, t, text):
+            return super().forward(x + text[:, :1, None, None], t)
+
+    reference = Conditional().to(torch.bfloat16)
+    student, text = copy.deepcopy(reference), torch.randn(5, 2).bfloat16()
+    given = {"scheduler": cosine_scheduler(), "sample_shape": SHAPE, "conditioning": {"text": text}, "progress": False}
+    quantize_(student, quick(), **given)
+    sampler = distill_(student, reference, config=config(iterations=2, teacher_weight=0.5), **given)
+    assert len(losses(student)) == 2
+    noise = torch.randn(2, *SHAPE).to(torch.bfloat16)
+    assert sample(student, sampler, noise, 2, conditioning={"text": text[:2]}).isfinite().all()
+
+
 # ------------------------------------------------------------------------------------------------ what it remembers
 
 
@@ -207,6 +238,19 @@ def test_the_saved_scheduler_walks_the_students_timesteps(tiny_unet, tmp_path, s
     loaded, found = load_model(tmp_path)
     with pytest.warns(UserWarning, match=r"distilled for the timesteps .* use num_inference_steps=2"):
         sample(loaded, found, torch.randn(1, *SHAPE), 3)
+
+
+def test_fewer_steps_than_it_was_distilled_for_are_warned_about(tiny_unet, tmp_path):
+    student = student_of(tiny_unet)
+    sampler = distill(student, tiny_unet, config(steps=8, iterations=1))
+    pipeline = DDIMPipeline(student, sampler)
+    pipeline.set_progress_bar_config(disable=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for _ in range(2):  # a walk that begins anew is none that goes back
+            pipeline(batch_size=1, num_inference_steps=4)
+    with pytest.warns(UserWarning, match="distilled for 4 timesteps.*goes from 999 to 499"):
+        pipeline(batch_size=1, num_inference_steps=2)
 
 
 def test_a_plain_module_remembers_its_schedule(tmp_path):
@@ -237,6 +281,25 @@ def test_compress_quantizes_and_distills(tiny_unet):
     assert sample(student, sampler, torch.randn(2, *SHAPE), 2).isfinite().all()
 
 
+def test_compress_finds_out_what_does_not_fit_before_it_learns(tiny_unet, monkeypatch, tmp_path):
+    monkeypatch.setattr(engine, "quantize_", lambda *args, **options: pytest.fail("it began to quantize"))
+    monkeypatch.setattr(engine, "FARTHEST", 0.0)
+    for folder in (None, tmp_path):
+        with pytest.raises(ValueError, match="it has other betas or another prediction_type"):
+            compress(tiny_unet, cosine_scheduler(), quick(), config(), folder=folder, progress=False)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'device'"):
+        compress(tiny_unet, cosine_scheduler(), quick(), config(), device="cpu")
+
+
+def test_compress_leaves_out_what_a_filter_refuses(tiny_unet):
+    refused = lambda module, fqn: fqn != "conv_in"  # noqa: E731
+    student, _ = compress(
+        tiny_unet, cosine_scheduler(), quick(), config(iterations=2), filter_fn=refused, progress=False
+    )
+    assert plan(student)["conv_in"].reason == "refused by filter_fn"
+    assert isinstance(student.conv_in, nn.Conv2d)
+
+
 # ------------------------------------------------------------------------------------------------ C_DC, and kills
 
 
@@ -263,6 +326,14 @@ def killed_after(calls: int):
         return original(*args, **options)
 
     return failing
+
+
+def test_pictures_of_another_size_are_drawn_anew(tmp_path):
+    reference = Small()
+    small = clean_images(reference, cosine_scheduler(), SHAPE, config(), {}, folder=tmp_path)
+    large = clean_images(reference, cosine_scheduler(), (1, 16, 16), config(), {}, folder=tmp_path)
+    assert small.drawn.shape[1:] == SHAPE
+    assert large.drawn.shape[1:] == (1, 16, 16)
 
 
 def test_a_draw_that_was_cut_short_goes_on(tmp_path, monkeypatch):
@@ -372,6 +443,10 @@ def test_bad_networks():
     other.first = nn.Conv2d(1, 8, 3, padding=1, bias=False)
     with pytest.raises(ValueError, match=r"another structure than the network: first\.bias"):
         distill(student, other)
+    with pytest.raises(ValueError, match=r"another structure than the network: first\.bias"):
+        distill(Small(), other)
+    with pytest.raises(ValueError, match=r"images were given together with conditioning \(text\)"):
+        distill(student, reference, images=torch.zeros(2, *SHAPE), conditioning={"text": torch.zeros(2, 2)})
     with pytest.raises(ValueError, match=r"images has shape \(0, 1, 8, 8\)"):
         distill(student, reference, images=torch.zeros(0, *SHAPE))
     for wrong in (torch.full((2, *SHAPE), 255, dtype=torch.uint8), torch.full((2, *SHAPE), torch.nan)):
@@ -391,6 +466,15 @@ def test_what_cannot_be_distilled_is_said_before_anything_is_quantized(monkeypat
         compress(tiny_unet, DDPMScheduler(), cad=config(), progress=False)
     with pytest.raises(ValueError, match="images has shape"):
         compress(tiny_unet, cosine_scheduler(), cad=config(), images=torch.zeros(2, 3, 8, 8), progress=False)
+
+
+def test_a_network_that_says_nan_is_found_out(monkeypatch):
+    monkeypatch.setattr(engine, "FARTHEST", 1e9)
+    images = clean_images(Small(), cosine_scheduler(), SHAPE, config(), {})
+    broken = Small()
+    nn.init.constant_(broken.last.weight, float("nan"))
+    with pytest.raises(ValueError, match="nan % off"):
+        check_denoising(broken, Walk.of(cosine_scheduler(), 4), images)
 
 
 def test_a_diverging_run_stops():

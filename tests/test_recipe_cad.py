@@ -80,6 +80,8 @@ def test_two_processes_learn_what_one_does(alone, tmp_path):
     assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
     assert ours == pytest.approx(theirs, rel=3e-2)  # sums in another order move a value over its 4-bit threshold
     same_network(tmp_path / "out", alone)
+    # both walked a part of C_QC, and the first one found it there when it quantized
+    assert len(list((tmp_path / "out" / "work").glob("c_qc-*.safetensors"))) == 1
 
 
 @pytest.mark.slow
@@ -100,6 +102,9 @@ def test_a_process_that_dies_ends_the_job_and_leaves_a_checkpoint(alone, tmp_pat
         (["--cad", "steps=5"], "steps=5 cannot be halved"),
         (["--cad", "stepz=4"], "CADConfig has no stepz: allowed are"),
         (["--pq", "weight_bits=9"], "weight_bits=9"),
+        (["--pq", "overrides=3"], "overrides is a int"),
+        (["--pq", "weight_ladder=[6"], "cannot be read as NAME=VALUE"),
+        (["--device", "tpu"], "device 'tpu' cannot be used"),
         (["--data", "nowhere"], "nowhere"),
     ],
 )
