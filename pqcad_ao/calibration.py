@@ -167,7 +167,7 @@ def calibration_set(
             walk that was cut short goes on with its next batch of trajectories.
         share: (rank, world) of this process where several walk a part each, in the same batches as one alone, and call
             this alike; all of them get all points.
-        callback: called as ``callback("trajectories", done, total)``.
+        callback: called as ``callback("trajectories", done, total)``; with a share, those done include the others'.
 
     Raises:
         FloatingPointError: a trajectory leaves the finite numbers. ValueError: as :func:`check_signal`.
@@ -221,10 +221,11 @@ def calibration_set(
             points.x_t.zero_()
             found = _read(part, points)
             starts = [start for start in starts if start >= found]
-    saved, remaining = time.monotonic(), len(starts)
-    bar = tqdm(total=remaining, desc="trajectories", disable=not progress, leave=False)
+    share_of = sum(min(size, trajectories - begin) for begin in starts)  # trajectories that are this process's to walk
+    bar = tqdm(total=share_of, desc="trajectories", disable=not progress, leave=False)
+    saved = time.monotonic()
     with evaluation_mode(model), bar:
-        for done, begin in enumerate(starts, start=1):
+        for begin in starts:
             rows = slice(begin, begin + size)
 
             def keep(first: int, step: int, timestep: Tensor, state: Tensor, begin: int = begin) -> None:
@@ -247,10 +248,10 @@ def calibration_set(
                     f"({scheduler.config.prediction_type}, {scheduler.config.beta_schedule})"
                 )
             walked = min(begin + size, trajectories)
-            bar.update()
+            bar.update(len(final))
             if callback is not None:
                 callback("trajectories", walked, trajectories)
-            if part is not None and (done == remaining or time.monotonic() - saved > SAVE_EVERY_S):
+            if part is not None and (begin == starts[-1] or time.monotonic() - saved > SAVE_EVERY_S):
                 _write(part, points, walked)
                 saved = time.monotonic()
     if world > 1:
@@ -259,7 +260,9 @@ def calibration_set(
             if own == 0:
                 _write(whole, points, trajectories)
             dist.barrier()
-            part.unlink(missing_ok=True)
+            if own == 0:
+                for left in whole.parent.glob(f"{whole.stem}.*-*-*.safetensors"):  # of another number of processes, too
+                    left.unlink()
     return points
 
 

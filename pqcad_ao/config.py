@@ -101,7 +101,8 @@ class PQCADConfig(AOBaseConfig):
         transitions: ``"momentum"``, or ``"schedule"``, where every width takes an equal share and gives way at once.
         beta, tau, window, patience: of :class:`~pqcad_ao.transition.MomentumTransition`.
         learning_points: noisy images x_t to learn from.
-        calibration_points: as many of them calibrate the activations; without learning, all that there are.
+        calibration_points: as many of them calibrate the activations, the first eight of each timestep group; without
+            learning, all that there are.
         calibration_steps: sampling steps of the trajectories from which they are taken.
         calibration_timesteps: ``"normal"``, timesteps drawn from N(mean·T, (std·T)²) truncated to [0, T), or
             ``"uniform"``.

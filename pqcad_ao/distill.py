@@ -24,7 +24,17 @@ from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.files import write_whole
 from pqcad_ao.learner import Learner, drive, read_checkpoint
 from pqcad_ao.observe import activation_quantizers, weight_quantizers
-from pqcad_ao.quantize import adopt, check_structure, dequantized_state, fold, in_type, quantize_, to_learn, unfold
+from pqcad_ao.quantize import (
+    adopt,
+    check_structure,
+    dequantized_state,
+    fold,
+    in_type,
+    planned,
+    quantize_,
+    to_learn,
+    unfold,
+)
 from pqcad_ao.sampling import evaluation_mode, predict, sample, take_rows
 from pqcad_ao.schedule import Walk, halved, teachable, timesteps_of
 from pqcad_ao.serialization import attach, quantized_state
@@ -293,7 +303,7 @@ def compress(
 ) -> tuple[nn.Module, DDIMScheduler]:
     """Progressive quantization, then distillation: a quantized network for half the steps, and its sampler.
 
-    C_DC is drawn first: a scheduler that does not fit the network is found out before anything is learned.
+    The plan is made and C_DC is drawn first: what does not fit is found out before anything is learned.
 
     Args:
         unet: full precision; left as it is. pq: its ``calibration_steps`` become ``cad.steps``.
@@ -307,6 +317,7 @@ def compress(
         unet, scheduler, cad, images=images, conditioning=conditioning, sample_shape=sample_shape
     )
     keeps: dict[str, Any] = {"folder": folder, "callback": callback, "progress": progress}
+    planned(student, pq, filter_fn, shape, check_conditioning(student, conditioning))
     pictures = checked_images(unet, ddim, shape, cad, conditioning, images=images, **keeps)
     pq = replace(pq, calibration_steps=cad.steps)
     given = {"conditioning": conditioning, "sample_shape": sample_shape, **keeps}
@@ -557,7 +568,7 @@ class _Halving:
         for fqn, layer in layers.items():
             layer.train(self.student.get_submodule(fqn).training)
         adopt(self.student, self.graph, layers)
-        state.timestep.schedule = schedule
+        state.timestep.schedule, state.timestep.visited = schedule, None
         state.distilled = [*state.distilled, *self.log]
         attach(self.student, state)
 

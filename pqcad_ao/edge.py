@@ -129,8 +129,9 @@ def export_pte(
             can. max_bytes: of the file; then layers are chosen by the time that a saved byte costs.
         conditioning: keyword arguments of ``unet.forward`` with a row for each sample; its tensors become inputs.
         sample_shape: (C, H, W), for networks whose config does not say it.
-        min_sqnr_db: what the program must reach at every step on the median image of the trajectories, unless float32
-            rounding alone moves the network by more.
+        min_sqnr_db: what the program must reach at every step on the median image of the trajectories; on all images
+            together 10 dB, or this if it is less. Where rounding in float32 alone moves the network by more, what that
+            leaves less 10 dB.
         trajectories: how many are walked for the comparison. seed: of their noise.
         progress: show bars.
 

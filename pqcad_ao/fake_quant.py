@@ -164,7 +164,7 @@ def stratified(values: Tensor) -> tuple[Tensor, Tensor]:
         weights = torch.ones(count, device=values.device)
         return nn.functional.pad(values, (0, size - count)), nn.functional.pad(weights, (0, size - count))
     high, low = values.topk(_EXTREMES).values, values.topk(_EXTREMES, largest=False).values
-    inner = values[:, torch.linspace(0, count - 1, _INNER, device=values.device).long()]
+    inner = values[:, torch.arange(_INNER, device=values.device) * (count - 1) // (_INNER - 1)]
     inner = torch.minimum(torch.maximum(inner, low[:, -1:]), high[:, -1:])  # the extremes are there already
     alone = torch.ones(_EXTREMES, device=values.device)
     others = torch.full((_INNER,), (count - 2 * _EXTREMES) / _INNER, device=values.device)
@@ -175,7 +175,8 @@ class ActivationFakeQuantize(_Blending):
     """A grid for each timestep group and segment of the channels.
 
     The integers of a grid are low ... low + 2^bits - 1 (zero among them); scale and low are (groups, segments).
-    While the observer is enabled it keeps a sample of what passes, to which :meth:`fit` and :meth:`begin` fit grids.
+    While the observer is enabled it keeps some values of the first samples of each group, to which :meth:`fit` and
+    :meth:`begin` fit grids.
     """
 
     def __init__(self, bits: int, segments: list[int], groups: int, channel_dim: int, **_) -> None:

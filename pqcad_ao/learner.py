@@ -149,6 +149,7 @@ def drive(
         if checkpoint.is_file():
             run.load(checkpoint)
         elif write:
+            before.unlink(missing_ok=True)  # of a run whose checkpoint was deleted
             run.save(checkpoint)
         log_file = (Path(folder) / "log.jsonl").open("w") if write else None
         if log_file is not None:
@@ -169,7 +170,8 @@ def drive(
                 log_file.write(json.dumps(asdict(update)) + "\n")
                 log_file.flush()
                 if len(run.log) % CHECKPOINT_EVERY == 0 or len(run.log) >= iterations:
-                    shutil.copyfile(checkpoint, before)
+                    shutil.copyfile(checkpoint, before.with_suffix(".tmp"))
+                    before.with_suffix(".tmp").replace(before)
                     run.save(checkpoint)
                     saved = len(run.log)
             if callback is not None:

@@ -51,7 +51,7 @@ def check_schedule(state: Timestep, timesteps: list[int]) -> None:
     if not wrong and len(asked) == 1:
         before, now = state.visited, asked[0]
         # downwards, as samplers walk: a new walk begins above
-        if before is not None and now < before and schedule.index(now) > schedule.index(before) + 1:
+        if before in schedule and now < before and schedule.index(now) > schedule.index(before) + 1:
             wrong = [f"goes from {before} to {now}"]
         state.visited = now
     if wrong:

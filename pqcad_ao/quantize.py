@@ -122,17 +122,7 @@ def quantize_(
         if device is not None:
             model.to(device)
         conditioning = check_conditioning(model, conditioning)
-        # learning trains the graph, which shares its parameters with what it is captured from
-        subject = to_learn(model) if config.learns else model
-        captured = capture(subject, shape, in_type(conditioning) if config.learns else conditioning)
-        resolved = resolve(captured, model, config, filter_fn)
-        if not resolved.quantized:
-            raise ValueError(f"the plan quantizes no layer of {type(model).__name__}:\n{resolved}")
-        # too few iterations and too few bits are found out now
-        if config.learns:
-            policies(config, resolved)
-        if config.target_bits is not None:
-            spare_bits(resolved, config.target_bits)
+        captured, resolved = planned(model, config, filter_fn, shape, conditioning)
         num_train_timesteps = scheduler.config.num_train_timesteps
         keeps = {"callback": callback, "progress": progress}
         points = calibration_set(model, scheduler, shape, config, conditioning, folder=folder, **keeps)
@@ -159,11 +149,37 @@ def quantize_(
 
 
 def to_learn(network: nn.Module) -> nn.Module:
-    """A copy whose parameters all learn, frozen ones too: in float32, and channels last for fast convolutions."""
+    """A copy to learn on: in float32, and channels last for fast convolutions.
+
+    A network that is frozen as a whole, as teachers are, learns; single frozen parameters, such as fixed Fourier
+    features, do not.
+    """
     copied = copy.deepcopy(network).float().to(memory_format=torch.channels_last)
-    for parameter in copied.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
+    if not any(parameter.requires_grad for parameter in copied.parameters()):
+        for parameter in copied.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
     return copied
+
+
+def planned(
+    model: nn.Module,
+    config: PQCADConfig,
+    filter_fn: Callable[[nn.Module, str], bool] | None,
+    shape: tuple[int, int, int],
+    conditioning: dict[str, Any],
+) -> tuple[Capture, Plan]:
+    """The graph that will be quantized, and its plan; raises all that can be known before any work is done."""
+    # learning trains the graph, which shares its parameters with what it is captured from
+    subject = to_learn(model) if config.learns else model
+    captured = capture(subject, shape, in_type(conditioning) if config.learns else conditioning)
+    resolved = resolve(captured, model, config, filter_fn)
+    if not resolved.quantized:
+        raise ValueError(f"the plan quantizes no layer of {type(model).__name__}:\n{resolved}")
+    if config.learns:
+        policies(config, resolved)
+    if config.target_bits is not None:
+        spare_bits(resolved, config.target_bits)
+    return captured, resolved
 
 
 def in_type(values: Any, dtype: torch.dtype = torch.float32) -> Any:

@@ -90,7 +90,8 @@ def compress_on_all(
     # before anything is learned: it finds out whether the scheduler fits
     checked_images(teacher, ddim, shape, cad, None, images=images, **keeps)
     if unquantized and dist.is_initialized():
-        calibration_set(teacher, scheduler, shape, settings, share=rank_and_world(), folder=out / "work")
+        shared = {"folder": out / "work", "share": rank_and_world(), "progress": progress and rank == 0}
+        calibration_set(teacher, scheduler, shape, settings, **shared)
     if unquantized and rank == 0:
         student = copy.deepcopy(teacher)
         quantize_(student, settings, scheduler=scheduler, folder=out / "work", progress=progress)
@@ -118,7 +119,10 @@ def from_dotted(kind: type, asked: list[str]) -> Any:
     known = {field.name for field in fields(kind)}
     if unknown := sorted(values.keys() - known):
         raise ValueError(f"{kind.__name__} has no {', '.join(unknown)}: allowed are {', '.join(sorted(known))}")
-    return kind(**values)
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -146,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
                 state = quantized_state(student)
                 schedule = state.timestep.schedule if state else None
                 print(f"{args.out}: {len(schedule or [])} steps, {state.plan.summary() if state else ''}")
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     return 0

@@ -276,17 +276,41 @@ def test_several_processes_walk_what_one_does(tmp_path, monkeypatch):
     monkeypatch.setattr(calibration.dist, "barrier", lambda: None)
     config = quick(calibration_points=64, calibration_batch_size=4)
     counted.clear()
-    for rank in range(3):
-        shared = {"folder": tmp_path / str(rank), "share": (rank, 3)}
-        found = calibration_set(Small(), cosine_scheduler(), SHAPE, config, **shared)
+    for rank in (2, 1, 0):
+        found = calibration_set(Small(), cosine_scheduler(), SHAPE, config, folder=tmp_path, share=(rank, 3))
         assert torch.equal(found.timesteps, expected.timesteps)
     assert torch.equal(sum(parts), expected.x_t)
     assert all(part.any() for part in parts)
     assert sorted(counted) == alone  # each batch was walked by one of them
-    # the first one leaves the file that a process alone looks for, and nobody a part of it
-    names = [sorted(path.name for path in (tmp_path / str(rank)).iterdir()) for rank in range(3)]
-    assert [len(found) for found in names] == [1, 0, 0]
-    assert names[0][0].count(".") == 1
+    # the first one leaves the file that a process alone looks for, and no parts
+    assert [path.name.count(".") for path in tmp_path.iterdir()] == [1]
+
+
+def test_a_process_that_was_killed_goes_on_with_its_share(tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "SAVE_EVERY_S", -1.0)
+    monkeypatch.setattr(calibration.dist, "all_reduce", lambda x_t: None)
+    monkeypatch.setattr(calibration.dist, "barrier", lambda: None)
+    config = quick(calibration_points=64, calibration_batch_size=2)
+    given = (Small(), cosine_scheduler(), SHAPE, config)
+    expected = calibration_set(*given, share=(1, 2))
+    with monkeypatch.context() as patch:
+        walks, original = [], calibration.sample
+
+        def killed(*args, **options):
+            if len(walks) == 2:
+                raise KeyboardInterrupt
+            walks.append(1)
+            return original(*args, **options)
+
+        patch.setattr(calibration, "sample", killed)
+        with pytest.raises(KeyboardInterrupt):
+            calibration_set(*given, share=(1, 2), folder=tmp_path)
+    counted = _count_walks(monkeypatch)
+    assert torch.equal(calibration_set(*given, share=(1, 2), folder=tmp_path).x_t, expected.x_t)
+    again = len(counted)
+    counted.clear()
+    calibration_set(*given, share=(1, 2))
+    assert len(counted) == again + 2
 
 
 def test_a_walk_that_was_cut_short_goes_on(tmp_path, monkeypatch):

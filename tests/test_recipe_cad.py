@@ -12,17 +12,23 @@ from pqcad_ao.models import load_model
 from pqcad_ao.recipes import cad
 from pqcad_ao.serialization import quantized_state
 
-PQ = ["mode=ptq", "calibration_points=8", "timestep_groups=4"]
+PQ = ["mode=ptq", "calibration_points=8", "timestep_groups=4", "calibration_batch_size=1"]
 CAD = ["steps=4", "iterations=6", "batch_size=4", "points=8", "generation_batch_size=4", "learning_rate=2e-4"]
 
 # What torchrun starts: the recipe, in which a process may die in the middle of an update.
 WORKER = """
 import os, sys, torch
 torch.set_num_threads(1)
-from pqcad_ao import distill, learner
+from pqcad_ao import calibration, distill, learner
 from pqcad_ao.recipes import cad
 learner.CHECKPOINT_EVERY = 2
 dies_at = int(sys.argv.pop(1))
+walk = calibration.sample
+def walked(*args, **options):
+    with open(f"{sys.argv[4]}-walked-{os.environ.get('RANK', 0)}", "a") as file:
+        file.write("batch ")
+    return walk(*args, **options)
+calibration.sample = walked
 original = distill._Halving.update
 def update(self):
     if len(self.log) == dies_at and self.rank == 1:
@@ -80,7 +86,10 @@ def test_two_processes_learn_what_one_does(alone, tmp_path):
     assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
     assert ours == pytest.approx(theirs, rel=3e-2)  # sums in another order move a value over its 4-bit threshold
     same_network(tmp_path / "out", alone)
-    # both walked a part of C_QC, and the first one found it there when it quantized
+    # both walked a part of C_QC, and the first one did not walk it again when it quantized
+    walked = [len(Path(f"{tmp_path / 'out'}-walked-{rank}").read_text().split()) for rank in (0, 1)]
+    assert sum(walked) == len(Path(f"{alone}-walked-0").read_text().split())
+    assert abs(walked[0] - walked[1]) <= 1
     assert len(list((tmp_path / "out" / "work").glob("c_qc-*.safetensors"))) == 1
 
 
