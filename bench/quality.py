@@ -168,8 +168,8 @@ def bench_quality(
             row = ROWS[name]
             kind = f"steps{steps // row.part}-n{n}{'-compiled' if compiled else ''}-{measure}"
             file = bench.home(name, seed) / f"{kind}.json"
-            drawn = file.with_suffix(".safetensors")
-            if file.is_file() and drawn.is_file():
+            drawn = file.with_suffix(".safetensors")  # written first
+            if file.is_file():
                 result = json.loads(file.read_text())
             else:
                 unet, sampler, made = bench.network(name, seed)
@@ -292,9 +292,9 @@ def table(result: dict[str, Any]) -> str:
     The ratio is to full precision of the same seed, at all the steps; of a single seed, with the interval that both
     rows' give as if they were independent.
     """
-    by_name: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    alike: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in result["rows"]:
-        by_name.setdefault((row["name"], row["n"]), []).append(row)
+        alike.setdefault((row["name"], row["n"]), []).append(row)
     full = {(row["seed"], row["n"]): row for row in result["rows"] if row["name"] == "fp_full"}
 
     def spread(values: list[float], digits: int, single: float | None = None) -> str:
@@ -327,7 +327,7 @@ def table(result: dict[str, Any]) -> str:
             spread(of(rows, "seconds"), 0),
             len(rows),
         )
-        for rows in by_name.values()
+        for rows in alike.values()
     ]
     measures = ("FID", "over full precision", "KID", "precision", "recall", "a step, dB", "seconds to make")
     headers = ("row", "steps", *measures, "seeds")

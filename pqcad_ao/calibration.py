@@ -221,8 +221,8 @@ def calibration_set(
             points.x_t.zero_()
             found = _read(part, points)
             starts = [start for start in starts if start >= found]
-    share_of = sum(min(size, trajectories - begin) for begin in starts)  # trajectories that are this process's to walk
-    bar = tqdm(total=share_of, desc="trajectories", disable=not progress, leave=False)
+    remaining = sum(min(size, trajectories - begin) for begin in starts)
+    bar = tqdm(total=remaining, desc="trajectories", disable=not progress, leave=False)
     saved = time.monotonic()
     with evaluation_mode(model), bar:
         for begin in starts:
@@ -256,7 +256,7 @@ def calibration_set(
                 saved = time.monotonic()
     if world > 1:
         dist.all_reduce(points.x_t)  # each point is one process's, and zero in the others
-        if whole is not None and part is not None:
+        if whole is not None:
             if own == 0:
                 _write(whole, points, trajectories)
             dist.barrier()

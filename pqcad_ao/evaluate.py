@@ -325,6 +325,11 @@ def fid_kid(
         ImportError: no torchmetrics.
         ValueError: images or statistics that do not fit.
     """
+    return _fid_kid(extract_features(images, network), real, seed, bootstrap)
+
+
+def _fid_kid(features: Tensor, real: RealFeatures, seed: int, bootstrap: int) -> dict[str, Any]:
+    """:func:`fid_kid` of (N, d) features."""
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
         from torchmetrics.image.kid import KernelInceptionDistance
@@ -332,7 +337,7 @@ def fid_kid(
         raise ImportError("FID and KID need torchmetrics: pip install pqcad_ao[eval]") from error
     if bootstrap < 0:
         raise ValueError(f"bootstrap is {bootstrap}; allowed are 0 (no interval) and positive numbers of resamples")
-    features = extract_features(images, network).double()
+    features = features.double()
     n, d = features.shape
     if real.mean.shape != (d,):
         raise ValueError(
@@ -406,10 +411,11 @@ def image_quality(
 
     ``precision`` and ``recall`` are None where ``real`` holds no features, as ``kid`` is, or there are too few images.
     """
-    found = fid_kid(images, network, real, seed=seed, bootstrap=bootstrap)
-    if real.features is None or min(len(images), len(real.features)) <= NEIGHBOURS:
+    features = extract_features(images, network)
+    found = _fid_kid(features, real, seed, bootstrap)
+    if real.features is None or min(len(features), len(real.features)) <= NEIGHBOURS:
         return {**found, "precision": None, "recall": None}
-    return {**found, **precision_recall(real.features, extract_features(images, network))}
+    return {**found, **precision_recall(real.features, features)}
 
 
 def _db(signal: float, noise: float) -> float:
