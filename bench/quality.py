@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from pqcad_ao.bench.machine import check_device, describe, peak_rss_bytes
+from pqcad_ao.bench.machine import check_device, cpu, describe, peak_rss_bytes, reset_peak_rss
 from pqcad_ao.calibration import digest, settings_of
 from pqcad_ao.capture import placement, sample_shape
 from pqcad_ao.config import CADConfig, PQCADConfig
@@ -37,6 +37,7 @@ BATCH = 32  # more do not stay in the cache, and take longer for each image
 TRAJECTORIES = 16  # images whose trajectories carry the SQNR
 BOOTSTRAP = 200
 DRAWN = 16  # images of each row that are kept, for --grid
+METHOD = 2  # of learning and sampling; counted up where what an older one left in a work folder no longer compares
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Row:
     """How a row's network is made.
 
     Attributes:
-        options: of :class:`PQCADConfig`; None: nothing is quantized in this row.
+        options: of :class:`PQCADConfig`; None: nothing is quantized in this row. preset: of its presets, the one meant.
         cad: options of :class:`CADConfig`, the distillation that follows; None: none.
         base: the row whose network this one starts from, with that one's sampler; None: the teacher.
         part: the row is sampled in this part of the steps: 1, 2 (half) or 4.
@@ -52,7 +53,7 @@ class Row:
 
     title: str
     options: dict[str, Any] | None = field(default_factory=dict)
-    fast: bool = False
+    preset: str | None = None
     cad: dict[str, Any] | None = None
     base: str | None = None
     part: int = 1
@@ -60,7 +61,8 @@ class Row:
     def config(self, seed: int, extra: dict[str, Any] | None = None) -> PQCADConfig | None:
         if self.options is None:
             return None
-        return (PQCADConfig.fast if self.fast else PQCADConfig)(seed=seed, **{**self.options, **(extra or {})})
+        make = getattr(PQCADConfig, self.preset) if self.preset else PQCADConfig
+        return make(seed=seed, **{**self.options, **(extra or {})})
 
 
 def _distilled(title: str, base: str = "pq_full", part: int = 2, **cad: Any) -> Row:
@@ -72,10 +74,10 @@ ROWS = {
     "ptq_full": Row("fixed W4A4, nothing learned", {"mode": "ptq"}),
     "fixed_full": Row("fixed W4A4, learned", {"mode": "fixed"}),
     "pq_full": Row("progressive W4A4"),
-    "pq_fast": Row("progressive W4A4, fast preset", fast=True),
+    "pq_fast": Row("progressive W4A4, fast preset", preset="fast"),
+    "pq_paper": Row("progressive W4A4, paper preset", preset="paper"),
     "pq_schedule": Row("progressive W4A4, fixed schedule", {"transitions": "schedule"}),
     "pq_normal": Row("progressive W4A4, normal C_QC", {"calibration_timesteps": "normal"}),
-    "pq_uniform": Row("progressive W4A4, uniform C_QC", {"calibration_timesteps": "uniform"}),
     "pq_w4a5": Row("progressive W4A5", {"activation_bits": 5}),
     "pq_w4a6": Row("progressive W4A6", {"activation_bits": 6}),
     "pq_w4a8": Row("progressive W4A8", {"activation_bits": 8}),
@@ -105,6 +107,12 @@ ABLATIONS = {
 }
 ROWS |= ABLATIONS
 DEFAULT_ROWS = ["fp_full", "ptq_full", "pq_full"]
+SETS = {
+    "all": [*ROWS],
+    "progressive": ["fp_full", *(name for name, row in ROWS.items() if row.options is not None and row.base is None)],
+    "halving": ["fp_full", *(name for name, row in ROWS.items() if row.part > 1 and name not in ABLATIONS)],
+    "ablations": ["fp_full", "pqcad_half", *ABLATIONS],
+}
 
 
 def bench_quality(
@@ -141,7 +149,8 @@ def bench_quality(
 
     Returns:
         ``rows``, one for each name and seed (name, title, fid, fid_ci, kid, precision, recall, n, steps, seed, sqnr_db,
-        and what making its network took), and the versions, threads and CPU behind them.
+        the processor and threads that it was sampled on, and what making its network took), and this run's versions,
+        threads and processor.
 
     Raises:
         ValueError: a row that does not exist, or sizes out of range.
@@ -182,6 +191,8 @@ def bench_quality(
                     "steps": steps // row.part,
                     "seed": seed,
                     "sampled": "compiled" if compiled else "eager",
+                    "cpu": cpu()["name"],
+                    "threads": torch.get_num_threads(),
                     "sqnr_db": sqnr if row.part == 1 else None,  # a distilled step is another function by design
                     **made,
                 }
@@ -218,7 +229,7 @@ class _Bench:
     def home(self, name: str, seed: int) -> Path:
         """The folder of a row and seed, named by all that its network depends on."""
         base, settings = ROWS[name].base, self.settings(name, seed)
-        key = digest(settings[0], settings_of(self.scheduler), self.teacher.state_dict())
+        key = digest(METHOD, settings[0], settings_of(self.scheduler), self.teacher.state_dict())
         if base is not None:
             key = digest(settings, self.home(base, seed).name)
         return self.work / f"{name}-{key[:8]}-seed{seed}"
@@ -238,6 +249,7 @@ class _Bench:
             unet, sampler = load_model(home / "model")
             return unet.to(device), sampler, json.loads(made.read_text())
         resumed, before = (home / "learning").exists(), facts.get("seconds", 0.0)
+        reset_peak_rss()
         unet, begin = copy.deepcopy(unet), time.perf_counter()
         keeps: dict[str, Any] = {"folder": home / "learning", "progress": self.progress}
         if config is not None:
@@ -344,11 +356,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="demo", help="demo, or a folder with a diffusers UNet (default: demo)")
     parser.add_argument(
         "--rows",
-        type=lambda text: (
-            {"all": [*ROWS], "ablations": ["fp_full", "pqcad_half", *ABLATIONS]}.get(text) or text.split(",")
-        ),
+        type=lambda text: SETS.get(text) or text.split(","),
         metavar="ROW,ROW",
-        help=f"all, ablations, or of {', '.join(ROWS)} (default: {','.join(DEFAULT_ROWS)})",
+        help=f"{', '.join(SETS)}, or of {', '.join(ROWS)} (default: {','.join(DEFAULT_ROWS)})",
     )
     parser.add_argument("--steps", type=int, default=20, help="sampling steps (default: 20)")
     parser.add_argument("--n", type=int, default=2000, help="images behind each FID (default: 2000)")

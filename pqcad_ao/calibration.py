@@ -73,6 +73,17 @@ def settings_of(scheduler) -> str:
     return repr(sorted((name, value) for name, value in scheduler.config.items() if not name.startswith("_")))
 
 
+def overflow(doing: str, dtype: torch.dtype, scheduler) -> FloatingPointError:
+    """The error of a full-precision sampler that meets NaN or infinity, with its likeliest cause."""
+    cause = (
+        "float16 ends at 65504, which the network's activations may exceed: give it in float32 or bfloat16"
+        if dtype == torch.float16
+        else "check the network's weights and that the scheduler is the one it was trained with "
+        f"({scheduler.config.prediction_type}, {scheduler.config.beta_schedule})"
+    )
+    return FloatingPointError(f"the full-precision sampler left the finite numbers while {doing}: {cause}")
+
+
 def check_signal(scheduler, timesteps: Tensor) -> None:
     """Look whether a network that predicts epsilon can be sampled from the first of these timesteps on.
 
@@ -242,11 +253,7 @@ def calibration_set(
                 callback=keep,
             )
             if not final.isfinite().all() or not points.x_t.isfinite().all():
-                raise FloatingPointError(
-                    "the full-precision sampler left the finite numbers while calibrating: check the network's weights "
-                    "and that the scheduler is the one it was trained with "
-                    f"({scheduler.config.prediction_type}, {scheduler.config.beta_schedule})"
-                )
+                raise overflow("calibrating", dtype, scheduler)
             walked = min(begin + size, trajectories)
             bar.update(len(final))
             if callback is not None:

@@ -202,8 +202,9 @@ class PQCADConfig(AOBaseConfig):
 
     @classmethod
     def paper(cls, **options: Any) -> "PQCADConfig":
-        """What is published of PQCAD-DM (arXiv 2506.16776): C_QC with normally distributed timesteps, momentum, and
-        from eight bits down, which takes more updates than the default's one step."""
+        """The parts that are published of PQCAD-DM (arXiv 2506.16776): two stages moved by momentum, and C_QC with
+        normally distributed timesteps. Its numbers are not: ladders from eight bits down, their updates and rates are
+        ours."""
         length: dict[str, Any] = {"iterations": 800, "learning_rate": 2e-4, "weight_share": 0.4}
         ladders = {"weight_ladder": [8, 6, 5], "activation_ladder": [8, 6]}
         return cls(**{"calibration_timesteps": "normal", "transitions": "momentum", **length, **ladders, **options})

@@ -1,7 +1,6 @@
 """CAD, calibration-assisted distillation: a network learns to take two sampling steps in one, and stays quantized."""
 
 import copy
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -9,42 +8,36 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from tqdm.auto import tqdm
 
 from pqcad_ao.calibration import digest, find_scheduler, settings_of
 from pqcad_ao.capture import capture, check_conditioning, conditioning_rows, placement
 from pqcad_ao.capture import sample_shape as find_sample_shape
 from pqcad_ao.config import CADConfig, PQCADConfig
-from pqcad_ao.files import write_whole
 from pqcad_ao.learner import Learner, drive, read_checkpoint
 from pqcad_ao.observe import activation_quantizers, weight_quantizers
+from pqcad_ao.pictures import CleanImages, checked_images, in_own_type, noise_of, rank_and_world
 from pqcad_ao.quantize import (
     adopt,
     check_structure,
     dequantized_state,
     fold,
-    in_type,
     planned,
     quantize_,
     to_learn,
     unfold,
 )
-from pqcad_ao.sampling import evaluation_mode, predict, sample, take_rows
+from pqcad_ao.sampling import evaluation_mode, take_rows
 from pqcad_ao.schedule import Walk, halved, teachable, timesteps_of
 from pqcad_ao.serialization import attach, quantized_state
 
 DIVERGED = 10.0  # times the loss of the first update
 OWN_TRAJECTORIES = 256  # of the student, behind ``own_share``
 OUTERMOST = 1.001  # value of a real picture
-CHECKED = 64  # pictures behind the denoising check
-LEAST_NOISE = 0.05  # power of the noise at the timesteps it looks at: of less, little is to be found
-FARTHEST = 0.04  # that a network's noise may be off; of the embedded teacher it is 0.006, with other betas from 0.07
 
 
 @dataclass(frozen=True)
@@ -61,142 +54,6 @@ class DistillUpdate:
     loss: float
     reference: float | None
     teacher: float | None
-
-
-def rank_and_world() -> tuple[int, int]:
-    """This process and how many there are under torchrun; (0, 1) without it."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-class CleanImages:
-    """C_DC's pictures: drawn by the full-precision sampler, kept on disk where there is a folder, read row by row.
-
-    Args:
-        extra: (N, C, H, W) further pictures in [-1, 1], such as real ones.
-    """
-
-    def __init__(self, drawn: Any, conditioning: dict[str, Any], extra: Tensor | None) -> None:
-        self.drawn, self.conditioning, self.extra = drawn, conditioning, extra
-
-    def __len__(self) -> int:
-        return len(self.drawn) + (0 if self.extra is None else len(self.extra))
-
-    def rows(self, index: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """Pictures (B, C, H, W) of these numbers, on the CPU, and their conditioning."""
-        own = index % len(self.drawn)
-        found = torch.from_numpy(np.array(self.drawn[own.numpy()]))
-        if self.extra is not None:
-            real = index >= len(self.drawn)
-            found[real] = self.extra[index[real] - len(self.drawn)].to(found.dtype)
-        return found, take_rows(self.conditioning, own % conditioning_rows(self.conditioning))
-
-
-def clean_images(
-    reference: nn.Module,
-    scheduler: DDIMScheduler,
-    shape: tuple[int, int, int],
-    config: CADConfig,
-    conditioning: dict[str, Any],
-    *,
-    images: Tensor | None = None,
-    folder: str | Path | None = None,
-    callback: Callable[[str, int, int], None] | None = None,
-    progress: bool = False,
-) -> CleanImages:
-    """Draw ``config.points`` pictures with the full-precision network at all of ``config.steps``.
-
-    Args:
-        folder: keeps them in a file that is mapped rather than read, so that they may be more than memory holds. A draw
-            that was cut short goes on with its next batch. Several processes draw a share each, into one file.
-
-    Raises:
-        FloatingPointError: a picture leaves the finite numbers. ValueError: several processes and no folder.
-    """
-    rank, world = rank_and_world()
-    device, dtype = placement(reference)
-    count, size = config.points, config.generation_batch_size
-    if folder is None:
-        if world > 1:
-            raise ValueError("several processes share C_DC in a file: give a folder")
-        drawn: Any = np.zeros((count, *shape), np.float32)
-        marks = None
-    else:
-        place = Path(folder)
-        place.mkdir(parents=True, exist_ok=True)
-        key = digest(
-            reference.state_dict(), settings_of(scheduler), config.steps, config.seed, count, shape, conditioning
-        )
-        # how many batches of this process are in the file
-        file, marks = place / f"c_dc-{key}.npy", place / f"c_dc-{key}.{size}-{world}-{rank}.json"
-        if rank == 0 and not file.is_file():
-            for old in place.glob(f"c_dc-{key}.*.json"):
-                old.unlink()
-            np.lib.format.open_memmap(file, "w+", np.float32, (count, *shape)).flush()
-        if world > 1:
-            dist.barrier()
-        drawn = np.lib.format.open_memmap(file, "r+")
-    starts = list(range(0, count, size))[rank::world]
-    done = json.loads(marks.read_text()) if marks is not None and marks.is_file() else 0
-    bar = tqdm(total=len(starts), initial=done, desc="pictures", disable=not progress, leave=False)
-    with evaluation_mode(reference), bar:
-        for number in range(done, len(starts)):
-            rows = torch.arange(starts[number], min(starts[number] + size, count))
-            noise = torch.stack([_noise(shape, config.seed, int(row)) for row in rows]).to(device, dtype)
-            chosen = in_type(take_rows(conditioning, rows % conditioning_rows(conditioning)), dtype)
-            pictures = sample(reference, scheduler, noise, config.steps, conditioning=chosen, batch_size=size)
-            if not pictures.isfinite().all():
-                raise FloatingPointError("the full-precision sampler left the finite numbers while drawing C_DC")
-            drawn[rows.numpy()] = pictures.float().cpu().numpy()
-            if marks is not None:
-                drawn.flush()
-                write_whole(marks, json.dumps(number + 1).encode())
-            bar.update()
-            if callback is not None:
-                callback("pictures", number + 1, len(starts))
-    if world > 1:
-        dist.barrier()
-    return CleanImages(drawn, conditioning, images)
-
-
-def _noise(shape: tuple[int, ...], seed: int, row: int) -> Tensor:
-    """The noise of one picture: the same, whichever process draws it."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed((seed * 1_000_003 + row) % 2**63))
-
-
-def in_own_type(network: nn.Module, x_t: Tensor, timesteps: Tensor, conditioning: dict[str, Any]) -> Tensor:
-    """A network's prediction for float32 inputs, computed in its own type and given back in float32."""
-    _, dtype = placement(network)
-    return predict(network, x_t.to(dtype), timesteps, in_type(conditioning, dtype)).float()
-
-
-@torch.no_grad()
-def check_denoising(reference: nn.Module, walk: Walk, images: CleanImages) -> None:
-    """Look whether the network finds the noise that the scheduler says it put into the network's own pictures.
-
-    What a trained denoiser gets wrong is orthogonal to what it says (its estimate is a conditional mean), however hard
-    its pictures are: E[found²] = E[found·noise]. With other betas it is not.
-
-    Raises:
-        ValueError: the scheduler's betas or prediction type are not those that the network was trained with.
-    """
-    device, _ = placement(reference)
-    x_0, conditioning = images.rows(torch.arange(min(CHECKED, len(images))))
-    x_0 = x_0.to(device)
-    steps = len(walk.timesteps) - 1
-    for step in range(steps // 4, steps, max(1, steps // 8)):
-        if float(walk.sigma[step]) ** 2 < LEAST_NOISE:
-            continue
-        at = torch.full((len(x_0),), step, device=device)
-        noise = torch.stack([_noise(tuple(x_0.shape[1:]), step, row) for row in range(len(x_0))]).to(x_0)
-        x_t = walk.noised(x_0, noise, at)
-        _, found = walk.clean(in_own_type(reference, x_t, walk.timesteps[at], conditioning), x_t, at)
-        departure = abs(float(found.square().sum() / (found * noise).sum()) - 1)
-        if not departure <= FARTHEST:
-            raise ValueError(
-                f"at timestep {int(walk.timesteps[step])} the noise that the network finds is {100 * departure:.0f} % "
-                "off that which the scheduler put in: it has other betas or another prediction_type than the network "
-                "was trained with"
-            )
 
 
 def check_distillation(
@@ -256,14 +113,16 @@ def distill_(
     """Teach a network, in place, to sample in half the steps (or a quarter: ``config.halvings``).
 
     A quantized student stays quantized, on the grid widths of its plan; weights, scales, biases and norms learn. A
-    full-precision student is plain progressive distillation (Salimans & Ho 2022). What sets the targets:
+    full-precision student is plain progressive distillation (Salimans & Ho 2022), and only the sampler that is returned
+    knows its timesteps. What sets the targets:
     the full-precision ``reference`` at all ``config.steps``, and the student as it was, at two of its own steps.
 
     Args:
         student: a network that ``quantize_`` has quantized, or a full-precision one.
         reference: the full-precision network it was made from.
         scheduler: that it was trained with, deterministic (DDIM or PNDM); if None, the one saved beside the reference.
-        images: (N, C, H, W) real pictures in [-1, 1], mixed into C_DC; none are needed. Unconditional networks only.
+        images: (N, C, H, W) real pictures in [-1, 1], mixed into C_DC, each as often as a drawn one (so give about
+            ``config.points`` of them for half); none are needed. Unconditional networks only.
         conditioning: keyword arguments of ``forward`` with rows to draw from, for conditional networks.
         sample_shape: (C, H, W), for networks whose config does not say it.
         folder: keeps C_DC, checkpoints and ``log.jsonl``: the same call with the same folder goes on after a kill, to
@@ -323,36 +182,6 @@ def compress(
     given = {"conditioning": conditioning, "sample_shape": sample_shape, **keeps}
     quantize_(student, pq, filter_fn, scheduler=scheduler, **given)
     return student, _teach(student, unet, ddim, shape, cad, pictures, **keeps)
-
-
-def checked_images(
-    reference: nn.Module,
-    ddim: DDIMScheduler,
-    shape: tuple[int, int, int],
-    config: CADConfig,
-    conditioning: dict[str, Any] | None,
-    *,
-    images: Tensor | None,
-    folder: str | Path | None,
-    callback: Callable[[str, int, int], None] | None,
-    progress: bool,
-) -> CleanImages:
-    """C_DC, of a scheduler that :func:`check_denoising` finds to fit; as :func:`clean_images`."""
-    rank, _ = rank_and_world()
-    pictures = clean_images(
-        reference,
-        ddim,
-        shape,
-        config,
-        in_type(check_conditioning(reference, conditioning)),
-        images=images,
-        folder=folder,
-        callback=callback,
-        progress=progress and rank == 0,
-    )
-    with evaluation_mode(reference):
-        check_denoising(reference, Walk.of(ddim, config.steps, placement(reference)[0]), pictures)
-    return pictures
 
 
 def _check_student(student: nn.Module, reference: nn.Module, ddim: DDIMScheduler) -> None:
@@ -467,7 +296,7 @@ class _Halving:
         """x_t (trajectories, S, C, H, W) of the student as it is, at every second timestep."""
         count, seed = OWN_TRAJECTORIES, self.config.seed + 1
         shape = self.images.drawn.shape[1:]
-        noise = torch.stack([_noise(shape, seed, row) for row in range(count)]).to(self.device)
+        noise = torch.stack([noise_of(shape, seed, row) for row in range(count)]).to(self.device)
         parts = []
         for batch in torch.arange(count).split(self.config.generation_batch_size):
             chosen = take_rows(conditioning, batch % conditioning_rows(conditioning))

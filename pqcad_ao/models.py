@@ -11,6 +11,8 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from pqcad_ao.calibration import FAMILY, as_ddim
+from pqcad_ao.files import write_whole
+from pqcad_ao.serialization import quantized_state
 
 NAMES = ("demo", "ddpm-cifar10", "sd15")
 RANDOM = {"ddpm-cifar10": "cifar10.yaml", "sd15": "sd15.yaml"}  # published configurations, weights drawn
@@ -92,6 +94,9 @@ def _random(file: str) -> tuple[nn.Module, DDIMScheduler]:
 def save_model(unet: nn.Module, scheduler: DDIMScheduler, folder: str | Path) -> Path:
     """Write ``unet/``, ``scheduler/`` and ``model_index.json``, which ``DDIMPipeline.from_pretrained(folder)`` reads.
 
+    Beside them, of a quantized network, ``pqcad.json`` for people and other programs: its bits, and the ``timesteps``
+    that it was distilled for (null if it was not).
+
     Returns the file that holds the weights.
 
     Raises:
@@ -101,4 +106,8 @@ def save_model(unet: nn.Module, scheduler: DDIMScheduler, folder: str | Path) ->
     folder.mkdir(parents=True, exist_ok=True)
     pipeline: Any = DDIMPipeline(unet, scheduler)
     pipeline.save_pretrained(folder)
+    state = quantized_state(unet)
+    if state is not None:
+        facts = {"bits": state.plan.summary(), "timesteps": state.timestep.schedule}
+        write_whole(folder / "pqcad.json", json.dumps(facts, indent=2).encode())
     return folder / "unet" / "diffusion_pytorch_model.safetensors"

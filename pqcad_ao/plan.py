@@ -62,9 +62,14 @@ class PlanRow:
 
 @dataclass
 class Plan:
-    """One row for each convolution, linear and batched product, in order of execution. ``print`` shows the table."""
+    """One row for each convolution, linear and batched product, in order of execution. ``print`` shows the table.
+
+    Attributes:
+        target_bits: the average that sensitive layers may yet be raised to; None once they are, or where none will be.
+    """
 
     rows: list[PlanRow] = field(default_factory=list)
+    target_bits: float | None = None
 
     def __iter__(self):
         return iter(self.rows)
@@ -110,6 +115,11 @@ class Plan:
             f"{len(self.quantized)} of {sum(row.parameters > 0 for row in self.rows)} layers quantized; "
             f"{total:,} weights: {shares}; "
             f"{self.average_bits:.2f} bits on average where quantized"
+            + (
+                ""
+                if self.target_bits is None
+                else f"; the layers measured most sensitive get more, up to {self.target_bits:g} on average"
+            )
         )
 
     def __str__(self) -> str:

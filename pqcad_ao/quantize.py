@@ -4,6 +4,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +54,30 @@ def plan(
 ) -> Plan:
     """What was done to a quantized network, or what :func:`quantize_` would do to a full-precision one.
 
+    Which layers ``target_bits`` raises is known when :func:`quantize_` has measured them; until then the plan says
+    what may be spent.
+
     Args: as for :func:`quantize_`; a quantized network needs none.
 
     Raises:
-        ValueError: a config for a network that is quantized already.
+        ValueError: a config for a network that is quantized already, or bits above ``target_bits``.
     """
     state = quantized_state(model)
     if state is not None:
         if config is not None:
             raise ValueError("the network is quantized already, no other bits can be planned for it: give no config")
         return state.plan
-    return resolve(_capture(model, sample_shape, conditioning), model, config or PQCADConfig(), filter_fn)
+    config = config or PQCADConfig()
+    return _resolve(_capture(model, sample_shape, conditioning), model, config, filter_fn)
+
+
+def _resolve(
+    captured: Capture, model: nn.Module, config: PQCADConfig, filter_fn: Callable[[nn.Module, str], bool] | None
+) -> Plan:
+    resolved = resolve(captured, model, config, filter_fn)
+    if config.target_bits is not None:
+        spare_bits(resolved, config.target_bits)
+    return replace(resolved, target_bits=config.target_bits)
 
 
 def _capture(model: nn.Module, shape: tuple[int, int, int] | None, conditioning: dict[str, Any] | None) -> Capture:
@@ -172,13 +186,11 @@ def planned(
     # learning trains the graph, which shares its parameters with what it is captured from
     subject = to_learn(model) if config.learns else model
     captured = capture(subject, shape, in_type(conditioning) if config.learns else conditioning)
-    resolved = resolve(captured, model, config, filter_fn)
+    resolved = _resolve(captured, model, config, filter_fn)
     if not resolved.quantized:
         raise ValueError(f"the plan quantizes no layer of {type(model).__name__}:\n{resolved}")
     if config.learns:
         policies(config, resolved)
-    if config.target_bits is not None:
-        spare_bits(resolved, config.target_bits)
     return captured, resolved
 
 

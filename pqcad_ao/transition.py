@@ -4,6 +4,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+ROUNDING = 1e-9  # progress below it is no progress: of a loss that stays the same, the sign is chance
+
 
 @dataclass(frozen=True)
 class Transition:
@@ -133,7 +135,7 @@ class MomentumTransition:
         if len(self._history) > self.window:
             before = self._history[0]
             progress = (before - corrected) / abs(before) if before else 0.0
-            self._settled = self._settled + 1 if progress < self.tau else 0
+            self._settled = self._settled + 1 if progress < max(self.tau, ROUNDING) else 0
         if self.rung == len(self.ladder) - 1:
             return None
         if self._settled >= self.patience:

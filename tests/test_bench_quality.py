@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pqcad_ao import CADConfig, distill
+from pqcad_ao import CADConfig, pictures
 from pqcad_ao.bench import quality as bench
 from pqcad_ao.data import to_uint8
 from pqcad_ao.evaluate import RealFeatures
@@ -145,7 +145,7 @@ def test_every_row_has_a_valid_configuration():
 
 @pytest.mark.slow
 def test_distilled_rows_start_from_another_rows_network(tiny_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(distill, "FARTHEST", float("inf"))  # random weights denoise nothing
+    monkeypatch.setattr(pictures, "FARTHEST", float("inf"))  # random weights denoise nothing
     cad = {"iterations": 4, "batch_size": 4, "points": 8}
     rows = ["fp_half", "pq_half", "pqcad_half", "pqcad_quarter", "pd_half", "pd_then_q"]
     result, _ = run(tiny_dir, tmp_path, rows=rows, steps=4, cad_options=cad)

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from PIL import Image
 
-from pqcad_ao import cli, distill, edge
+from pqcad_ao import cli, edge, pictures
 from pqcad_ao.config import PQCADConfig
 from pqcad_ao.evaluate import FeatureClassifier
 from pqcad_ao.models import load_model, save_model
@@ -130,7 +130,7 @@ def test_eval_against_a_folder_of_images(model_dir: Path, tmp_path: Path, capsys
 def test_compress_distills_and_its_steps_are_then_the_default(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(distill, "FARTHEST", float("inf"))  # an untrained network fails the check of the betas
+    monkeypatch.setattr(pictures, "FARTHEST", float("inf"))  # an untrained network fails the check of the betas
     out = tmp_path / "student"
     argv = ["compress", "--model", model_dir, "--out", out, "--distill", 4, "--fast", *QUICK]
     assert run_json(tmp_path, *argv)["steps"] == 2

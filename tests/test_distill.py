@@ -1,6 +1,7 @@
 """Distillation: what it learns from, what it remembers, what it refuses, and that a kill changes nothing."""
 
 import copy
+import json
 import warnings
 from functools import partial
 
@@ -10,14 +11,14 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
 from networks import SHAPE, Small, cosine_scheduler, quick, sqnr
 from torch import nn
 
-from pqcad_ao import CADConfig, PQCADConfig, compress, distill_, learner, plan, quantize_
+from pqcad_ao import CADConfig, PQCADConfig, compress, distill_, learner, pictures, plan, quantize_
 from pqcad_ao import distill as engine
-from pqcad_ao.distill import check_denoising, clean_images, in_own_type
 from pqcad_ao.models import load_model, save_model
 from pqcad_ao.nn import QuantizedLayer
+from pqcad_ao.pictures import clean_images, in_own_type
 from pqcad_ao.quantize import unfold
 from pqcad_ao.sampling import sample
-from pqcad_ao.schedule import Walk
+from pqcad_ao.schedule import Walk, timesteps_of
 from pqcad_ao.serialization import load_quantized, quantized_state, save_quantized
 
 TINY = {"steps": 4, "iterations": 20, "batch_size": 4, "points": 12, "generation_batch_size": 5}
@@ -30,7 +31,7 @@ def config(**options) -> CADConfig:
 @pytest.fixture(autouse=True)
 def untrained(monkeypatch):
     """Networks of random weights denoise nothing; the check has its own tests."""
-    monkeypatch.setattr(engine, "FARTHEST", float("inf"))
+    monkeypatch.setattr(pictures, "FARTHEST", float("inf"))
 
 
 def student_of(reference: nn.Module, **options) -> nn.Module:
@@ -74,7 +75,11 @@ def test_golden_losses():
     reference = Small()
     student = student_of(reference)
     before = {row.fqn: (row.weight_bits, row.activation_bits) for row in plan(student).quantized}
+    scales = {name: value.clone() for name, value in student.state_dict().items() if name.endswith("_scale")}
     distill(student, reference, config(learning_rate=5e-4))
+    state = student.state_dict()
+    assert {name.rpartition(".")[2] for name in scales} == {"weight_scale", "input_scale"}
+    assert all((state[name] != value).any() for name, value in scales.items()), "scales learn, too"
     found = losses(student)
     assert len(found) == 20
     means = [sum(found[first : first + 4]) / 4 for first in range(0, 20, 4)]
@@ -85,17 +90,39 @@ def test_golden_losses():
     assert student.first.weight.dtype == torch.uint8
 
 
-def test_the_target_is_where_the_full_precision_jumps_end():
+def sampler_of(prediction_type: str) -> DDIMScheduler:
+    """Of betas that leave some signal at the first timestep, so that every kind of prediction is allowed."""
+    return DDIMScheduler(
+        beta_schedule="linear", prediction_type=prediction_type, timestep_spacing="trailing", clip_sample=False
+    )
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_networks_of_every_prediction_are_taught(prediction_type):
+    reference, scheduler = Small(), sampler_of(prediction_type)
+    student = copy.deepcopy(reference)
+    quantize_(student, quick(), scheduler=scheduler, sample_shape=SHAPE, progress=False)
+    untaught = copy.deepcopy(student)
+    sampler = distill(student, reference, config(iterations=40, learning_rate=1e-3), scheduler=scheduler)
+    assert sampler.config.prediction_type == prediction_type
+    noise = torch.randn(16, *SHAPE, generator=torch.Generator().manual_seed(5))
+    wanted = sample(reference, scheduler, noise, 4)
+    misses = [(sample(network, sampler, noise, 2) - wanted).square().mean() for network in (untaught, student)]
+    assert misses[1] < 0.9 * misses[0]
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_the_target_is_where_the_full_precision_jumps_end(prediction_type):
     """A student that is the reference itself, asked for one jump, misses by what a longer step misses alone."""
-    reference = Small()
-    walk = Walk.of(cosine_scheduler(), 4)
+    reference, scheduler = Small(), sampler_of(prediction_type)
+    walk, velocities = Walk.of(scheduler, 4), Walk.of(sampler_of("v_prediction"), 4)
     run = engine._Halving(
         copy.deepcopy(reference),
         reference,
         walk,
-        cosine_scheduler(),
+        scheduler,
         4,
-        clean_images(reference, cosine_scheduler(), SHAPE, config(), {}),
+        clean_images(reference, scheduler, SHAPE, config(), {}),
         config(),
         0,
         SHAPE,
@@ -107,7 +134,7 @@ def test_the_target_is_where_the_full_precision_jumps_end():
         middle = walk.jump(reference(x_t, walk.timesteps[step]), x_t, step)
         end = walk.jump(reference(middle, walk.timesteps[step + 1]), middle, step + 1)
         x_0 = x_t * walk.at(step, x_t)[0] - target * walk.at(step, x_t)[1]
-        torch.testing.assert_close(walk.jump(target, x_t, step, 2), end, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(velocities.jump(target, x_t, step, 2), end, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(walk.image_behind(end, x_t, step, 2), x_0, rtol=1e-3, atol=1e-4)
 
 
@@ -223,6 +250,7 @@ def test_the_saved_scheduler_walks_the_students_timesteps(tiny_unet, tmp_path, s
     student = student_of(tiny_unet)
     sampler = distill(student, tiny_unet, scheduler=scheduler)
     save_model(student, sampler, tmp_path)
+    assert json.loads((tmp_path / "pqcad.json").read_text())["timesteps"] == [int(t) for t in timesteps_of(sampler, 2)]
     pipeline = DDIMPipeline.from_pretrained(tmp_path)
     pipeline.set_progress_bar_config(disable=True)
     visited = []
@@ -283,7 +311,7 @@ def test_compress_quantizes_and_distills(tiny_unet):
 
 def test_compress_finds_out_what_does_not_fit_before_it_learns(tiny_unet, monkeypatch, tmp_path):
     monkeypatch.setattr(engine, "quantize_", lambda *args, **options: pytest.fail("it began to quantize"))
-    monkeypatch.setattr(engine, "FARTHEST", 0.0)
+    monkeypatch.setattr(pictures, "FARTHEST", 0.0)
     for folder in (None, tmp_path):
         with pytest.raises(ValueError, match="it has other betas or another prediction_type"):
             compress(tiny_unet, cosine_scheduler(), quick(), config(), folder=folder, progress=False)
@@ -301,80 +329,6 @@ def test_compress_leaves_out_what_a_filter_refuses(tiny_unet):
 
 
 # ------------------------------------------------------------------------------------------------ C_DC, and kills
-
-
-def test_clean_images_are_the_samplers(tmp_path):
-    reference = Small()
-    settings = config()
-    alone = clean_images(reference, cosine_scheduler(), SHAPE, settings, {})
-    noise = torch.stack([engine._noise(SHAPE, settings.seed, row) for row in range(12)])
-    expected = sample(reference, cosine_scheduler(), noise, 4)
-    torch.testing.assert_close(alone.rows(torch.arange(12))[0], expected, rtol=1e-4, atol=1e-4)
-    kept = clean_images(reference, cosine_scheduler(), SHAPE, settings, {}, folder=tmp_path)
-    torch.testing.assert_close(kept.rows(torch.arange(12))[0], expected, rtol=1e-4, atol=1e-4)
-    assert not isinstance(alone.drawn, type(kept.drawn))  # the file is mapped, not read
-
-
-def killed_after(calls: int):
-    """The sampler, in which a kill follows some calls."""
-    original, done = engine.sample, []
-
-    def failing(*args, **options):
-        if len(done) == calls:
-            raise KeyboardInterrupt
-        done.append(1)
-        return original(*args, **options)
-
-    return failing
-
-
-def test_pictures_of_another_size_are_drawn_anew(tmp_path):
-    reference = Small()
-    small = clean_images(reference, cosine_scheduler(), SHAPE, config(), {}, folder=tmp_path)
-    large = clean_images(reference, cosine_scheduler(), (1, 16, 16), config(), {}, folder=tmp_path)
-    assert small.drawn.shape[1:] == SHAPE
-    assert large.drawn.shape[1:] == (1, 16, 16)
-
-
-def test_a_draw_that_was_cut_short_goes_on(tmp_path, monkeypatch):
-    reference, done, original = Small(), [], engine.sample
-    monkeypatch.setattr(engine, "sample", killed_after(2))
-    with pytest.raises(KeyboardInterrupt):
-        clean_images(reference, cosine_scheduler(), SHAPE, config(), {}, folder=tmp_path)
-    monkeypatch.setattr(engine, "sample", lambda *args, **options: done.append(1) or original(*args, **options))
-    resumed = clean_images(reference, cosine_scheduler(), SHAPE, config(), {}, folder=tmp_path)
-    assert len(done) == 1
-    expected = clean_images(reference, cosine_scheduler(), SHAPE, config(), {})
-    assert torch.equal(resumed.rows(torch.arange(12))[0], expected.rows(torch.arange(12))[0])
-
-
-def test_a_draw_that_changed_its_batches_is_no_black_picture(tmp_path, monkeypatch):
-    reference, original = Small(), engine.sample
-    expected = clean_images(reference, cosine_scheduler(), SHAPE, config(), {}).rows(torch.arange(12))[0]
-
-    def drawn(size: int) -> torch.Tensor:
-        settings = config(generation_batch_size=size)
-        pictures = clean_images(reference, cosine_scheduler(), SHAPE, settings, {}, folder=tmp_path)
-        return pictures.rows(torch.arange(12))[0]
-
-    monkeypatch.setattr(engine, "sample", killed_after(4))
-    with pytest.raises(KeyboardInterrupt):
-        drawn(2)
-    monkeypatch.setattr(engine, "sample", original)
-    torch.testing.assert_close(drawn(5), expected, rtol=1e-4, atol=1e-4)
-    for file in tmp_path.glob("*.npy"):
-        file.unlink()
-    torch.testing.assert_close(drawn(5), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_real_images_are_mixed_in():
-    reference = Small()
-    real = torch.full((3, *SHAPE), 0.5)
-    mixed = clean_images(reference, cosine_scheduler(), SHAPE, config(), {}, images=real)
-    assert len(mixed) == 15
-    rows, _ = mixed.rows(torch.tensor([0, 12, 14]))
-    assert torch.equal(rows[1:], real[:2])
-    assert not torch.equal(rows[0], real[0])
 
 
 @pytest.mark.parametrize("killed_at", [12])
@@ -468,32 +422,7 @@ def test_what_cannot_be_distilled_is_said_before_anything_is_quantized(monkeypat
         compress(tiny_unet, cosine_scheduler(), cad=config(), images=torch.zeros(2, 3, 8, 8), progress=False)
 
 
-def test_a_network_that_says_nan_is_found_out(monkeypatch):
-    monkeypatch.setattr(engine, "FARTHEST", 1e9)
-    images = clean_images(Small(), cosine_scheduler(), SHAPE, config(), {})
-    broken = Small()
-    nn.init.constant_(broken.last.weight, float("nan"))
-    with pytest.raises(ValueError, match="nan % off"):
-        check_denoising(broken, Walk.of(cosine_scheduler(), 4), images)
-
-
 def test_a_diverging_run_stops():
     reference = Small()
     with pytest.raises(FloatingPointError, match="distillation diverged in halving 1, update"):
         distill(student_of(reference), reference, config(learning_rate=1.0))
-
-
-def test_other_betas_than_the_networks_are_found_out(monkeypatch):
-    monkeypatch.undo()
-    teacher, scheduler = load_model("demo")
-    images = clean_images(teacher, scheduler, (1, 32, 32), CADConfig(points=24, generation_batch_size=24), {})
-
-    def check(candidate: DDIMScheduler) -> None:
-        check_denoising(teacher, Walk.of(candidate, 20), images)
-
-    check(scheduler)
-    for offset in (0, 1):  # leading timesteps end where there is next to no noise to be found
-        check(DDIMScheduler.from_config(scheduler.config, timestep_spacing="leading", steps_offset=offset))
-    for other in ({"beta_schedule": "linear"}, {"beta_schedule": "scaled_linear"}, {"prediction_type": "sample"}):
-        with pytest.raises(ValueError, match="it has other betas or another prediction_type"):
-            check(DDIMScheduler.from_config(scheduler.config, **other))

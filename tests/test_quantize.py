@@ -216,7 +216,7 @@ def test_dropout_is_off_while_calibrating():
     assert all(torch.equal(value, training.state_dict()[name]) for name, value in evaluated.state_dict().items())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_network_of_another_type(dtype):
     reference = Small().to(dtype)
     x, t = _inputs(reference)
@@ -227,6 +227,16 @@ def test_a_network_of_another_type(dtype):
         assert output.dtype == x.dtype == dtype
         assert sqnr(reference(x, t), output) > 25
     assert model.down.weight_scale.dtype == model.down.input_scale.dtype == model.down.bias.dtype == torch.float32
+
+
+@pytest.mark.parametrize("mode", ["ptq", "progressive"])
+def test_half_precision_that_overflows_is_named(mode):
+    reference = Small().half()
+    torch.nn.init.constant_(reference.first.weight, 6e4)
+    before = copy.deepcopy(reference.state_dict())
+    with pytest.raises(FloatingPointError, match="float16 ends at 65504, which the network's activations may exceed"):
+        _quantize(reference, quick(mode=mode))
+    assert all(torch.equal(value, before[name]) for name, value in reference.state_dict().items())
 
 
 def test_callback_and_progress(capsys):

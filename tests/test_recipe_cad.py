@@ -19,16 +19,19 @@ CAD = ["steps=4", "iterations=6", "batch_size=4", "points=8", "generation_batch_
 WORKER = """
 import os, sys, torch
 torch.set_num_threads(1)
-from pqcad_ao import calibration, distill, learner
+from pqcad_ao import calibration, distill, learner, pictures
 from pqcad_ao.recipes import cad
 learner.CHECKPOINT_EVERY = 2
 dies_at = int(sys.argv.pop(1))
-walk = calibration.sample
-def walked(*args, **options):
-    with open(f"{sys.argv[4]}-walked-{os.environ.get('RANK', 0)}", "a") as file:
-        file.write("batch ")
-    return walk(*args, **options)
-calibration.sample = walked
+def counted(module, name):
+    original = module.sample
+    def sample(*args, **options):
+        with open(f"{sys.argv[4]}-{name}-{os.environ.get('RANK', 0)}", "a") as file:
+            file.write("batch ")
+        return original(*args, **options)
+    module.sample = sample
+counted(calibration, "walked")
+counted(pictures, "drawn")
 original = distill._Halving.update
 def update(self):
     if len(self.log) == dies_at and self.rank == 1:
@@ -86,10 +89,11 @@ def test_two_processes_learn_what_one_does(alone, tmp_path):
     assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
     assert ours == pytest.approx(theirs, rel=3e-2)  # sums in another order move a value over its 4-bit threshold
     same_network(tmp_path / "out", alone)
-    # both walked a part of C_QC, and the first one did not walk it again when it quantized
-    walked = [len(Path(f"{tmp_path / 'out'}-walked-{rank}").read_text().split()) for rank in (0, 1)]
-    assert sum(walked) == len(Path(f"{alone}-walked-0").read_text().split())
-    assert abs(walked[0] - walked[1]) <= 1
+    # both walked a part of C_QC and drew a part of C_DC, and the first one did not do it again when it quantized
+    for what in ("walked", "drawn"):
+        batches = [len(Path(f"{tmp_path / 'out'}-{what}-{rank}").read_text().split()) for rank in (0, 1)]
+        assert sum(batches) == len(Path(f"{alone}-{what}-0").read_text().split())
+        assert abs(batches[0] - batches[1]) <= 1
     assert len(list((tmp_path / "out" / "work").glob("c_qc-*.safetensors"))) == 1
 
 

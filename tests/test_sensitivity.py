@@ -102,3 +102,12 @@ def test_what_the_user_asked_for_is_kept():
 def test_a_budget_below_the_plan_is_an_error():
     with pytest.raises(ValueError, match=r"target_bits=4: the plan takes 4\.\d+ bits on average already"):
         spend_bits(resolved(), LOSSES, 4)
+
+
+def test_a_plan_says_what_may_yet_be_spent():
+    planned = plan(Small(), quick(target_bits=5), sample_shape=SHAPE)
+    assert planned.average_bits < 5
+    assert "the layers measured most sensitive get more, up to 5 on average" in str(planned)
+    assert "measured most sensitive" not in str(plan(Small(), quick(), sample_shape=SHAPE))
+    with pytest.raises(ValueError, match=r"target_bits=2: the plan takes 4\.\d+ bits on average already"):
+        plan(Small(), quick(target_bits=2), sample_shape=SHAPE)

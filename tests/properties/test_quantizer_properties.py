@@ -141,6 +141,26 @@ def test_gradient_to_the_scale_is_learned_step_sizes(data, grid, scale):
     torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-3)
 
 
+def test_both_quantizers_scale_that_gradient_as_published():
+    """LSQ, §2.2: g = 1/√(values · largest integer), values being those of a channel, or of a sample."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(shape, generator=generator) for shape in ((3, 5, 2, 2), (2, 6, 4, 4)))
+    weights, activations = WeightFakeQuantize(4, 3), ActivationFakeQuantize(4, [6], groups=1, channel_dim=1)
+    weights.fit(weight)
+    activations.scale.data.fill_(0.3)
+    activations.low.fill_(-8)
+    for module, inputs, grid, values, largest in (
+        (weights, (weight,), (-8, 7), 20, 7),
+        (activations, (x, torch.zeros(2, dtype=torch.int64)), (-8, 7), 96, 15),
+    ):
+        module.enable_fake_quant()
+        (found,) = torch.autograd.grad((module(*inputs) ** 2).sum(), module.scale)
+        plain = module.scale.detach().clone().requires_grad_()
+        shape = (-1, 1, 1, 1)
+        (expected,) = torch.autograd.grad((fake_quantize(inputs[0], plain.view(shape), *grid) ** 2).sum(), plain)
+        torch.testing.assert_close(found.flatten(), expected.flatten() / (values * largest) ** 0.5)
+
+
 # The least-squares fit
 
 

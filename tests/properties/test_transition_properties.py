@@ -71,6 +71,20 @@ def test_a_constant_factor_changes_nothing(policy, losses, power):
     assert walk(policy, losses) == walk(other, [loss * 2.0**power for loss in losses])
 
 
+@given(policies(), st.sampled_from([[1.0], [1.0, 1e-9], [0.99**k for k in range(400)]]), st.floats(0.1, 10))
+def test_a_factor_that_rounds_changes_nothing_either(policy, losses, factor):
+    other = MomentumTransition.from_state_dict(policy.state_dict())
+    assert walk(policy, losses) == walk(other, [loss * factor for loss in losses])
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.7, 3.0])
+def test_a_flat_loss_settles_at_once_where_no_progress_is_asked_for(factor):
+    policy = MomentumTransition([8, 6, 4], budget=300, tau=0.0, window=5, patience=2)
+    for _ in range(300):
+        policy.update(factor)
+    assert [row.step for row in policy.transitions] == [7, 37]
+
+
 @given(policies(), LOSSES, st.integers(0, 200))
 def test_goes_on_from_its_state(policy, losses, stop):
     whole = MomentumTransition.from_state_dict(policy.state_dict())

@@ -1,0 +1,173 @@
+"""C_DC: whose pictures they are, how they are kept and shared, and the look at sampler and network."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from networks import SHAPE, Small, cosine_scheduler
+from torch import nn
+
+from pqcad_ao import CADConfig, pictures
+from pqcad_ao.models import load_model
+from pqcad_ao.pictures import check_denoising, checked_images, clean_images
+from pqcad_ao.sampling import sample
+from pqcad_ao.schedule import Walk
+
+
+def config(**options) -> CADConfig:
+    return CADConfig(**{"steps": 4, "points": 12, "generation_batch_size": 5, **options})
+
+
+def test_clean_images_are_the_samplers(tmp_path):
+    reference = Small()
+    settings = config()
+    alone = clean_images(reference, cosine_scheduler(), SHAPE, settings, {})
+    noise = torch.stack([pictures.noise_of(SHAPE, settings.seed, row) for row in range(12)])
+    expected = sample(reference, cosine_scheduler(), noise, 4)
+    torch.testing.assert_close(alone.rows(torch.arange(12))[0], expected, rtol=1e-4, atol=1e-4)
+    kept = clean_images(reference, cosine_scheduler(), SHAPE, settings, {}, folder=tmp_path)
+    torch.testing.assert_close(kept.rows(torch.arange(12))[0], expected, rtol=1e-4, atol=1e-4)
+    assert not isinstance(alone.drawn, type(kept.drawn))  # the file is mapped, not read
+
+
+def killed_after(calls: int):
+    """The sampler, in which a kill follows some calls."""
+    original, done = pictures.sample, []
+
+    def failing(*args, **options):
+        if len(done) == calls:
+            raise KeyboardInterrupt
+        done.append(1)
+        return original(*args, **options)
+
+    return failing
+
+
+def test_pictures_of_another_size_are_drawn_anew(tmp_path):
+    reference = Small()
+    small = clean_images(reference, cosine_scheduler(), SHAPE, config(), {}, folder=tmp_path)
+    large = clean_images(reference, cosine_scheduler(), (1, 16, 16), config(), {}, folder=tmp_path)
+    assert small.drawn.shape[1:] == SHAPE
+    assert large.drawn.shape[1:] == (1, 16, 16)
+
+
+def test_a_draw_that_was_cut_short_goes_on(tmp_path, monkeypatch):
+    reference, done, original = Small(), [], pictures.sample
+    monkeypatch.setattr(pictures, "sample", killed_after(2))
+    with pytest.raises(KeyboardInterrupt):
+        clean_images(reference, cosine_scheduler(), SHAPE, config(), {}, folder=tmp_path)
+    monkeypatch.setattr(pictures, "sample", lambda *args, **options: done.append(1) or original(*args, **options))
+    resumed = clean_images(reference, cosine_scheduler(), SHAPE, config(), {}, folder=tmp_path)
+    assert len(done) == 1
+    expected = clean_images(reference, cosine_scheduler(), SHAPE, config(), {})
+    assert torch.equal(resumed.rows(torch.arange(12))[0], expected.rows(torch.arange(12))[0])
+
+
+def test_a_draw_that_changed_its_batches_is_no_black_picture(tmp_path, monkeypatch):
+    reference, original = Small(), pictures.sample
+    expected = clean_images(reference, cosine_scheduler(), SHAPE, config(), {}).rows(torch.arange(12))[0]
+
+    def drawn(size: int) -> torch.Tensor:
+        settings = config(generation_batch_size=size)
+        pictures = clean_images(reference, cosine_scheduler(), SHAPE, settings, {}, folder=tmp_path)
+        return pictures.rows(torch.arange(12))[0]
+
+    monkeypatch.setattr(pictures, "sample", killed_after(4))
+    with pytest.raises(KeyboardInterrupt):
+        drawn(2)
+    monkeypatch.setattr(pictures, "sample", original)
+    torch.testing.assert_close(drawn(5), expected, rtol=1e-4, atol=1e-4)
+    for file in tmp_path.glob("*.npy"):
+        file.unlink()
+    torch.testing.assert_close(drawn(5), expected, rtol=1e-4, atol=1e-4)
+
+
+def drawn_batches(monkeypatch) -> list[int]:
+    """The sizes of the batches drawn from now on."""
+    sizes, original = [], pictures.sample
+
+    def counting(reference, scheduler, noise, *args, **options):
+        sizes.append(len(noise))
+        return original(reference, scheduler, noise, *args, **options)
+
+    monkeypatch.setattr(pictures, "sample", counting)
+    return sizes
+
+
+def test_what_is_drawn_serves_any_number_of_batches(tmp_path, monkeypatch):
+    reference, sizes = Small(), drawn_batches(monkeypatch)
+    first = clean_images(reference, cosine_scheduler(), SHAPE, config(), {}, folder=tmp_path)
+    assert sizes == [5, 5, 2]
+    again = clean_images(reference, cosine_scheduler(), SHAPE, config(generation_batch_size=4), {}, folder=tmp_path)
+    assert sizes == [5, 5, 2]
+    assert np.array_equal(first.drawn, again.drawn)
+
+
+@pytest.mark.parametrize("left", [0, 100, -4])
+def test_a_damaged_file_is_an_error_that_says_what_to_do(left, tmp_path):
+    clean_images(Small(), cosine_scheduler(), SHAPE, config(), {}, folder=tmp_path)
+    (file,) = tmp_path.glob("*.npy")
+    file.write_bytes(file.read_bytes()[:left])
+    with pytest.raises(ValueError, match=r"c_dc-.*npy is damaged .*: delete it, and its pictures are drawn again"):
+        clean_images(Small(), cosine_scheduler(), SHAPE, config(), {}, folder=tmp_path)
+    file.unlink()
+    assert clean_images(Small(), cosine_scheduler(), SHAPE, config(), {}, folder=tmp_path).drawn.any()
+
+
+def test_half_precision_that_overflows_is_named():
+    reference = Small().half()
+    nn.init.constant_(reference.first.weight, 6e4)
+    with pytest.raises(FloatingPointError, match="drawing C_DC: float16 ends at 65504"):
+        clean_images(reference, cosine_scheduler(), SHAPE, config(), {})
+
+
+def test_real_images_are_mixed_in():
+    reference = Small()
+    real = torch.full((3, *SHAPE), 0.5)
+    mixed = clean_images(reference, cosine_scheduler(), SHAPE, config(), {}, images=real)
+    assert len(mixed) == 15
+    rows, _ = mixed.rows(torch.tensor([0, 12, 14]))
+    assert torch.equal(rows[1:], real[:2])
+    assert not torch.equal(rows[0], real[0])
+
+
+def test_a_network_that_says_nan_is_found_out(monkeypatch):
+    monkeypatch.setattr(pictures, "FARTHEST", 1e9)
+    images = clean_images(Small(), cosine_scheduler(), SHAPE, config(), {})
+    broken = Small()
+    nn.init.constant_(broken.last.weight, float("nan"))
+    with pytest.raises(ValueError, match="nan % off"):
+        check_denoising(broken, Walk.of(cosine_scheduler(), 4), images)
+
+
+def test_other_betas_than_the_networks_are_found_out(monkeypatch):
+    monkeypatch.undo()
+    teacher, scheduler = load_model("demo")
+    images = clean_images(teacher, scheduler, (1, 32, 32), CADConfig(points=24, generation_batch_size=24), {})
+
+    def check(candidate: DDIMScheduler) -> None:
+        check_denoising(teacher, Walk.of(candidate, 20), images)
+
+    check(scheduler)
+    for offset in (0, 1):  # leading timesteps end where there is next to no noise to be found
+        check(DDIMScheduler.from_config(scheduler.config, timestep_spacing="leading", steps_offset=offset))
+    for other in ({"beta_schedule": "linear"}, {"beta_schedule": "scaled_linear"}, {"prediction_type": "sample"}):
+        with pytest.raises(ValueError, match="it has other betas or another prediction_type"):
+            check(DDIMScheduler.from_config(scheduler.config, **other))
+
+
+def test_other_betas_are_found_out_on_the_first_pictures(monkeypatch):
+    """As a user meets it: the pictures themselves are drawn with the wrong sampler, and no more than are looked at."""
+    teacher, scheduler = load_model("demo")
+    monkeypatch.setattr(pictures, "CHECKED", 16)
+    sizes = drawn_batches(monkeypatch)
+    few = config(steps=10, points=48, generation_batch_size=16)
+    given = {"images": None, "folder": None, "callback": None, "progress": False}
+    for other in ({"beta_schedule": "linear"}, {"beta_schedule": "scaled_linear"}):
+        wrong = DDIMScheduler.from_config(scheduler.config, **other)
+        with pytest.raises(ValueError, match="it has other betas or another prediction_type"):
+            checked_images(teacher, wrong, (1, 32, 32), few, None, **given)
+        assert sizes == [16]
+        sizes.clear()
+    checked_images(teacher, scheduler, (1, 32, 32), few, None, **given)
+    assert sizes == [16, 16, 16]
