@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 from itertools import pairwise
 from statistics import mean, median
 
@@ -454,3 +456,40 @@ def test_constant_activations_silent_channels_and_a_batch_of_one():
     with torch.no_grad():
         assert model(x, t).isfinite().all()
         assert sqnr(reference(x, t), model(x, t)) > 10
+
+
+# A process of its own: what a test before this one left behind would count.
+MEMORY = """
+import sys, torch
+from pqcad_ao import PQCADConfig, quantize_
+from pqcad_ao.bench.machine import peak_rss_bytes, reset_peak_rss, rss_bytes
+from pqcad_ao.models import load_model
+from pqcad_ao.quantize import to_learn
+from pqcad_ao.serialization import quantized_state
+unet, scheduler = load_model("demo")
+reset_peak_rss()
+before = rss_bytes()
+if sys.argv[1] == "training":
+    unet = to_learn(unet)
+    optimizer = torch.optim.Adam(unet.parameters())
+    for _ in range(3):
+        x, t = torch.randn(32, 1, 32, 32), torch.randint(1000, (32,))
+        (unet(x, t).sample - x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+else:
+    short = {"iterations": 24, "learning_points": 64, "calibration_points": 64, "beta": 0.5, "window": 1, "patience": 1}
+    quantize_(unet, PQCADConfig(**short), scheduler=scheduler, progress=False)
+    assert {row["stage"] for row in quantized_state(unet).transitions} == {"weights", "activations"}  # widths blended
+print(peak_rss_bytes() - before)
+"""
+
+
+@pytest.mark.slow
+def test_an_update_takes_at_most_two_and_a_half_times_the_memory_of_training():
+    def grown(what: str) -> int:
+        done = subprocess.run([sys.executable, "-c", MEMORY, what], capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return int(done.stdout)
+
+    assert grown("learning") < 2.5 * grown("training")
