@@ -78,7 +78,6 @@ ROWS = {
     "pq_paper": Row("progressive W4A4, paper preset", preset="paper"),
     "pq_schedule": Row("progressive W4A4, fixed schedule", {"transitions": "schedule"}),
     "pq_normal": Row("progressive W4A4, normal C_QC", {"calibration_timesteps": "normal"}),
-    "pq_w4a5": Row("progressive W4A5", {"activation_bits": 5}),
     "pq_w4a6": Row("progressive W4A6", {"activation_bits": 6}),
     "pq_w4a8": Row("progressive W4A8", {"activation_bits": 8}),
     "pq_w3a8": Row("progressive W3A8", {"weight_bits": 3, "activation_bits": 8}),
@@ -87,8 +86,6 @@ ROWS = {
     "pq_half": Row("progressive W4A4, half the steps", None, base="pq_full", part=2),
     "pqcad_half": _distilled("W4A4, distilled to half the steps"),
     "pqcad_quarter": _distilled("W4A4, distilled to a quarter of the steps", part=4, halvings=2),
-    "pqcad_half_w4a5": _distilled("W4A5, distilled to half the steps", base="pq_w4a5"),
-    "pqcad_quarter_w4a5": _distilled("W4A5, distilled to a quarter of the steps", base="pq_w4a5", part=4, halvings=2),
     "pqcad_half_w4a6": _distilled("W4A6, distilled to half the steps", base="pq_w4a6"),
     "pqcad_quarter_w4a6": _distilled("W4A6, distilled to a quarter of the steps", base="pq_w4a6", part=4, halvings=2),
 }
@@ -109,7 +106,19 @@ ROWS |= ABLATIONS
 DEFAULT_ROWS = ["fp_full", "ptq_full", "pq_full"]
 SETS = {
     "all": [*ROWS],
-    "progressive": ["fp_full", *(name for name, row in ROWS.items() if row.options is not None and row.base is None)],
+    "progressive": [
+        "fp_full",
+        "ptq_full",
+        "fixed_full",
+        "pq_full",
+        "pq_schedule",
+        "pq_normal",
+        "pq_fast",
+        "pq_w4a8",
+        "pq_w4a6",
+        "pq_w3a8",
+        "pq_w3a4",
+    ],
     "halving": ["fp_full", *(name for name, row in ROWS.items() if row.part > 1 and name not in ABLATIONS)],
     "ablations": ["fp_full", "pqcad_half", *ABLATIONS],
 }

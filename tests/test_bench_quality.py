@@ -1,5 +1,6 @@
 """The quality benchmark on a tiny network: rows, seeds, what is kept and reused."""
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,8 @@ def test_a_row_for_each_name_and_seed(measured):
         assert (row["sqnr_db"] is None) == (row["name"] == "fp_full")
         assert 0 <= row["precision"] <= 1
         assert 0 <= row["recall"] <= 1
+        assert row["cpu"] == result["cpu"]["name"]
+        assert row["threads"] == torch.get_num_threads()
     learned = [row for row in result["rows"] if row["name"] == "pq_full"]
     assert all(row["iterations"] == 24 and row["transitions"] for row in learned)
     assert {"versions", "threads", "cpu"} <= result.keys()
@@ -141,6 +144,19 @@ def test_every_row_has_a_valid_configuration():
         assert config or cad or name in ("fp_full", "fp_half", "pq_half")
     learned = [row.cad.get("iterations") for name, row in bench.ABLATIONS.items() if row.cad and name != "cad_joint"]
     assert set(learned) == {None}  # what is compared takes the same number of updates
+
+
+def test_sets_of_rows_have_names():
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    for name, rows in bench.SETS.items():
+        assert parser.parse_args(["--rows", name]).rows == rows
+        assert set(rows) <= bench.ROWS.keys()
+        assert "fp_full" in rows  # every ratio is to it
+    assert bench.SETS["halving"] == [
+        *("fp_full", "fp_half", "pq_half", "pqcad_half", "pqcad_quarter", "pqcad_half_w4a6", "pqcad_quarter_w4a6")
+    ]
+    assert parser.parse_args(["--rows", "fp_full,pq_full"]).rows == ["fp_full", "pq_full"]
 
 
 @pytest.mark.slow
