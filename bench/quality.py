@@ -191,7 +191,7 @@ def bench_quality(
                 result = json.loads(file.read_text())
             else:
                 unet, sampler, made = bench.network(name, seed)
-                images, sqnr = pictures(teacher, unet, sampler, steps // row.part, n, seed, compiled, progress)
+                images, sqnr = images_of(teacher, unet, sampler, steps // row.part, n, seed, compiled, progress)
                 quality = image_quality(images, network, real, seed=seed, bootstrap=BOOTSTRAP)
                 result = {
                     "name": name,
@@ -282,7 +282,7 @@ class _Bench:
         return unet, sampler, facts
 
 
-def pictures(
+def images_of(
     teacher: nn.Module, unet: nn.Module, scheduler, steps: int, n: int, seed: int, compiled: bool, progress: bool
 ) -> tuple[Tensor, float | None]:
     """``n`` images of a row's network, and its SQNR against the teacher on trajectories; None for the teacher."""

@@ -94,8 +94,8 @@ def _random(file: str) -> tuple[nn.Module, DDIMScheduler]:
 def save_model(unet: nn.Module, scheduler: DDIMScheduler, folder: str | Path) -> Path:
     """Write ``unet/``, ``scheduler/`` and ``model_index.json``, which ``DDIMPipeline.from_pretrained(folder)`` reads.
 
-    Beside them, of a quantized network, ``pqcad.json`` for people and other programs: its bits, and the ``timesteps``
-    that it was distilled for (null if it was not).
+    Beside them, of a quantized network, ``pqcad.json`` for other programs: the ``average_bits`` of its quantized
+    weights, a ``summary`` of its plan, and the ``timesteps`` that it was distilled for (null if it was not).
 
     Returns the file that holds the weights.
 
@@ -107,7 +107,10 @@ def save_model(unet: nn.Module, scheduler: DDIMScheduler, folder: str | Path) ->
     pipeline: Any = DDIMPipeline(unet, scheduler)
     pipeline.save_pretrained(folder)
     state = quantized_state(unet)
-    if state is not None:
-        facts = {"bits": state.plan.summary(), "timesteps": state.timestep.schedule}
-        write_whole(folder / "pqcad.json", json.dumps(facts, indent=2).encode())
+    facts = folder / "pqcad.json"
+    if state is None:
+        facts.unlink(missing_ok=True)  # of another network that was here
+    else:
+        found = {"average_bits": state.plan.average_bits, "summary": state.plan.summary()}
+        write_whole(facts, json.dumps({**found, "timesteps": state.timestep.schedule}, indent=2).encode())
     return folder / "unet" / "diffusion_pytorch_model.safetensors"

@@ -29,8 +29,9 @@ from pqcad_ao.calibration import calibration_set, digest, settings_of
 from pqcad_ao.capture import sample_shape
 from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.data import load_images, to_unit
-from pqcad_ao.distill import check_distillation, checked_images, distill_, rank_and_world
+from pqcad_ao.distill import check_distillation, distill_
 from pqcad_ao.models import load_model, save_model
+from pqcad_ao.pictures import checked_images, rank_and_world
 from pqcad_ao.quantize import quantize_
 from pqcad_ao.serialization import quantized_state
 
