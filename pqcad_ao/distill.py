@@ -114,8 +114,8 @@ def distill_(
 
     A quantized student stays quantized, on the grid widths of its plan; weights, scales, biases and norms learn. A
     full-precision student is plain progressive distillation (Salimans & Ho 2022), and only the sampler that is returned
-    knows its timesteps. What sets the targets:
-    the full-precision ``reference`` at all ``config.steps``, and the student as it was, at two of its own steps.
+    knows its timesteps. What sets the targets: the full-precision ``reference`` at all ``config.steps``, and the
+    student as it was, at two of its own steps.
 
     Args:
         student: a network that ``quantize_`` has quantized, or a full-precision one.
