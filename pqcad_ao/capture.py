@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pqcad_ao.sampling import evaluation_mode, predict, take_rows
+from pqcad_ao.sampling import evaluation_mode, in_type, predict, take_rows
 
 GEMMS = (torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding, torch.ops.aten.linear.default)
 # Convolutions that have no quantized form here; they are found so that the plan can name them.
@@ -87,6 +87,12 @@ def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Where a network's inputs belong: device and type of its first floating-point parameter."""
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     return parameter.device, parameter.dtype
+
+
+def in_own_type(network: nn.Module, x_t: Tensor, timesteps: Tensor, conditioning: dict[str, Any]) -> Tensor:
+    """A network's prediction for float32 inputs, computed in its own type and given back in float32."""
+    _, dtype = placement(network)
+    return predict(network, x_t.to(dtype), timesteps, in_type(conditioning, dtype)).float()
 
 
 def sample_shape(model: nn.Module, given: tuple[int, ...] | None = None) -> tuple[int, int, int]:

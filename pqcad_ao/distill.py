@@ -15,12 +15,13 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from pqcad_ao.calibration import digest, find_scheduler, settings_of
-from pqcad_ao.capture import capture, check_conditioning, conditioning_rows, placement
+from pqcad_ao.capture import capture, check_conditioning, conditioning_rows, in_own_type, placement
 from pqcad_ao.capture import sample_shape as find_sample_shape
 from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.learner import Learner, drive, read_checkpoint
 from pqcad_ao.observe import activation_quantizers, weight_quantizers
-from pqcad_ao.pictures import CleanImages, checked_images, in_own_type, noise_of, rank_and_world
+from pqcad_ao.pictures import CleanImages, checked_images, noise_of
+from pqcad_ao.processes import rank_and_world
 from pqcad_ao.quantize import (
     adopt,
     check_structure,

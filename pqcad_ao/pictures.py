@@ -11,25 +11,19 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
-from torch import distributed as dist
 from tqdm.auto import tqdm
 
 from pqcad_ao.calibration import digest, overflow, settings_of
-from pqcad_ao.capture import check_conditioning, conditioning_rows, placement
+from pqcad_ao.capture import check_conditioning, conditioning_rows, in_own_type, placement
 from pqcad_ao.config import CADConfig
 from pqcad_ao.files import write_whole
-from pqcad_ao.quantize import in_type
-from pqcad_ao.sampling import evaluation_mode, predict, sample, take_rows
+from pqcad_ao.processes import rank_and_world, wait_for_all
+from pqcad_ao.sampling import evaluation_mode, in_type, sample, take_rows
 from pqcad_ao.schedule import Walk
 
 CHECKED = 64  # pictures behind the denoising check
 LEAST_NOISE = 0.05  # power of the noise at the timesteps it looks at: of less, little is to be found
 FARTHEST = 0.04  # that a network's noise may be off; of the embedded teacher at most 0.011, with other betas from 0.06
-
-
-def rank_and_world() -> tuple[int, int]:
-    """This process and how many there are under torchrun; (0, 1) without it."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 class CleanImages:
@@ -102,7 +96,7 @@ def clean_images(
             unfinished = file.with_suffix(".tmp")
             np.lib.format.open_memmap(unfinished, "w+", np.float32, (count, *shape)).flush()
             unfinished.replace(file)
-        _wait_for_all()
+        wait_for_all()
         drawn = _mapped(file)
     starts = list(range(0, count, size))[rank::world]
     done = json.loads(marks.read_text()) if marks is not None and marks.is_file() else 0
@@ -127,7 +121,7 @@ def clean_images(
             bar.update()
             if callback is not None:
                 callback("pictures", number + 1, len(starts))
-        _wait_for_all()
+        wait_for_all()
 
     with evaluation_mode(reference), bar:
         if check is not None:
@@ -139,11 +133,6 @@ def clean_images(
     if whole is not None and rank == 0:
         write_whole(whole, b"true")
     return found
-
-
-def _wait_for_all() -> None:
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def _mapped(file: Path) -> Any:
@@ -162,12 +151,6 @@ def _mapped(file: Path) -> Any:
 def noise_of(shape: tuple[int, ...], seed: int, row: int) -> Tensor:
     """The noise of one picture: the same, whichever process draws it."""
     return torch.randn(shape, generator=torch.Generator().manual_seed((seed * 1_000_003 + row) % 2**63))
-
-
-def in_own_type(network: nn.Module, x_t: Tensor, timesteps: Tensor, conditioning: dict[str, Any]) -> Tensor:
-    """A network's prediction for float32 inputs, computed in its own type and given back in float32."""
-    _, dtype = placement(network)
-    return predict(network, x_t.to(dtype), timesteps, in_type(conditioning, dtype)).float()
 
 
 @torch.no_grad()

@@ -12,7 +12,6 @@ import torch
 from diffusers import DDIMScheduler
 from torch import nn
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_map
 from torchao.quantization.transform_module import register_quantize_module_handler
 
 from pqcad_ao.calibration import CalibrationSet, as_ddim, calibration_set, find_scheduler
@@ -33,6 +32,7 @@ from pqcad_ao.passes.insert_activations import insert_activations
 from pqcad_ao.plan import Plan, resolve
 from pqcad_ao.progressive import Learned, learn, policies
 from pqcad_ao.quantizer import PQCADQuantizer, insert_fake_quantizers
+from pqcad_ao.sampling import in_type
 from pqcad_ao.sensitivity import layer_sensitivity, spare_bits, spend_bits
 from pqcad_ao.serialization import QuantizedState, attach, quantized_state
 
@@ -192,11 +192,6 @@ def planned(
     if config.learns:
         policies(config, resolved)
     return captured, resolved
-
-
-def in_type(values: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """Every floating-point tensor of a nested value in ``dtype``."""
-    return tree_map(lambda v: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v, values)
 
 
 def _check_model(model: nn.Module) -> None:

@@ -16,6 +16,11 @@ def take_rows(conditioning: dict[str, Any], rows: Any) -> dict[str, Any]:
     return tree_map(lambda value: value[rows] if isinstance(value, Tensor) else value, conditioning)
 
 
+def in_type(values: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """Every floating-point tensor of a nested value in ``dtype``."""
+    return tree_map(lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v, values)
+
+
 def predict(
     unet: torch.nn.Module, x_t: Tensor, timestep: Tensor | int, conditioning: dict[str, Any] | None = None
 ) -> Tensor:

@@ -31,7 +31,8 @@ from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.data import load_images, to_unit
 from pqcad_ao.distill import check_distillation, distill_
 from pqcad_ao.models import load_model, save_model
-from pqcad_ao.pictures import checked_images, rank_and_world
+from pqcad_ao.pictures import checked_images
+from pqcad_ao.processes import rank_and_world, wait_for_all
 from pqcad_ao.quantize import quantize_
 from pqcad_ao.serialization import quantized_state
 
@@ -84,8 +85,7 @@ def compress_on_all(
         raise ValueError(
             f"{quantized} was made from another network, scheduler or PQCADConfig: give another folder, or delete it"
         )
-    if dist.is_initialized():
-        dist.barrier()  # nobody looks for what the first one begins to write
+    wait_for_all()  # nobody looks for what the first one begins to write
     unquantized = not (quantized / "model_index.json").is_file()
     keeps: dict[str, Any] = {"folder": out / "work", "callback": None, "progress": progress}
     # before anything is learned: it finds out whether the scheduler fits
@@ -98,8 +98,7 @@ def compress_on_all(
         quantize_(student, settings, scheduler=scheduler, folder=out / "work", progress=progress)
         name.write_text(made_from)
         save_model(student, scheduler, quantized)
-    if dist.is_initialized():
-        dist.barrier()
+    wait_for_all()
     student = load_model(quantized)[0].to(device)
     sampler = distill_(student, teacher, scheduler, cad, images=images, folder=out / "work", progress=progress)
     if rank == 0:

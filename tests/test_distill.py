@@ -13,9 +13,10 @@ from torch import nn
 
 from pqcad_ao import CADConfig, PQCADConfig, compress, distill_, learner, pictures, plan, quantize_
 from pqcad_ao import distill as engine
+from pqcad_ao.capture import in_own_type
 from pqcad_ao.models import load_model, save_model
 from pqcad_ao.nn import QuantizedLayer
-from pqcad_ao.pictures import clean_images, in_own_type
+from pqcad_ao.pictures import clean_images
 from pqcad_ao.quantize import unfold
 from pqcad_ao.sampling import sample
 from pqcad_ao.schedule import Walk, timesteps_of
