@@ -221,11 +221,13 @@ class CADConfig(AOBaseConfig):
         scale_learning_rate: of the scales, as a part of their own size, falling alike.
         reference_weight: of the target that the full-precision network sets, with all its N steps.
         teacher_weight: of the target that the student as it was sets, with two of its own steps.
-        space: ``"v"``, or ``"x"`` with the signal-to-noise weight truncated from below at 1 (Salimans & Ho 2022, §4).
+        space: of the loss: ``"v"``, where a network that predicts epsilon counts by how far its error carries over a
+            jump, or ``"x"`` with the signal-to-noise weight truncated from below at 1 (Salimans & Ho 2022, §4).
         points: full-precision pictures that C_DC re-noises.
         noise_injection: deviation of the noise put on top of each x_t, which the targets correct.
         own_share: part of each batch whose x_t come from the student's own trajectories, as they were at the start.
         generation_batch_size: pictures a call while C_DC is drawn.
+        check_betas: look first whether the network finds the noise that this scheduler puts in.
         seed: seeds every random draw, 0 to 2^63 - 1.
 
     Raises:
@@ -245,9 +247,12 @@ class CADConfig(AOBaseConfig):
     noise_injection: float = 0.0
     own_share: float = 0.0
     generation_batch_size: int = 32
+    check_betas: bool = field(default=True, repr=False)  # the repr names what the result depends on
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.check_betas, bool):
+            raise TypeError(f"check_betas={self.check_betas!r}: write True or False")
         _check_counts(self, ("steps", "halvings", "iterations", "batch_size", "points", "generation_batch_size"))
         _check_batch_sizes(self, ("batch_size", "generation_batch_size"))
         _check_numbers(self, ("learning_rate", "scale_learning_rate", "noise_injection", "own_share"))

@@ -171,7 +171,8 @@ def check_denoising(reference: nn.Module, walk: Walk, images: CleanImages) -> No
         if float(walk.sigma[step]) ** 2 < LEAST_NOISE:
             continue
         at = torch.full((len(x_0),), step, device=device)
-        noise = torch.stack([noise_of(tuple(x_0.shape[1:]), step, row) for row in range(len(x_0))]).to(x_0)
+        # of other rows than there are: a picture and the noise that it was drawn from are not independent
+        noise = torch.stack([noise_of(tuple(x_0.shape[1:]), step, CHECKED + row) for row in range(len(x_0))]).to(x_0)
         x_t = walk.noised(x_0, noise, at)
         _, found = walk.clean(in_own_type(reference, x_t, walk.timesteps[at], conditioning), x_t, at)
         departure = abs(float(found.square().sum() / (found * noise).sum()) - 1)
@@ -179,7 +180,7 @@ def check_denoising(reference: nn.Module, walk: Walk, images: CleanImages) -> No
             raise ValueError(
                 f"at timestep {int(walk.timesteps[step])} the noise that the network finds is {100 * departure:.0f} % "
                 "off that which the scheduler put in: it has other betas or another prediction_type than the network "
-                "was trained with"
+                "was trained with. If you are sure that it has not, write CADConfig(check_betas=False)"
             )
 
 
@@ -197,6 +198,7 @@ def checked_images(
 ) -> CleanImages:
     """C_DC, of a scheduler that :func:`check_denoising` finds to fit; as :func:`clean_images`."""
     rank, _ = rank_and_world()
+    walk = Walk.of(ddim, config.steps, placement(reference)[0])
     return clean_images(
         reference,
         ddim,
@@ -205,7 +207,7 @@ def checked_images(
         in_type(check_conditioning(reference, conditioning)),
         images=images,
         folder=folder,
-        check=partial(check_denoising, reference, Walk.of(ddim, config.steps, placement(reference)[0])),
+        check=partial(check_denoising, reference, walk) if config.check_betas else None,
         callback=callback,
         progress=progress and rank == 0,
     )

@@ -143,6 +143,34 @@ def test_a_network_that_says_nan_is_found_out(monkeypatch):
         check_denoising(broken, Walk.of(cosine_scheduler(), 4), images)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, 65])
+def test_no_picture_is_checked_with_the_noise_it_was_drawn_from(seed, monkeypatch):
+    """The two depend on each other, and the check takes them not to."""
+    monkeypatch.setattr(pictures, "FARTHEST", float("inf"))
+    settings, original, asked = config(seed=seed), pictures.noise_of, []
+
+    def noise_of(shape, seed, row):
+        asked.append(original(shape, seed, row))
+        return asked[-1]
+
+    images = clean_images(Small(), cosine_scheduler(), SHAPE, settings, {})
+    monkeypatch.setattr(pictures, "noise_of", noise_of)
+    check_denoising(Small(), Walk.of(cosine_scheduler(), 4), images)
+    steps = len(asked) // 12
+    assert steps == 3
+    for at, noise in enumerate(asked):
+        assert not torch.equal(noise, original(SHAPE, seed, at % 12))
+
+
+def test_the_look_at_betas_can_be_left_out():
+    given = {"images": None, "folder": None, "callback": None, "progress": False}
+    with pytest.raises(ValueError, match=r"If you are sure that it has not, write CADConfig\(check_betas=False\)"):
+        checked_images(Small(), cosine_scheduler(), SHAPE, config(), None, **given)
+    settings = config(check_betas=False)
+    assert len(checked_images(Small(), cosine_scheduler(), SHAPE, settings, None, **given)) == 12
+    assert repr(settings) == repr(config())  # what is kept in a folder serves either
+
+
 def test_other_betas_than_the_networks_are_found_out():
     teacher, scheduler = load_model("demo")
     images = clean_images(teacher, scheduler, (1, 32, 32), CADConfig(points=24, generation_batch_size=24), {})
