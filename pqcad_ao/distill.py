@@ -33,7 +33,7 @@ from pqcad_ao.quantize import (
     unfold,
 )
 from pqcad_ao.sampling import evaluation_mode, take_rows
-from pqcad_ao.schedule import Walk, halved, teachable, timesteps_of
+from pqcad_ao.schedule import Walk, teachable, timesteps_of
 from pqcad_ao.serialization import attach, quantized_state
 
 DIVERGED = 10.0  # times the loss of the first update
@@ -121,7 +121,8 @@ def distill_(
     Args:
         student: a network that ``quantize_`` has quantized, or a full-precision one.
         reference: the full-precision network it was made from.
-        scheduler: that it was trained with, deterministic (DDIM or PNDM); if None, the one saved beside the reference.
+        scheduler: that it was trained with, deterministic (DDIM or PNDM), whose timesteps become trailing ones; if
+            None, the one saved beside the reference.
         images: (N, C, H, W) real pictures in [-1, 1], mixed into C_DC, each as often as a drawn one (so give about
             ``config.points`` of them for half); none are needed. Unconditional networks only.
         conditioning: keyword arguments of ``forward`` with rows to draw from, for conditional networks.
@@ -136,6 +137,7 @@ def distill_(
     Raises:
         ValueError: steps or scheduler that cannot be halved, betas that are not the network's, a reference of another
             structure, no pictures in ``images``. FloatingPointError: the loss left the finite numbers or exploded.
+            Whatever is raised, the student is as it was.
     """
     config = config or CADConfig()
     ddim, shape = check_distillation(
@@ -181,12 +183,14 @@ def compress(
     pictures = checked_images(unet, ddim, shape, cad, conditioning, images=images, **keeps)
     pq = replace(pq, calibration_steps=cad.steps)
     given = {"conditioning": conditioning, "sample_shape": sample_shape, **keeps}
-    quantize_(student, pq, filter_fn, scheduler=scheduler, **given)
+    quantize_(student, pq, filter_fn, scheduler=ddim, **given)
     return student, _teach(student, unet, ddim, shape, cad, pictures, **keeps)
 
 
 def _check_student(student: nn.Module, reference: nn.Module, ddim: DDIMScheduler) -> None:
     """Raises ValueError: the student is not one of this reference's and this sampler's."""
+    if student is reference:
+        raise ValueError("student and reference are one network: hand over copy.deepcopy(reference) to be taught")
     state = quantized_state(student)
     if state is not None and state.timestep.num_train_timesteps != ddim.config.num_train_timesteps:
         raise ValueError(
@@ -217,14 +221,15 @@ def _teach(
     """Every halving in turn; returns the last one's sampler."""
     rank, _ = rank_and_world()
     exact = Walk.of(ddim, config.steps, placement(reference)[0])
+    # the network that is taught once more, while the caller's is as it was
+    taught = student if config.halvings == 1 else copy.deepcopy(student)
 
     def describe(update: DistillUpdate) -> dict[str, Any]:
         return {"stage": update.stage, "loss": f"{update.loss:.5f}"}
 
     for number in range(config.halvings):
         steps = config.steps // 2**number
-        following = halved(ddim, steps)
-        run = _Halving(student, reference, exact, ddim, steps, pictures, config, number, shape)
+        run = _Halving(taught, reference, exact, ddim, steps, pictures, config, number, shape)
         with evaluation_mode(reference):
             drive(
                 run,
@@ -236,8 +241,7 @@ def _teach(
                 progress=progress and rank == 0,
                 write=rank == 0,
             )
-        run.give_back(timesteps_of(following, steps // 2))
-        ddim = following
+        run.give_back(student if number == config.halvings - 1 else taught, timesteps_of(ddim, steps // 2))
     return ddim
 
 
@@ -260,6 +264,7 @@ class _Halving:
         self.steps, self.number, self.scheduler = steps, number, scheduler
         self.device, _ = placement(reference)
         self.walk = Walk.of(scheduler, steps, self.device)  # two of its steps are one of the student's
+        self.reach = self.walk.reach(torch.arange(0, steps, 2, device=self.device), 2)
         self.log: list[DistillUpdate] = []
         self.first: float | None = None
         conditioning = images.conditioning
@@ -367,6 +372,9 @@ class _Halving:
         if config.space == "x":  # max(SNR, 1)·σ² of v's error, which is x_0's over σ
             alpha, sigma = self.walk.at(step, found)
             weight = torch.maximum(alpha.square(), sigma.square())
+        elif self.walk.prediction_type == "epsilon":
+            # as v, an error of epsilon counts 1/alpha² times: the first timestep would be all that is learned
+            weight = self.reach[step // 2].square().view_as(weight) / self.reach.square().mean()
         parts = {name: (weight * (found - target).square()).mean() for name, target in targets.items()}
         weights = {"reference": config.reference_weight, "teacher": config.teacher_weight}
         loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
@@ -388,19 +396,19 @@ class _Halving:
         self.log.append(entry)
         return entry
 
-    def give_back(self, schedule: list[int]) -> None:
-        """Put what was learned into the student, and let it remember the timesteps it was learned for."""
-        state = quantized_state(self.student)
-        if state is None:
-            adopt(self.student, self.graph, {})
+    def give_back(self, network: nn.Module, schedule: list[int]) -> None:
+        """Put what was learned into a network, the student or one alike, and let it remember its new timesteps."""
+        state, before = quantized_state(network), quantized_state(self.student)
+        if state is None or before is None:
+            adopt(network, self.graph, {})
             return
         layers = fold(self.graph, self.skeleton, state.plan, state.timestep)
         for fqn, layer in layers.items():
-            layer.train(self.student.get_submodule(fqn).training)
-        adopt(self.student, self.graph, layers)
+            layer.train(network.get_submodule(fqn).training)
+        adopt(network, self.graph, layers)
         state.timestep.schedule, state.timestep.visited = schedule, None
-        state.distilled = [*state.distilled, *self.log]
-        attach(self.student, state)
+        state.distilled = [*before.distilled, *self.log]
+        attach(network, state)
 
     def save(self, path: Path) -> None:
         header = {"key": self.key, "log": [asdict(update) for update in self.log], "first": self.first}

@@ -8,16 +8,17 @@ from torch import Tensor
 
 from pqcad_ao.calibration import as_ddim, check_signal
 
-SPACINGS = ("trailing", "leading")  # of which every second timestep is a schedule of the same kind
-
 
 def teachable(scheduler, num_inference_steps: int, halvings: int) -> DDIMScheduler:
     """The DDIM sampler behind ``scheduler``, where a network can be taught to take its steps two at a time.
 
+    Its timesteps are trailing, whatever the scheduler's are (Lin et al. 2023, §3.3): in half the steps, or a quarter,
+    it visits every second, or every fourth, of them, so that its config says all there is to remember.
+
     Raises:
-        ValueError: steps that cannot be halved so often, a scheduler that draws noise while it samples, another family,
-            a spacing whose every second timestep is no schedule, dynamic thresholding, or epsilon prediction where the
-            signal is zero.
+        ValueError: steps that cannot be halved so often, or do not divide the training timesteps, a scheduler that
+            draws noise while it samples, another family, dynamic thresholding, or epsilon prediction where the signal
+            is zero.
     """
     if isinstance(scheduler, DDPMScheduler):
         raise ValueError(
@@ -30,29 +31,19 @@ def teachable(scheduler, num_inference_steps: int, halvings: int) -> DDIMSchedul
             f"{num_inference_steps} steps cannot be halved {halvings} times: give a multiple of {parts}, such as "
             f"{max(1, round(num_inference_steps / parts)) * parts}"
         )
-    config = ddim.config
-    if config.timestep_spacing not in SPACINGS or config.num_train_timesteps % num_inference_steps:
+    if ddim.config.num_train_timesteps % num_inference_steps:
         raise ValueError(
-            f"timestep_spacing={config.timestep_spacing!r} with {num_inference_steps} of "
-            f"{config.num_train_timesteps} timesteps: allowed are {' and '.join(map(repr, SPACINGS))}, and steps that "
-            "divide the training timesteps"
+            f"{num_inference_steps} steps do not divide the scheduler's {ddim.config.num_train_timesteps} training "
+            "timesteps, so every second of them is no schedule: give a number that does"
         )
-    if config.thresholding:
+    if ddim.config.thresholding:
         raise ValueError(
             "thresholding=True clips by each picture's own values, which no jump's target knows: give False"
         )
+    ddim = DDIMScheduler.from_config(ddim.config, timestep_spacing="trailing")
     ddim.set_timesteps(num_inference_steps)
     check_signal(ddim, ddim.timesteps)
     return ddim
-
-
-def halved(scheduler: DDIMScheduler, num_inference_steps: int) -> DDIMScheduler:
-    """The sampler that visits every second of these timesteps when it is asked for half the steps."""
-    if scheduler.config.timestep_spacing == "trailing":
-        return DDIMScheduler.from_config(scheduler.config)
-    # leading timesteps begin at the offset and are a stride apart: the first of every two is one stride on
-    stride = scheduler.config.num_train_timesteps // num_inference_steps
-    return DDIMScheduler.from_config(scheduler.config, steps_offset=scheduler.config.steps_offset + stride)
 
 
 def timesteps_of(scheduler: DDIMScheduler, num_inference_steps: int) -> list[int]:
@@ -160,6 +151,11 @@ class Walk:
         """v = alpha·noise - sigma·x_0 of an x_t in which x_0 is the image; its error is x_0's over sigma."""
         alpha, sigma = self.at(step, x_t)
         return (alpha * x_t - x_0) / sigma
+
+    def reach(self, step: Tensor, stride: int) -> Tensor:
+        """How far an error of v carries over a jump, (B,): the sine of the angle between both ends."""
+        alpha, sigma, following = self.alpha[step], self.sigma[step], step + stride
+        return sigma * self.alpha[following] - alpha * self.sigma[following]
 
     def jump(self, prediction: Tensor, x_t: Tensor, step: Tensor, stride: int = 1) -> Tensor:
         """DDIM (Song et al. 2021, eq. 12 with σ = 0) from each sample's step to the one ``stride`` on."""

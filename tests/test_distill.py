@@ -19,7 +19,7 @@ from pqcad_ao.nn import QuantizedLayer
 from pqcad_ao.pictures import clean_images
 from pqcad_ao.quantize import unfold
 from pqcad_ao.sampling import sample
-from pqcad_ao.schedule import Walk, timesteps_of
+from pqcad_ao.schedule import Walk, teachable, timesteps_of
 from pqcad_ao.serialization import load_quantized, quantized_state, save_quantized
 
 TINY = {"steps": 4, "iterations": 20, "batch_size": 4, "points": 12, "generation_batch_size": 5}
@@ -112,23 +112,124 @@ def test_networks_of_every_prediction_are_taught(prediction_type):
     assert misses[1] < 0.9 * misses[0]
 
 
+def halving(reference: nn.Module, scheduler=None, student=None, number=0, **options) -> engine._Halving:
+    """A halving, and no update made yet."""
+    scheduler, settings = scheduler or cosine_scheduler(), config(**options)
+    return engine._Halving(
+        copy.deepcopy(reference) if student is None else student,
+        reference,
+        Walk.of(scheduler, settings.steps),
+        scheduler,
+        settings.steps // 2**number,
+        clean_images(reference, scheduler, SHAPE, settings, {}),
+        settings,
+        number,
+        SHAPE,
+    )
+
+
+def loss_of_an_error(run: engine._Halving, step: int, error: float = 0.1) -> float:
+    """The loss where all of a batch is at one step, and what the network says is off by ``error``."""
+    x_t, steps, _ = run._batch(0)
+    steps = torch.full_like(steps, step)
+    run._batch = lambda number: (x_t, steps, {})
+    v = run._target(partial(in_own_type, run.reference), run.exact, x_t, steps, 2, {})
+    alpha, sigma = run.walk.at(steps, x_t)
+    x_0, noise = alpha * x_t - sigma * v, alpha * v + sigma * x_t
+    right = {"epsilon": noise, "sample": x_0, "v_prediction": v}[run.walk.prediction_type]
+    graph = run.graph
+    run.forward = lambda *given: 0 * graph(*given) + right + error
+    del run.log[:]
+    run.first = None
+    found = run.update().loss
+    del run._batch
+    return found
+
+
+def test_no_timestep_is_all_that_an_epsilon_network_learns():
+    scheduler = sampler_of("epsilon")
+    run = halving(Small(), scheduler, steps=20)
+    errors = [loss_of_an_error(run, step) for step in range(0, 20, 2)]
+    assert max(errors) < 0.4 * sum(errors)
+    assert min(errors) > 0
+    alpha = run.walk.alpha[0:20:2]
+    assert float(1 / alpha[0] ** 2 / (1 / alpha**2).sum()) > 0.8  # what it would be of v's plain error
+
+
+def test_x_space_weighs_by_the_truncated_signal_to_noise_ratio():
+    v, x = (halving(Small(), steps=10, space=space) for space in ("v", "x"))
+    for step in range(0, 10, 2):
+        alpha, sigma = float(v.walk.alpha[step]), float(v.walk.sigma[step])
+        error = loss_of_an_error(v, step)
+        assert error == pytest.approx(0.01, rel=1e-3)
+        # of x_0: sigma times v's, weighed by max(SNR, 1)
+        assert loss_of_an_error(x, step) == pytest.approx(max((alpha / sigma) ** 2, 1) * sigma**2 * error, rel=1e-3)
+
+
+def test_the_second_halving_aims_where_all_the_exact_steps_lead(monkeypatch):
+    reference, scheduler, found = Small(), cosine_scheduler(), {}
+    run, original = halving(reference, number=1, steps=8, teacher_weight=0.5), engine._Halving._target
+
+    def target(self, network, walk, x_t, step, stride, conditioning):
+        v = original(self, network, walk, x_t, step, stride, conditioning)
+        found[len(walk.timesteps) - 1] = (x_t, step if walk is self.walk else step // 2, v)
+        return v
+
+    monkeypatch.setattr(engine._Halving, "_target", target)
+    run.update()
+    for steps, network in ((8, reference), (4, halving(reference).graph)):  # the reference's, and the teacher's
+        x_t, step, v = found[steps]
+        scheduler.set_timesteps(steps)
+        ends, jumps = [], 2 * steps // 4
+        for row, at in zip(x_t.split(1), (step * steps // 4).tolist(), strict=True):
+            for t in scheduler.timesteps[at : at + jumps]:
+                with torch.no_grad():
+                    said = network(row, t.reshape(1)) if steps == 8 else network(row, t.reshape(1), {})
+                row = scheduler.step(said, t, row).prev_sample
+            ends.append(row)
+        torch.testing.assert_close(run.walk.jump(v, x_t, step, 2), torch.cat(ends), rtol=1e-3, atol=1e-4)
+
+
+def test_starting_points_of_its_own_are_what_the_student_meets():
+    reference = Small()
+    student = student_of(reference)
+    run, met = halving(reference, student=student, own_share=0.5), []
+    noise = torch.stack([pictures.noise_of(SHAPE, 1, row) for row in range(8)])
+    sample(student, cosine_scheduler(), noise, 2, callback=lambda first, step, t, x_t: met.append(x_t.clone()))
+    assert sqnr(torch.stack(met, 1), run.own[:8]) > 40
+    x_t, step, _ = run._batch(0)
+    own = [any(torch.equal(row, one[at // 2]) for one in run.own) for row, at in zip(x_t, step.tolist(), strict=True)]
+    assert own == [True, True, False, False]
+
+
+def test_injected_noise_is_on_top_and_the_target_knows_it(monkeypatch):
+    plain, noisy = (halving(Small(), batch_size=32, noise_injection=sigma) for sigma in (0.0, 0.2))
+    (x_t, step, _), (moved, same, _) = plain._batch(0), noisy._batch(0)
+    assert torch.equal(step, same)
+    assert float((moved - x_t).std()) == pytest.approx(0.2, rel=0.1)
+    seen, original = [], engine._Halving._target
+    monkeypatch.setattr(
+        engine._Halving, "_target", lambda self, *given: seen.append(given[2]) or original(self, *given)
+    )
+    noisy.update()
+    assert torch.equal(seen[0], moved)
+
+
+@pytest.mark.parametrize("batch_size", [3, 4, 7])
+def test_every_step_is_learned_equally_often(batch_size):
+    run = halving(Small(), steps=20, batch_size=batch_size)
+    met = torch.cat([run._batch(number)[1] for number in range(10)])
+    counts = met.bincount(minlength=20)[::2]
+    assert counts.tolist() == [batch_size] * 10
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_the_target_is_where_the_full_precision_jumps_end(prediction_type):
     """A student that is the reference itself, asked for one jump, misses by what a longer step misses alone."""
     reference, scheduler = Small(), sampler_of(prediction_type)
     walk, velocities = Walk.of(scheduler, 4), Walk.of(sampler_of("v_prediction"), 4)
-    run = engine._Halving(
-        copy.deepcopy(reference),
-        reference,
-        walk,
-        scheduler,
-        4,
-        clean_images(reference, scheduler, SHAPE, config(), {}),
-        config(),
-        0,
-        SHAPE,
-    )
-    x_t, step, _ = run._batch(3)
+    x_t, step, _ = halving(reference, scheduler)._batch(3)
+    run = halving(reference, scheduler)
     assert step.tolist().count(0) == step.tolist().count(2) == 2  # balanced over the student's two steps
     with torch.no_grad():
         target = run._target(partial(in_own_type, reference), walk, x_t, step, 2, {})
@@ -245,7 +346,7 @@ def test_a_bfloat16_network_with_conditioning_is_distilled():
 # ------------------------------------------------------------------------------------------------ what it remembers
 
 
-@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
 def test_the_saved_scheduler_walks_the_students_timesteps(tiny_unet, tmp_path, spacing):
     scheduler = DDIMScheduler.from_config(cosine_scheduler().config, timestep_spacing=spacing)
     student = student_of(tiny_unet)
@@ -261,10 +362,10 @@ def test_the_saved_scheduler_walks_the_students_timesteps(tiny_unet, tmp_path, s
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         pipeline(batch_size=1, num_inference_steps=2)
-    scheduler.set_timesteps(4)
-    assert visited == scheduler.timesteps.tolist()[::2]
-    with pytest.warns(UserWarning, match="distilled for 2 timesteps.*sample with num_inference_steps=2"):
-        pipeline(batch_size=1, num_inference_steps=3)
+    assert visited == [999, 499] == timesteps_of(teachable(scheduler, 4, 1), 4)[::2]
+    for other in (3, 4):
+        with pytest.warns(UserWarning, match="distilled for 2 timesteps.*sample with num_inference_steps=2"):
+            pipeline(batch_size=1, num_inference_steps=other)
     hook.remove()
     loaded, found = load_model(tmp_path)
     with pytest.warns(UserWarning, match=r"distilled for the timesteps .* use num_inference_steps=2"):
@@ -336,7 +437,7 @@ def test_compress_leaves_out_what_a_filter_refuses(tiny_unet):
 # ------------------------------------------------------------------------------------------------ C_DC, and kills
 
 
-@pytest.mark.parametrize("killed_at", [12])
+@pytest.mark.parametrize("killed_at", [6, 16])  # updates after a checkpoint, in either halving
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, killed_at):
     monkeypatch.setattr(learner, "CHECKPOINT_EVERY", 4)
     reference = Small()
@@ -351,11 +452,14 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, killed_
         made.append(1)
         return original(self)
 
+    student = student_of(reference)
+    before = copy.deepcopy(student)
     with monkeypatch.context() as patch:
         patch.setattr(engine._Halving, "update", update)
         with pytest.raises(KeyboardInterrupt):
-            distill(student_of(reference), reference, settings, folder=tmp_path / "killed")
-    student = student_of(reference)
+            distill(student, reference, settings, folder=tmp_path / "killed")
+    assert same_weights(student, before)
+    assert quantized_state(student).timestep.schedule is None
     distill(student, reference, settings, folder=tmp_path / "killed")
     assert same_weights(student, undisturbed)
     assert losses(student) == losses(undisturbed)
@@ -386,10 +490,11 @@ def test_another_runs_folder_is_refused(tmp_path):
         ({"reference_weight": 0.0}, "leave nothing to learn from"),
         ({"space": "epsilon"}, "space='epsilon'"),
         ({"seed": -1}, "seed=-1"),
+        ({"check_betas": "no"}, "check_betas='no': write True or False"),
     ],
 )
 def test_bad_options(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         CADConfig(**options)
 
 
@@ -397,7 +502,9 @@ def test_bad_networks():
     reference = Small()
     student = student_of(reference)
     with pytest.raises(ValueError, match="the reference is quantized"):
-        distill(student, student)
+        distill(student, copy.deepcopy(student))
+    with pytest.raises(ValueError, match="student and reference are one network"):
+        distill(reference, reference)
     other = Small()
     other.first = nn.Conv2d(1, 8, 3, padding=1, bias=False)
     with pytest.raises(ValueError, match=r"another structure than the network: first\.bias"):

@@ -1,4 +1,4 @@
-"""Halved schedules, and jumps that agree with diffusers' own sampler."""
+"""Schedules that can be halved, and jumps that agree with diffusers' own sampler."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pqcad_ao.schedule import Walk, default_steps, halved, steps_to_bind, teachable, timesteps_of
+from pqcad_ao.schedule import Walk, default_steps, steps_to_bind, teachable, timesteps_of
 
 STEPS = [n for n in range(2, 251, 2) if 1000 % n == 0]
 KINDS = ("epsilon", "v_prediction", "sample")
@@ -16,15 +16,19 @@ def ddim(**options) -> DDIMScheduler:
     return DDIMScheduler(**{"clip_sample": False, "timestep_spacing": "trailing", **options})
 
 
-@given(st.sampled_from(STEPS), st.sampled_from(["trailing", "leading"]), st.integers(0, 1), st.integers(1, 3))
+@given(
+    st.sampled_from(STEPS), st.sampled_from(["trailing", "leading", "linspace"]), st.integers(0, 1), st.integers(1, 3)
+)
 def test_a_halved_schedule_is_every_second_timestep(steps, spacing, offset, halvings):
-    scheduler = ddim(timestep_spacing=spacing, steps_offset=offset)
-    for _ in range(halvings):
-        if steps % 2:
-            return
-        following = halved(scheduler, steps)
-        assert timesteps_of(following, steps // 2) == timesteps_of(scheduler, steps)[::2]
-        scheduler, steps = following, steps // 2
+    if steps % 2**halvings:
+        return
+    taught = teachable(ddim(timestep_spacing=spacing, steps_offset=offset), steps, halvings)
+    visited = timesteps_of(taught, steps)
+    assert visited[0] == 999
+    for halving in range(1, halvings + 1):
+        assert timesteps_of(taught, steps // 2**halving) == visited[:: 2**halving]
+    for other in (1, steps, 1000):  # asked for others than it was taught, the sampler walks those
+        assert max(timesteps_of(taught, other)) == 999
 
 
 @given(
@@ -60,6 +64,16 @@ def test_the_image_behind_a_jump_leads_there(steps, spacing, seed):
     torch.testing.assert_close(walk.image_behind(x_next, x_t, step, 2), x_0, rtol=1e-2, atol=1e-2)
 
 
+@given(st.sampled_from(STEPS), st.integers(0, 2**31))
+def test_an_error_of_v_reaches_as_far_as_it_says(steps, seed):
+    walk = Walk.of(ddim(prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2"), steps)
+    generator = torch.Generator().manual_seed(seed)
+    step = 2 * torch.randint(steps // 2, (4,), generator=generator)
+    x_t, v, error = (torch.randn(4, 1, 2, 2, generator=generator) for _ in range(3))
+    moved = walk.jump(v + error, x_t, step, 2) - walk.jump(v, x_t, step, 2)
+    torch.testing.assert_close(moved, -walk.reach(step, 2).view(-1, 1, 1, 1) * error, rtol=1e-3, atol=1e-5)
+
+
 @given(st.sampled_from(KINDS), st.integers(0, 2**31))
 def test_every_kind_of_prediction_means_the_same(kind, seed):
     walk = Walk.of(ddim(prediction_type=kind), 20)
@@ -82,8 +96,7 @@ def test_every_kind_of_prediction_means_the_same(kind, seed):
         (ddim(), 10, 2, "10 steps cannot be halved 2 times: give a multiple of 4, such as 8"),
         (DDPMScheduler(), 20, 1, "DDPMScheduler draws noise at every step"),
         (EulerDiscreteScheduler(), 20, 1, "scheduler is a EulerDiscreteScheduler"),
-        (ddim(timestep_spacing="linspace"), 20, 1, "'linspace' with 20 of 1000 timesteps: allowed are 'trailing'"),
-        (ddim(), 64, 1, "64 of 1000 timesteps"),
+        (ddim(), 64, 1, "64 steps do not divide the scheduler's 1000 training timesteps"),
         (ddim(rescale_betas_zero_snr=True), 20, 1, "at timestep 999 the schedule has no signal"),
     ],
 )
