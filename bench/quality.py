@@ -25,7 +25,7 @@ from pqcad_ao.calibration import digest, settings_of
 from pqcad_ao.capture import placement, sample_shape
 from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.data import to_uint8
-from pqcad_ao.distill import distill_
+from pqcad_ao.distill import check_distillation, distill_
 from pqcad_ao.evaluate import RealFeatures, embedded_features, image_quality, trajectory_sqnr
 from pqcad_ao.models import load_model, save_model
 from pqcad_ao.quantize import plan, quantize_
@@ -162,7 +162,7 @@ def bench_quality(
         threads and processor.
 
     Raises:
-        ValueError: a row that does not exist, or sizes out of range.
+        ValueError: a row that does not exist, sizes out of range, or steps or a scheduler that cannot be distilled.
     """
     rows, seeds = rows or DEFAULT_ROWS, [0] if seeds is None else seeds
     unknown = [name for name in rows if name not in ROWS]
@@ -180,6 +180,9 @@ def bench_quality(
     teacher, scheduler = load_model(model)
     bench = _Bench(teacher.to(place), scheduler, steps, Path(work), options or {}, cad_options or {}, progress)
     measure = digest(network.state_dict(), real.mean, real.cov)[:8]
+    for name in rows:
+        if (cad := bench.settings(name, seeds[0])[1]) is not None:  # before hours of work on other rows
+            check_distillation(teacher, scheduler, cad)
     found, panels = [], {}
     for seed in seeds:
         for name in rows:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pqcad_ao import ops
 from pqcad_ao.capture import check_conditioning, sample_shape
 from pqcad_ao.config import MODES, CADConfig, PQCADConfig
-from pqcad_ao.data import load_images
+from pqcad_ao.data import load_images, some_images
 from pqcad_ao.distill import compress
 from pqcad_ao.edge_plan import OBJECTIVES
 from pqcad_ao.evaluate import RealFeatures, embedded_features, extract_features, image_quality, load_classifier
@@ -217,7 +217,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--distill",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="distill to half the steps, about 30 seconds (default: yes, where the steps are even)",
+        help="distill to half the steps, about 30 seconds (default: yes)",
     )
 
     add_bits_arguments(command("plan", run_plan, "print what happens to each layer and why"))
@@ -231,6 +231,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="then teach it to sample in N / 2 steps what full precision samples in N (default: quantize only)",
     )
     compress.add_argument("--halvings", type=positive, default=1, metavar="K", help="N / 2^K steps instead (1)")
+    compress.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="real pictures for up to half of what --distill learns from (default: what full precision draws)",
+    )
     compress.add_argument(
         "--folder",
         type=Path,
@@ -335,6 +341,8 @@ def sampled(args: argparse.Namespace, unet: nn.Module, scheduler: Any) -> Tensor
 def run_demo(args: argparse.Namespace) -> dict[str, Any]:
     from pqcad_ao import demo
 
+    if args.distill and args.steps % 2:
+        raise ValueError(f"--steps {args.steps} cannot be halved: give an even number, or --no-distill")
     check_writable(args.out)
     return demo.run(
         args.out,
@@ -342,7 +350,7 @@ def run_demo(args: argparse.Namespace) -> dict[str, Any]:
         images=args.images,
         steps=args.steps,
         config=PQCADConfig.fast(seed=args.seed) if args.progressive else None,
-        cad=CADConfig.fast(steps=args.steps, seed=args.seed) if args.distill and args.steps % 2 == 0 else None,
+        cad=CADConfig.fast(steps=args.steps, seed=args.seed) if args.distill else None,
         seed=args.seed,
         command=shlex.join(["pqcad", *args.argv]),
         progress=sys.stderr.isatty(),
@@ -363,6 +371,8 @@ def run_compress(args: argparse.Namespace) -> dict[str, Any]:
     config, cad = config_from(args), None
     if args.halvings > 1 and args.distill is None:
         raise ValueError(f"--halvings {args.halvings} without --distill N: write the steps N that are halved as well")
+    if args.data is not None and args.distill is None:
+        raise ValueError(f"--data {args.data} without --distill N: quantizing alone takes no pictures")
     if args.distill is not None:
         preset = CADConfig.fast if args.fast else CADConfig
         cad = preset(steps=args.distill, halvings=args.halvings, seed=args.seed)
@@ -377,7 +387,8 @@ def run_compress(args: argparse.Namespace) -> dict[str, Any]:
     if cad is None:
         quantize_(unet, config, scheduler=scheduler, **keeps)
     else:
-        unet, scheduler = compress(unet, scheduler, config, cad, **keeps)
+        images = None if args.data is None else some_images(args.data, sample_shape(unet), cad.points, cad.seed)
+        unet, scheduler = compress(unet, scheduler, config, cad, images=images, **keeps)
     seconds = time.perf_counter() - begin
     size = save_model(unet, scheduler, args.out).stat().st_size
     resolved, state = plan(unet), quantized_state(unet)

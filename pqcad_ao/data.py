@@ -136,6 +136,17 @@ def load_images(
     return _pad_to(images, image_size), labels
 
 
+def some_images(folder: str | Path, shape: tuple[int, int, int], count: int, seed: int) -> Tensor:
+    """At most ``count`` pictures of a data set's training half, drawn without repetition: (N, C, H, W) in [-1, 1].
+
+    Raises: as :func:`load_images`.
+    """
+    channels, size, _ = shape
+    images, _ = load_images(folder, "train", image_size=size, channels=channels)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    return to_unit(images[order[:count].sort().values])
+
+
 def to_unit(images: Tensor) -> Tensor:
     """uint8 [0, 255] to float32 [-1, 1], the range diffusers' pipelines work in."""
     return images.float() / 127.5 - 1

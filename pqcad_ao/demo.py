@@ -26,9 +26,10 @@ from pqcad_ao.bench.compile import Step, frozen, module_bytes
 from pqcad_ao.bench.machine import describe
 from pqcad_ao.capture import sample_shape
 from pqcad_ao.config import CADConfig, PQCADConfig
-from pqcad_ao.distill import distill_
+from pqcad_ao.distill import check_distillation, distill_
 from pqcad_ao.evaluate import RealFeatures, embedded_features, extract_features, fid_kid, sqnr_db, trajectory_sqnr
 from pqcad_ao.models import load_model, save_model
+from pqcad_ao.pictures import checked_images
 from pqcad_ao.quantize import quantize_
 from pqcad_ao.quiet import start_executorch
 from pqcad_ao.report import LATENCY_NAMES, ROW_NAMES, save_learning, save_samples, text_report, write_html, write_json
@@ -101,7 +102,7 @@ def run(
         what ``summary.json`` holds. What could not be measured is absent there and named under ``skipped``.
 
     Raises:
-        ValueError: the model does not fit the feature network, or cannot be quantized.
+        ValueError: the model does not fit the feature network, or cannot be quantized or distilled.
         OSError: ``out`` cannot be written.
     """
     if images < 2 or steps < 1 or batch_size < 1 or latency_calls < 1 or pictures < 1:
@@ -130,6 +131,11 @@ def run(
 
     networks = {"fp_full": teacher, "ptq_full": copy.deepcopy(teacher)}
     with tempfile.TemporaryDirectory() as folder:  # the trajectories that calibrate are the ones to learn from
+        if cad is not None:  # first: it finds out what cannot be distilled
+            with stages(f"draw {cad.points} pictures to distill from"):
+                ddim, _ = check_distillation(teacher, scheduler, cad)
+                kept: dict[str, Any] = {"folder": folder, "callback": None, "progress": progress}
+                checked_images(teacher, ddim, shape, cad, None, images=None, **kept)
         with stages("fixed bits: calibrate on the teacher's own trajectories"):
             fixed = replace(config, mode="ptq")
             quantize_(networks["ptq_full"], fixed, scheduler=scheduler, folder=folder, progress=progress)
@@ -147,7 +153,7 @@ def run(
                 halved = distill_(compressed, teacher, scheduler, cad, folder=folder, progress=progress)
             # both kinds of full precision first
             rows = {"fp_full": rows.pop("fp_full"), "fp_half": (teacher, "half"), **rows, name: (compressed, "half")}
-            sampler_of |= {"fp_half": halved, name: halved}
+            sampler_of |= {"fp_half": scheduler, name: halved}
         elif "half" in lengths:
             half = name.replace("full", "half")
             rows[half], sampler_of[half] = (compressed, "half"), scheduler

@@ -22,7 +22,7 @@ ROW_NAMES = {
     "pq_full": "W4A4, progressive",
     "ptq_half": "W4A4, fixed-bit calibration, half the steps",
     "pq_half": "W4A4, progressive, half the steps",
-    "pqcad_half": "W4A4, progressive, distilled to half the steps",
+    "pqcad_half": "W4A4, distilled to half the steps",
 }
 BYTE_NAMES = {
     "fp32_checkpoint": "checkpoint, fp32 (safetensors)",

@@ -28,7 +28,7 @@ from pqcad_ao.bench.machine import check_device
 from pqcad_ao.calibration import calibration_set, digest, settings_of
 from pqcad_ao.capture import sample_shape
 from pqcad_ao.config import CADConfig, PQCADConfig
-from pqcad_ao.data import load_images, to_unit
+from pqcad_ao.data import some_images
 from pqcad_ao.distill import check_distillation, distill_
 from pqcad_ao.models import load_model, save_model
 from pqcad_ao.pictures import checked_images
@@ -92,10 +92,10 @@ def compress_on_all(
     checked_images(teacher, ddim, shape, cad, None, images=images, **keeps)
     if unquantized and dist.is_initialized():
         shared = {"folder": out / "work", "share": rank_and_world(), "progress": progress and rank == 0}
-        calibration_set(teacher, scheduler, shape, settings, **shared)
+        calibration_set(teacher, ddim, shape, settings, **shared)
     if unquantized and rank == 0:
         student = copy.deepcopy(teacher)
-        quantize_(student, settings, scheduler=scheduler, folder=out / "work", progress=progress)
+        quantize_(student, settings, scheduler=ddim, folder=out / "work", progress=progress)
         name.write_text(made_from)
         save_model(student, scheduler, quantized)
     wait_for_all()
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, required=True, help="receives unet/ and scheduler/; keeps the work in work/"
     )
-    parser.add_argument("--data", type=Path, help="real pictures to mix into C_DC; none are needed")
+    parser.add_argument("--data", type=Path, help="real pictures for up to half of C_DC; none are needed")
     parser.add_argument("--device", default="cpu", help="cpu or cuda: a GPU for each process (cpu)")
     parser.add_argument("--pq", nargs="*", default=[], metavar="NAME=VALUE", help="of PQCADConfig")
     parser.add_argument("--cad", nargs="*", default=[], metavar="NAME=VALUE", help="of CADConfig")
@@ -142,8 +142,7 @@ def main(argv: list[str] | None = None) -> int:
             teacher, scheduler = load_model(args.model)
             images = None
             if args.data is not None:
-                channels, size, _ = sample_shape(teacher)
-                images = to_unit(load_images(args.data, "train", image_size=size, channels=channels)[0])
+                images = some_images(args.data, sample_shape(teacher), cad.points, cad.seed)
             options = {"rank": rank, "images": images, "progress": sys.stderr.isatty()}
             student = compress_on_all(teacher.to(device), scheduler, pq, cad, args.out, **options)
             if rank == 0:

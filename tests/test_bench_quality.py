@@ -132,6 +132,9 @@ def test_bad_input_is_named(tiny_dir, tmp_path):
         run(tiny_dir, tmp_path, rows=["best_full"])
     with pytest.raises(ValueError, match="n=1"):
         run(tiny_dir, tmp_path, n=1)
+    with pytest.raises(ValueError, match="6 steps do not divide"):  # before the first row is measured
+        run(tiny_dir, tmp_path, rows=["fp_full", "pqcad_half"], steps=6)
+    assert not any(tmp_path.iterdir())
 
 
 def test_every_row_has_a_valid_configuration():

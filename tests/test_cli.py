@@ -143,6 +143,26 @@ def test_halvings_of_nothing_are_one_line(model_dir: Path, tmp_path: Path, capsy
     assert "--halvings 2 without --distill N" in line
 
 
+def test_what_the_demo_cannot_do_is_one_line_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture):
+    asked = ["demo", "--out", tmp_path, "--images", 2, "--steps"]
+    assert "--steps 25 cannot be halved: give an even number, or --no-distill" in error_line(capsys, *asked, 25)
+    assert "24 steps do not divide the scheduler's 1000 training timesteps" in error_line(capsys, *asked, 24)
+
+
+def test_compress_takes_real_pictures(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    found = {}
+    monkeypatch.setattr(
+        cli, "compress", lambda unet, scheduler, pq, cad, **given: found.update(given) or (unet, scheduler)
+    )
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name in "ab":
+        Image.new("L", (8, 8), 255).save(pictures / f"{name}.png")
+    argv = ["compress", "--model", model_dir, "--out", tmp_path / "out", "--distill", 4, "--data", pictures]
+    run_json(tmp_path, *argv)
+    assert torch.equal(found["images"], torch.ones(2, 1, 8, 8))
+
+
 def test_export_hands_on_what_was_asked_for(
     compressed_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
@@ -209,6 +229,7 @@ def test_export_of_a_network_in_full_precision_is_one_line(
         (["plan", "--model", "{model}", "--target-bits", "5"], "unrecognized arguments: --target-bits"),
         (["plan", "--model", "{model}", "--json", "{model}/model_index.json/x"], "cannot write to"),
         (["compress", "--model", "{model}", "--out", "{model}/model_index.json"], "cannot write to"),
+        (["compress", "--model", "{model}", "--out", "{tmp}/a", "--data", "x"], "--data x without --distill N"),
         (["sample", "--model", "{model}", "--out", "{tmp}/a.png", "--n", "0"], "'0' is no whole number from 1"),
         (["sample", "--model", "{model}", "--out", "{tmp}/a.nopicture", "--n", "1", "--steps", "1"], ".nopicture"),
         (["eval", "--model", "{model}", "--n", "2", "--steps", "1"], "takes (N, 1, 32, 32)"),

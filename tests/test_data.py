@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pqcad_ao.data import load_images, read_idx, to_uint8, to_unit
+from pqcad_ao.data import load_images, read_idx, some_images, to_uint8, to_unit
 
 
 def _write_idx(path, array: np.ndarray) -> None:
@@ -158,6 +158,19 @@ def test_classes_and_splits(tmp_path):
     loaded, labels = load_images(tmp_path, "test", image_size=8)
     assert len(loaded) == 1
     assert labels is None
+
+
+def test_some_of_the_images(tmp_path):
+    images = _images(6, 8, 8)
+    _write_idx(tmp_path / "train-images-idx3-ubyte.gz", images)
+    _write_idx(tmp_path / "train-labels-idx1-ubyte.gz", np.zeros(6))
+    everything = to_unit(torch.from_numpy(images)[:, None])
+    assert torch.equal(some_images(tmp_path, (1, 8, 8), 9, seed=0), everything)
+    few, others = (some_images(tmp_path, (1, 8, 8), 3, seed) for seed in (0, 1))
+    assert few.shape == (3, 1, 8, 8)
+    assert len({int(row) for image in few for row in (everything == image).flatten(1).all(1).nonzero()}) == 3
+    assert not torch.equal(few, others)
+    assert torch.equal(few, some_images(tmp_path, (1, 8, 8), 3, seed=0))
 
 
 def test_the_other_split_is_not_taken_for_this_one(tmp_path):

@@ -3,10 +3,10 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 
 from pqcad_ao.models import load_model
 from pqcad_ao.recipes import cad
@@ -65,14 +65,18 @@ def alone(tmp_path_factory) -> Path:
 
 
 def same_network(one: Path, other: Path) -> None:
-    """Scales and norms within float tolerance; an integer may have fallen on its threshold's other side."""
-    states = [load_model(folder)[0].state_dict() for folder in (one, other)]
+    """What learned went the same way; an integer may have fallen on its threshold's other side."""
+    states = [load_model(folder)[0].state_dict() for folder in (one, other, one / "quantized")]
     assert states[0].keys() == states[1].keys()
+    apart, moved = Counter(), Counter()
     for name, value in states[0].items():
         if value.is_floating_point():
-            torch.testing.assert_close(value, states[1][name], rtol=2e-3, atol=2e-4)
+            there, start, kind = states[1][name], states[2][name], name.rpartition(".")[2]
+            apart[kind] += float((value - there).double().square().sum())
+            moved[kind] += float((value - start).double().square().sum())
         else:
             assert (value != states[1][name]).float().mean() < 0.01, name
+    assert all(apart[kind] < 0.01 * moved[kind] for kind in ("weight", "bias", "weight_scale", "input_scale"))
 
 
 def test_one_process_writes_a_network_that_knows_its_steps(alone):
