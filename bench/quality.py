@@ -87,7 +87,6 @@ ROWS = {
     "pqcad_half": _distilled("W4A4, distilled to half the steps"),
     "pqcad_quarter": _distilled("W4A4, distilled to a quarter of the steps", part=4, halvings=2),
     "pqcad_half_w4a6": _distilled("W4A6, distilled to half the steps", base="pq_w4a6"),
-    "pqcad_quarter_w4a6": _distilled("W4A6, distilled to a quarter of the steps", base="pq_w4a6", part=4, halvings=2),
 }
 # What each part of distillation adds. All take the same number of updates.
 ABLATIONS = {

@@ -157,7 +157,7 @@ def test_sets_of_rows_have_names():
         assert set(rows) <= bench.ROWS.keys()
         assert "fp_full" in rows  # every ratio is to it
     assert bench.SETS["halving"] == [
-        *("fp_full", "fp_half", "pq_half", "pqcad_half", "pqcad_quarter", "pqcad_half_w4a6", "pqcad_quarter_w4a6")
+        *("fp_full", "fp_half", "pq_half", "pqcad_half", "pqcad_quarter", "pqcad_half_w4a6")
     ]
     assert parser.parse_args(["--rows", "fp_full,pq_full"]).rows == ["fp_full", "pq_full"]
 
