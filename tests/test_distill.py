@@ -139,10 +139,9 @@ def loss_of_an_error(run: engine._Halving, step: int, error: float = 0.1) -> flo
     right = {"epsilon": noise, "sample": x_0, "v_prediction": v}[run.walk.prediction_type]
     graph = run.graph
     run.forward = lambda *given: 0 * graph(*given) + right + error
-    del run.log[:]
     run.first = None
     found = run.update().loss
-    del run._batch
+    del run._batch, run.log[:]
     return found
 
 
@@ -228,8 +227,8 @@ def test_the_target_is_where_the_full_precision_jumps_end(prediction_type):
     """A student that is the reference itself, asked for one jump, misses by what a longer step misses alone."""
     reference, scheduler = Small(), sampler_of(prediction_type)
     walk, velocities = Walk.of(scheduler, 4), Walk.of(sampler_of("v_prediction"), 4)
-    x_t, step, _ = halving(reference, scheduler)._batch(3)
     run = halving(reference, scheduler)
+    x_t, step, _ = run._batch(3)
     assert step.tolist().count(0) == step.tolist().count(2) == 2  # balanced over the student's two steps
     with torch.no_grad():
         target = run._target(partial(in_own_type, reference), walk, x_t, step, 2, {})
