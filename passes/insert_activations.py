@@ -4,8 +4,9 @@ from itertools import pairwise
 
 from torch.fx import GraphModule
 
-from pqcad_ao.fake_quant import ActivationFakeQuantize, timestep_group
-from pqcad_ao.quantizer import PQCADQuantizer, insert_fake_quantizers
+from pqcad_ao.nn.timestep import timestep_group
+from pqcad_ao.prepare.annotate import PQCADQuantizer, insert_fake_quantizers
+from pqcad_ao.prepare.fake_quant import ActivationFakeQuantize
 
 
 def insert_activations(graph: GraphModule, quantizer: PQCADQuantizer, num_train_timesteps: int) -> GraphModule:

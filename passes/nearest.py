@@ -13,8 +13,8 @@ def decompose_nearest(graph: GraphModule) -> GraphModule:
     """Replace every nearest upsampling of (B, C, H, W) by whole factors, in place; others stay.
 
     In channels-last layout the copies of a place lie behind each other, and so do those of a row: a product with ones
-    writes them, and nothing else moves, see :func:`pqcad_ao.lower.without_transposes`. (XNNPACK's concatenation of one
-    tensor with itself is left out of the delegate by ExecuTorch 1.4, and then computes something else.)
+    writes them, and nothing else moves, see :func:`pqcad_ao.edge.lower.without_transposes`. (XNNPACK's concatenation of
+    one tensor with itself is left out of the delegate by ExecuTorch 1.4, and then computes something else.)
 
     Returns:
         the same GraphModule.

@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 
+from pqcad_ao.diffusion.schedule import signal_power
 from pqcad_ao.passes.inline import buffer, finish, inline
-from pqcad_ao.schedule import signal_power
 
 aten = torch.ops.aten
 # Columns of the table: x_0 and ε as sums of x_t and the prediction, and x_{t-1} as a sum of x_0 and ε.

@@ -108,7 +108,7 @@ class ShiftedConv:
 
 
 def to_tokens(values: Tensor, inputs: int, places: tuple[int, int]) -> Tensor:
-    """(B, K, H, W) to (B, H · W, K); free where :func:`pqcad_ao.lower.without_transposes` applies."""
+    """(B, K, H, W) to (B, H · W, K); free where :func:`pqcad_ao.edge.lower.without_transposes` applies."""
     return aten.permute.default(aten.reshape.default(values, [-1, inputs, places[0] * places[1]]), [0, 2, 1])
 
 

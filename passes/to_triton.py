@@ -7,7 +7,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from pqcad_ao.ops import gpu_kernels
+from pqcad_ao.ops.dispatch import gpu_kernels
 from pqcad_ao.passes.inline import argument, finish, traced
 
 pqcad = torch.ops.pqcad
@@ -19,8 +19,8 @@ def to_triton(graph: GraphModule, form: Callable[[Sequence[Any]], str] | None = 
     """Replace ``pqcad::`` operators, in place.
 
     Args:
-        form: which form a convolution with these arguments takes, of ``pqcad_ao.ops.gpu.FORMS``; tensors are what the
-            graph was traced with. None: the direct one.
+        form: which form a convolution with these arguments takes, of ``pqcad_ao.ops.triton.kernels.FORMS``; tensors are
+            what the graph was traced with. None: the direct one.
 
     Returns:
         how many convolutions and linears are Triton kernels now; 0 where Triton is missing.

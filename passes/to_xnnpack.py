@@ -18,8 +18,8 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional
 
 import pqcad_ao.ops  # noqa: F401  (registers the operators)
+from pqcad_ao.ops.packing import unpack
 from pqcad_ao.ops.reference import unpack_conv_weight
-from pqcad_ao.packing import unpack
 from pqcad_ao.passes.inline import buffer, finish, inline, value_of
 from pqcad_ao.passes.shifted_conv import ShiftedConv, to_image, to_tokens
 

@@ -3,26 +3,29 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import pqcad_ao.quiet  # noqa: F401  (before the imports that it quietens)
+import pqcad_ao.utils.quiet  # noqa: F401  (before the imports that it quietens)
 from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.distill import compress, distill_
-from pqcad_ao.plan import Plan, PlanRow
-from pqcad_ao.quantize import is_root, plan, quantize_
-from pqcad_ao.serialization import load_quantized, save_quantized
+from pqcad_ao.graph.plan import Plan, PlanRow
+from pqcad_ao.nn.files import load_quantized, save_quantized
+from pqcad_ao.quantize import is_root, quantize_
 
 if TYPE_CHECKING:
-    from pqcad_ao.backend import export_pt2, load_pt2
-    from pqcad_ao.edge import export_pte
-    from pqcad_ao.pte_sampler import PTESampler
+    from pqcad_ao.compile.package import export_pt2, load_pt2
+    from pqcad_ao.edge.export import export_pte
+    from pqcad_ao.edge.sampler import PTESampler
+    from pqcad_ao.plan import plan
+else:
+    from pqcad_ao import plan  # a module that is called as its function
 
 __version__ = "0.1.0"
 
 # Imported when they are asked for: their modules bring what quantizing does not need, executorch among it.
 _LATER = {
-    "PTESampler": "pqcad_ao.pte_sampler",
-    "export_pt2": "pqcad_ao.backend",
-    "export_pte": "pqcad_ao.edge",
-    "load_pt2": "pqcad_ao.backend",
+    "PTESampler": "pqcad_ao.edge.sampler",
+    "export_pt2": "pqcad_ao.compile.package",
+    "export_pte": "pqcad_ao.edge.export",
+    "load_pt2": "pqcad_ao.compile.package",
 }
 
 __all__ = [

@@ -99,7 +99,7 @@ class PQCADConfig(AOBaseConfig):
             ones are left out.
         weight_share: part of the updates that the first stage, weights alone, takes.
         transitions: ``"momentum"``, or ``"schedule"``, where every width takes an equal share and gives way at once.
-        beta, tau, window, patience: of :class:`~pqcad_ao.transition.MomentumTransition`.
+        beta, tau, window, patience: of :class:`~pqcad_ao.learn.transition.MomentumTransition`.
         learning_points: noisy images x_t to learn from.
         calibration_points: as many of them calibrate the activations, the first eight of each timestep group; without
             learning, all that there are.

@@ -10,9 +10,9 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DConditionModel, UNet2DM
 from omegaconf import OmegaConf
 from torch import nn
 
-from pqcad_ao.calibration import FAMILY, as_ddim
-from pqcad_ao.files import write_whole
-from pqcad_ao.serialization import quantized_state
+from pqcad_ao.diffusion.process import FAMILY, as_ddim
+from pqcad_ao.nn.state import quantized_state
+from pqcad_ao.utils.files import write_whole
 
 NAMES = ("demo", "ddpm-cifar10", "sd15")
 RANDOM = {"ddpm-cifar10": "cifar10.yaml", "sd15": "sd15.yaml"}  # published configurations, weights drawn

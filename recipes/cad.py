@@ -24,17 +24,19 @@ from torch import distributed as dist
 from torch import nn
 from yaml import YAMLError  # OmegaConf's own parser raises it
 
-from pqcad_ao.bench.machine import check_device
-from pqcad_ao.calibration import calibration_set, digest, settings_of
-from pqcad_ao.capture import sample_shape
 from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.data import some_images
+from pqcad_ao.denoiser import sample_shape
+from pqcad_ao.diffusion.calibration import calibration_set
+from pqcad_ao.diffusion.images import checked_images
+from pqcad_ao.diffusion.process import settings_of
 from pqcad_ao.distill import check_distillation, distill_
 from pqcad_ao.models import load_model, save_model
-from pqcad_ao.pictures import checked_images
-from pqcad_ao.processes import rank_and_world, wait_for_all
+from pqcad_ao.nn.state import quantized_state
 from pqcad_ao.quantize import quantize_
-from pqcad_ao.serialization import quantized_state
+from pqcad_ao.utils.files import digest
+from pqcad_ao.utils.machine import check_device
+from pqcad_ao.utils.processes import rank_and_world, wait_for_all
 
 
 @contextlib.contextmanager

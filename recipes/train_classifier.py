@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from pqcad_ao.data import load_images, to_unit
-from pqcad_ao.evaluate import FeatureClassifier, RealFeatures
+from pqcad_ao.evaluate.features import FeatureClassifier, RealFeatures
 
 CONFIGS = Path(__file__).parent / "configs"
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pqcad_ao.data import load_images, to_uint8, to_unit
-from pqcad_ao.sampling import predict, sample
+from pqcad_ao.denoiser import predict
+from pqcad_ao.diffusion.sampling import sample
 
 CONFIGS = Path(__file__).parent / "configs"
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pqcad_ao.packing import pack
+from pqcad_ao.ops.packing import pack
 
 
 def integers(generator: torch.Generator, bits: int, *shape: int) -> Tensor:

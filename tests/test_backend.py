@@ -11,13 +11,16 @@ from networks import SHAPE, Plain, Small, cosine_scheduler, quick, sqnr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pqcad_ao import backend, quantize_
-from pqcad_ao.backend import export_pt2, fuse, load_pt2, pqcad
-from pqcad_ao.capture import Denoiser, capture
+from pqcad_ao import quantize_
+from pqcad_ao.compile import backend
+from pqcad_ao.compile.backend import fuse, pqcad
+from pqcad_ao.compile.package import export_pt2, load_pt2
+from pqcad_ao.denoiser import Denoiser
+from pqcad_ao.diffusion.sampling import sample
+from pqcad_ao.graph.capture import capture
 from pqcad_ao.passes.fuse_addends import CONV, fuse_addends
 from pqcad_ao.passes.fuse_quantize import QUANTIZE, fuse_quantize
 from pqcad_ao.passes.identities import drop_identities
-from pqcad_ao.sampling import sample
 
 FUSED = torch.ops.pqcad.norm_silu_quantize
 
@@ -306,7 +309,7 @@ def package(tmp_path_factory):
 
 LOAD = """
 import sys, torch
-from pqcad_ao.backend import load_pt2
+from pqcad_ao.compile.package import load_pt2
 unet = load_pt2(sys.argv[1])
 x = torch.load(sys.argv[2])
 torch.save([unet(x, 400), unet(x[:1], torch.tensor([10])), unet.sample(x, 3)], sys.argv[3])
@@ -376,7 +379,7 @@ def test_what_cannot_be_packaged_is_refused(tmp_path, quantized_unet):
 
 
 def test_a_package_that_departs_is_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("pqcad_ao.backend.fuse", lambda graph: _spoil(graph))
+    monkeypatch.setattr("pqcad_ao.compile.package.fuse", lambda graph: _spoil(graph))
     with pytest.raises(RuntimeError, match=r"departs from the network: .* dB"):
         export_pt2(quantized(Plain()), tmp_path / "unet.pt2", sample_shape=SHAPE)
     assert not list(tmp_path.iterdir())

@@ -11,9 +11,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
 
-from pqcad_ao.bench import compile as bench
-from pqcad_ao.bench import machine
+from pqcad_ao.bench.compile import command, contenders, cpu, drawing, worker, workload
 from pqcad_ao.models import save_model
+from pqcad_ao.utils import machine
 
 COMMON = {"batches": (2,), "rounds": 2, "iterations": 2, "threads": 1, "progress": False}
 MEASURED = {
@@ -48,17 +48,19 @@ def _rows(result):
 
 def test_result_of_a_run(tiny_dir, tmp_path, monkeypatch):
     """One run for all of the contract, as every worker imports torch."""
-    monkeypatch.setitem(bench.ROWS, "openvino_int8", bench.Row(bench.build_openvino_int8, ("no_such_package",)))
+    monkeypatch.setitem(
+        contenders.ROWS, "openvino_int8", contenders.Row(contenders.build_openvino_int8, ("no_such_package",))
+    )
     path, picture = tmp_path / "result.json", tmp_path / "result.png"
     names = ["openvino_int8", "openvino_fp32"]
-    result = bench.bench_compile(str(tiny_dir), rows=names, json_path=path, plot_path=picture, seed=3, **COMMON)
+    result = cpu.bench_compile(str(tiny_dir), rows=names, json_path=path, plot_path=picture, seed=3, **COMMON)
     assert json.loads(path.read_text()) == result
     assert picture.stat().st_size > 0
     assert {"versions", "threads", "cpu", "seed", "model", "loadavg", "rows", "roofline"} <= result.keys()
     assert (result["seed"], result["threads"], result["model"]) == (3, 1, str(tiny_dir))
     assert result["versions"]["torch"] == torch.__version__
     assert [(row["name"], row["batch"]) for row in result["rows"]] == [
-        (bench.REFERENCE, 2),
+        (contenders.REFERENCE, 2),
         *((n, 2) for n in names[::-1]),
     ]
 
@@ -77,8 +79,8 @@ def test_result_of_a_run(tiny_dir, tmp_path, monkeypatch):
 
     (roofline,) = result["roofline"]
     assert roofline["ms_at_peak_fp32"] == pytest.approx(roofline["gmac"] / roofline["peak_gmacs_fp32"] * 1e3)
-    text = bench.table(result)
-    assert bench.REFERENCE in text
+    text = drawing.table(result)
+    assert contenders.REFERENCE in text
     assert "skipped openvino_int8" in text
 
 
@@ -100,15 +102,15 @@ SQNR_FLOOR = {
 @pytest.mark.timeout(3600)
 def test_every_row(tiny_dir):
     pytest.importorskip("nncf")
-    result = bench.bench_compile(str(tiny_dir), **COMMON)
+    result = cpu.bench_compile(str(tiny_dir), **COMMON)
     rows = _rows(result)
-    assert list(rows) == list(bench.ROWS)
+    assert list(rows) == list(contenders.ROWS)
     for name, row in rows.items():
         assert "skipped" not in row, row
         _check_row(row)
-        if name != bench.REFERENCE:
+        if name != contenders.REFERENCE:
             assert row["sqnr_db_vs_fp32"] > SQNR_FLOOR[name], name
-    float_bytes = rows[bench.REFERENCE]["resident_weight_bytes"]
+    float_bytes = rows[contenders.REFERENCE]["resident_weight_bytes"]
     sizes = {name: row["resident_weight_bytes"] / float_bytes for name, row in rows.items()}
     assert sizes["torch_compile_bf16"] == pytest.approx(0.5, rel=0.01)
     assert sizes["torchao_int8"] < 0.5
@@ -122,18 +124,18 @@ def _worker_spec(name, folder, model):
 
 def test_worker_that_fails_gives_the_reason(tiny_dir, tmp_path):
     with (
-        bench.Worker(_worker_spec(bench.REFERENCE, tmp_path, tiny_dir)) as worker,
-        pytest.raises(bench.Failed, match=r"FileNotFoundError: .*inputs\.pt"),
+        worker.Worker(_worker_spec(contenders.REFERENCE, tmp_path, tiny_dir)) as waiting,
+        pytest.raises(worker.Failed, match=r"FileNotFoundError: .*inputs\.pt"),
     ):
-        worker.receive()
-    assert not psutil.pid_exists(worker.process.pid)
+        waiting.receive()
+    assert not psutil.pid_exists(waiting.process.pid)
 
 
 def test_worker_that_dies_is_reported(tiny_dir, tmp_path):
-    with bench.Worker(_worker_spec(bench.REFERENCE, tmp_path, tiny_dir)) as worker:
-        worker.process.kill()
-        with pytest.raises(bench.Failed, match="ended with code -9"):
-            worker.receive()
+    with worker.Worker(_worker_spec(contenders.REFERENCE, tmp_path, tiny_dir)) as waiting:
+        waiting.process.kill()
+        with pytest.raises(worker.Failed, match="ended with code -9"):
+            waiting.receive()
 
 
 @pytest.mark.parametrize(
@@ -150,36 +152,36 @@ def test_worker_that_dies_is_reported(tiny_dir, tmp_path):
 )
 def test_bad_input(changes, message):
     with pytest.raises(ValueError, match=message):
-        bench.bench_compile(**{"model": "ddpm-cifar10"} | changes)
+        cpu.bench_compile(**{"model": "ddpm-cifar10"} | changes)
 
 
 def test_folder_without_a_full_precision_unet(tmp_path, quantized_unet, scheduler):
     with pytest.raises(ValueError, match="holds no diffusers UNet"):
-        bench.bench_compile(str(tmp_path))
+        cpu.bench_compile(str(tmp_path))
     save_model(quantized_unet, scheduler, tmp_path)
     with pytest.raises(ValueError, match="is quantized: give the full-precision network"):
-        bench.bench_compile(str(tmp_path))
+        cpu.bench_compile(str(tmp_path))
 
 
 def test_command_line_fails_in_one_line(capsys):
-    assert bench.main(["--model", "nowhere", "--batches", "1,2"]) == 2
+    assert command.main(["--model", "nowhere", "--batches", "1,2"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: no model 'nowhere'")
 
 
 def test_inputs_come_from_trajectories(tiny_dir):
-    unet, scheduler = bench.float_model(str(tiny_dir))
+    unet, scheduler = workload.float_model(str(tiny_dir))
     assert scheduler.config.prediction_type == "v_prediction"
-    inputs = bench.trajectory_inputs(unet, scheduler, 2, seed=0)
-    assert len(inputs["calibration"]) == bench.CALIBRATION_IMAGES / 2
-    assert len(inputs["check"]) == bench.CHECK_BATCHES
-    assert len({int(timesteps[0]) for _, timesteps in inputs["check"]}) == bench.CHECK_BATCHES
-    assert len({int(timesteps[0]) for _, timesteps in inputs["calibration"]}) == bench.TRAJECTORY_STEPS
+    inputs = workload.trajectory_inputs(unet, scheduler, 2, seed=0)
+    assert len(inputs["calibration"]) == workload.CALIBRATION_IMAGES / 2
+    assert len(inputs["check"]) == workload.CHECK_BATCHES
+    assert len({int(timesteps[0]) for _, timesteps in inputs["check"]}) == workload.CHECK_BATCHES
+    assert len({int(timesteps[0]) for _, timesteps in inputs["calibration"]}) == workload.TRAJECTORY_STEPS
     for x_t, timesteps in inputs["check"]:
         assert x_t.shape == (2, 1, 8, 8)
         assert timesteps.shape == (2,)
         assert timesteps.dtype == torch.int64
-    again = bench.trajectory_inputs(unet, scheduler, 2, seed=0)
+    again = workload.trajectory_inputs(unet, scheduler, 2, seed=0)
     assert torch.equal(again["check"][0][0], inputs["check"][0][0])
     assert not torch.equal(inputs["calibration"][0][0], inputs["check"][0][0])
 
@@ -195,23 +197,23 @@ def test_conditional_network_gets_text_states():
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     ).eval()
-    inputs = bench.trajectory_inputs(unet, DDIMScheduler(), 2, seed=0)
+    inputs = workload.trajectory_inputs(unet, DDIMScheduler(), 2, seed=0)
     assert inputs["names"] == ["encoder_hidden_states"]
     x_t, timesteps, states = inputs["check"][0]
-    assert states.shape == (2, bench.TEXT_TOKENS, 12)
+    assert states.shape == (2, workload.TEXT_TOKENS, 12)
     with torch.no_grad():
-        prediction = bench.Step(unet, inputs["names"])(x_t, timesteps, states)
+        prediction = workload.Step(unet, inputs["names"])(x_t, timesteps, states)
         assert torch.equal(prediction, unet(x_t, timesteps, states).sample)
 
 
 def test_gmac_counts_a_convolution():
     conv = torch.nn.Conv2d(3, 5, 3, padding=1, bias=False)
-    assert bench.gmac_per_step(conv, (torch.zeros(2, 3, 4, 4),)) == pytest.approx(2 * 16 * 5 * 27 / 1e9)
+    assert workload.gmac_per_step(conv, (torch.zeros(2, 3, 4, 4),)) == pytest.approx(2 * 16 * 5 * 27 / 1e9)
 
 
 def test_shared_storage_counts_once():
     weight = torch.zeros(10)
-    assert bench.tensor_bytes([weight, weight[2:4], torch.zeros(3, dtype=torch.int8)]) == 43
+    assert contenders.tensor_bytes([weight, weight[2:4], torch.zeros(3, dtype=torch.int8)]) == 43
 
 
 def test_peak_memory_of_a_child_is_its_own():

@@ -6,8 +6,8 @@ from contextlib import nullcontext as nothing
 import pytest
 import torch
 
-from pqcad_ao.bench import compile_gpu as bench
-from pqcad_ao.cli import main
+from pqcad_ao.bench.compile import gpu as bench
+from pqcad_ao.cli.command import main
 from pqcad_ao.models import load_model
 
 

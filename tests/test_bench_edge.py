@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from pqcad_ao.bench import edge as bench
-from pqcad_ao.edge_plan import COSTS
+from pqcad_ao.bench.edge import command, measure
+from pqcad_ao.edge.storage import COSTS
 
 
 @pytest.mark.parametrize(
@@ -21,9 +21,9 @@ from pqcad_ao.edge_plan import COSTS
     ],
 )
 def test_bad_arguments_are_named_before_the_work(monkeypatch, change, message):
-    monkeypatch.setattr(bench, "alone", lambda *args: pytest.fail("the work began"))
+    monkeypatch.setattr(measure, "alone", lambda *args: pytest.fail("the work began"))
     with pytest.raises(ValueError, match=message):
-        bench.bench_edge(**change)
+        measure.bench_edge(**change)
 
 
 def test_rows_take_turns_and_a_rivals_fault_is_a_line(monkeypatch, tmp_path):
@@ -32,29 +32,29 @@ def test_rows_take_turns_and_a_rivals_fault_is_a_line(monkeypatch, tmp_path):
 
     def alone(function, *args):
         asked.append(function.__name__)
-        if function is bench._build:
+        if function is measure._build:
             if args[0] == "coreml_fp32":
                 raise ImportError("No module named 'coremltools'")
             (path,) = args[2:]
             with open(path, "wb") as file:
                 file.write(b"x" * 1000)
             return {"delegates": 1, "portable": {"aten::index_select": 2}, "arithmetic": "some"}
-        if function is bench._alone:
+        if function is measure._alone:
             return {"load_ms": 1.0, "peak_rss_bytes": 9, "peak_rss_above_start_bytes": 5_000_000, "sqnr_db": 20.0}
-        if function is bench._race:
+        if function is measure._race:
             return {"xnnpack_int8": [2.0, 4.0, 2.0], "pqcad_speed": [1.0, 1.0, 1.5]}
-        return 3.5 if function is bench._fid else None
+        return 3.5 if function is measure._fid else None
 
-    monkeypatch.setattr(bench, "alone", alone)
+    monkeypatch.setattr(measure, "alone", alone)
     rows = ["xnnpack_int8", "pqcad_speed", "coreml_fp32"]
-    result = bench.bench_edge(rows=rows, n=4, threads=1, json_path=tmp_path / "r.json")
+    result = measure.bench_edge(rows=rows, n=4, threads=1, json_path=tmp_path / "r.json")
     assert asked[0] == "_prepare"
     assert asked.count("_race") == 1
     int8, ours, coreml = result["rows"]
     assert (int8["ms"], ours["ms"], ours["over_int8"], ours["bytes"], ours["fid"]) == (2.0, 1.0, 0.5, 1000, 3.5)
     assert coreml["skipped"] == "ImportError: No module named 'coremltools'"
     assert json.loads((tmp_path / "r.json").read_text())["versions"]["torch"] == torch.__version__
-    text = bench.table(result)
+    text = command.table(result)
     assert "2 index_select" in text
     assert "skipped: ImportError" in text
     assert "eager_w4a4: FID 3.500" in text
@@ -71,7 +71,7 @@ def test_the_planners_costs_are_measured_ones():
 @pytest.mark.slow
 def test_files_of_the_embedded_teacher(tmp_path):
     pytest.importorskip("executorch.exir")
-    result = bench.bench_edge(rows=["xnnpack_int8", "pqcad_size"], steps=3, rounds=2, n=12)
+    result = measure.bench_edge(rows=["xnnpack_int8", "pqcad_size"], steps=3, rounds=2, n=12)
     int8, size = result["rows"]
     assert size["bytes"] < int8["bytes"]
     assert size["delegates"] == 1

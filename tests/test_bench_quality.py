@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pqcad_ao import CADConfig, pictures
-from pqcad_ao.bench import quality as bench
+from pqcad_ao import CADConfig
+from pqcad_ao.bench.quality import command, measure
+from pqcad_ao.bench.quality.rows import ABLATIONS, ROWS, SETS
 from pqcad_ao.data import to_uint8
-from pqcad_ao.evaluate import RealFeatures
+from pqcad_ao.diffusion import images
+from pqcad_ao.diffusion.sampling import sample
+from pqcad_ao.evaluate.features import RealFeatures
 from pqcad_ao.models import load_model
-from pqcad_ao.sampling import sample
 
 OPTIONS = {
     "calibration_points": 16,
@@ -39,7 +41,7 @@ def run(tiny_dir: Path, work: Path, **options):
     generator = torch.Generator().manual_seed(0)
     features = Pixels(), RealFeatures.from_features(torch.randn(64, 4, generator=generator))
     said: list[str] = []
-    return bench.bench_quality(
+    return measure.bench_quality(
         str(tiny_dir),
         **{"steps": 2, "n": 6, "work": work, "features": features, "options": OPTIONS, **options},
         say=said.append,
@@ -75,7 +77,7 @@ def test_a_row_for_each_name_and_seed(measured):
 
 def test_the_table_has_the_spread_of_the_seeds(measured):
     _, result, _ = measured
-    lines = bench.table(result).splitlines()
+    lines = command.table(result).splitlines()
     assert len(lines) == 5
     assert "±" in lines[-1]
     assert "progressive W4A4" in lines[-1]
@@ -90,7 +92,7 @@ def test_the_table_sets_each_row_over_full_precision_of_its_seed():
     other = [row("pq_full", 0, 3.0, [2.7, 3.3]), row("pq_full", 1, 8.0, [7.0, 9.0])]
 
     def cells(rows):
-        return [cell.strip() for cell in bench.table({"rows": rows}).splitlines()[-1].split("|")[1:-1]]
+        return [cell.strip() for cell in command.table({"rows": rows}).splitlines()[-1].split("|")[1:-1]]
 
     assert cells(full + other)[:4] == ["pq_full", "4", "5.50 ± 3.54", "1.75 ± 0.35"]
     assert cells(full[:1] + other[:1])[2:6] == ["3.00 ± 0.30", "1.50 ± 0.21", "–", "0.500"]
@@ -100,9 +102,9 @@ def test_the_table_sets_each_row_over_full_precision_of_its_seed():
 
 def test_what_was_measured_is_not_measured_again(measured, tiny_dir, monkeypatch):
     work, result, _ = measured
-    monkeypatch.setattr(bench, "quantize_", lambda *args, **options: pytest.fail("it quantized again"))
+    monkeypatch.setattr(measure, "quantize_", lambda *args, **options: pytest.fail("it quantized again"))
     with monkeypatch.context() as patch:
-        patch.setattr(bench, "sample", lambda *args, **options: pytest.fail("it sampled again"))
+        patch.setattr(measure, "sample", lambda *args, **options: pytest.fail("it sampled again"))
         again, _ = run(tiny_dir, work, rows=["pq_full", "fp_full"], seeds=[1])
     assert again["rows"] == [
         row for name in ("pq_full", "fp_full") for row in result["rows"] if (row["name"], row["seed"]) == (name, 1)
@@ -115,7 +117,7 @@ def test_what_was_measured_is_not_measured_again(measured, tiny_dir, monkeypatch
 def test_pictures_of_every_row_are_drawn(measured, tiny_dir, tmp_path, monkeypatch):
     work, _, _ = measured
     drawn = {}
-    monkeypatch.setattr(bench, "save_samples", lambda panels, path, **options: drawn.update(panels) or path.touch())
+    monkeypatch.setattr(measure, "save_samples", lambda panels, path, **options: drawn.update(panels) or path.touch())
     run(tiny_dir, work, rows=["fp_full", "pq_full"], seeds=[1, 0], grid=tmp_path / "grid.png")
     assert (tmp_path / "grid.png").is_file()
     assert [label.split(":")[0] for label in drawn] == ["full precision", "progressive W4A4"]
@@ -138,33 +140,31 @@ def test_bad_input_is_named(tiny_dir, tmp_path):
 
 
 def test_every_row_has_a_valid_configuration():
-    for name, row in bench.ROWS.items():
+    for name, row in ROWS.items():
         config = row.config(3)
         assert config is None or config.seed == 3
-        assert row.base is None or row.base in bench.ROWS
+        assert row.base is None or row.base in ROWS
         cad = None if row.cad is None else CADConfig(**row.cad)
         assert cad is None or row.part == 2**cad.halvings
         assert config or cad or name in ("fp_full", "fp_half", "pq_half")
-    learned = [row.cad.get("iterations") for name, row in bench.ABLATIONS.items() if row.cad and name != "cad_joint"]
+    learned = [row.cad.get("iterations") for name, row in ABLATIONS.items() if row.cad and name != "cad_joint"]
     assert set(learned) == {None}  # what is compared takes the same number of updates
 
 
 def test_sets_of_rows_have_names():
     parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    for name, rows in bench.SETS.items():
+    command.add_arguments(parser)
+    for name, rows in SETS.items():
         assert parser.parse_args(["--rows", name]).rows == rows
-        assert set(rows) <= bench.ROWS.keys()
+        assert set(rows) <= ROWS.keys()
         assert "fp_full" in rows  # every ratio is to it
-    assert bench.SETS["halving"] == [
-        *("fp_full", "fp_half", "pq_half", "pqcad_half", "pqcad_quarter", "pqcad_half_w4a6")
-    ]
+    assert SETS["halving"] == [*("fp_full", "fp_half", "pq_half", "pqcad_half", "pqcad_quarter", "pqcad_half_w4a6")]
     assert parser.parse_args(["--rows", "fp_full,pq_full"]).rows == ["fp_full", "pq_full"]
 
 
 @pytest.mark.slow
 def test_distilled_rows_start_from_another_rows_network(tiny_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "FARTHEST", float("inf"))  # random weights denoise nothing
+    monkeypatch.setattr(images, "FARTHEST", float("inf"))  # random weights denoise nothing
     cad = {"iterations": 4, "batch_size": 4, "points": 8}
     rows = ["fp_half", "pq_half", "pqcad_half", "pqcad_quarter", "pd_half", "pd_then_q"]
     result, _ = run(tiny_dir, tmp_path, rows=rows, steps=4, cad_options=cad)

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from networks import SHAPE, Small, cosine_scheduler, quick
 from torch import nn
 
-from pqcad_ao import calibration
-from pqcad_ao.calibration import CalibrationSet, as_ddim, calibration_set, draw_timesteps, find_scheduler, settings_of
-from pqcad_ao.capture import capture
-from pqcad_ao.plan import resolve
-from pqcad_ao.quantize import calibrate, prepare
-from pqcad_ao.sampling import sample
+from pqcad_ao.diffusion import calibration
+from pqcad_ao.diffusion.calibration import CalibrationSet, calibration_set, draw_timesteps
+from pqcad_ao.diffusion.process import as_ddim, find_scheduler, settings_of
+from pqcad_ao.diffusion.sampling import sample
+from pqcad_ao.graph.capture import capture
+from pqcad_ao.graph.plan import resolve
+from pqcad_ao.learn.ptq import calibrate, prepare
 
 # The law
 

@@ -10,12 +10,17 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from PIL import Image
 
-from pqcad_ao import cli, edge, pictures
+from pqcad_ao import cli
+from pqcad_ao.cli import commands
+from pqcad_ao.cli.arguments import config_from
+from pqcad_ao.cli.command import build_parser
 from pqcad_ao.config import PQCADConfig
-from pqcad_ao.evaluate import FeatureClassifier
+from pqcad_ao.denoiser import predict
+from pqcad_ao.diffusion import images
+from pqcad_ao.edge import export
+from pqcad_ao.evaluate.features import FeatureClassifier
 from pqcad_ao.models import load_model, save_model
-from pqcad_ao.nn import QuantizedConv2d
-from pqcad_ao.sampling import predict
+from pqcad_ao.nn.layers import QuantizedConv2d
 
 QUICK = ["--calibration-points", "16", "--groups", "4", "--mode", "ptq"]
 
@@ -130,7 +135,7 @@ def test_eval_against_a_folder_of_images(model_dir: Path, tmp_path: Path, capsys
 def test_compress_distills_and_its_steps_are_then_the_default(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(pictures, "FARTHEST", float("inf"))  # an untrained network fails the check of the betas
+    monkeypatch.setattr(images, "FARTHEST", float("inf"))  # an untrained network fails the check of the betas
     out = tmp_path / "student"
     argv = ["compress", "--model", model_dir, "--out", out, "--distill", 4, "--fast", *QUICK]
     assert run_json(tmp_path, *argv)["steps"] == 2
@@ -152,7 +157,7 @@ def test_what_the_demo_cannot_do_is_one_line_before_the_work(tmp_path: Path, cap
 def test_compress_takes_real_pictures(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     found = {}
     monkeypatch.setattr(
-        cli, "compress", lambda unet, scheduler, pq, cad, **given: found.update(given) or (unet, scheduler)
+        commands, "compress", lambda unet, scheduler, pq, cad, **given: found.update(given) or (unet, scheduler)
     )
     pictures = tmp_path / "pictures"
     pictures.mkdir()
@@ -169,13 +174,13 @@ def test_export_hands_on_what_was_asked_for(
     pytest.importorskip("executorch", reason="export needs executorch")
     asked: dict = {}
 
-    def export_pte(unet, path: Path, **options) -> edge.PTEReport:
+    def export_pte(unet, path: Path, **options) -> export.PTEReport:
         asked.update(options, path=path)
-        return edge.PTEReport(
+        return export.PTEReport(
             path, 1234, 3, {"aten::upsample": 2}, {999: 30.0, 499: 41.5}, arithmetic={"conv_in": "int8 products"}
         )
 
-    monkeypatch.setattr(edge, "export_pte", export_pte)
+    monkeypatch.setattr(export, "export_pte", export_pte)
     argv = ["--model", compressed_dir, "--out", tmp_path / "new" / "unet.pte", "--steps", 7, "--batch-size", 2]
     argv += ["--objective", "size", "--max-bytes", 5000]
     found = run_json(tmp_path, "export", *argv)
@@ -191,11 +196,11 @@ def test_export_of_the_baseline(tiny_dir: Path, tmp_path: Path, monkeypatch: pyt
     pytest.importorskip("executorch", reason="export needs executorch")
     asked: dict = {}
 
-    def export_fp32_pte(unet, path: Path, **options) -> edge.PTEReport:
+    def export_fp32_pte(unet, path: Path, **options) -> export.PTEReport:
         asked.update(options, path=path)
-        return edge.PTEReport(path, 99, 1, {})
+        return export.PTEReport(path, 99, 1, {})
 
-    monkeypatch.setattr(edge, "export_fp32_pte", export_fp32_pte)
+    monkeypatch.setattr(export, "export_fp32_pte", export_fp32_pte)
     found = run_json(tmp_path, "export", "--model", tiny_dir, "--out", tmp_path / "fp32.pte", "--full-precision")
     assert asked == {"path": tmp_path / "fp32.pte", "batch_size": 1}
     assert found["bytes"] == 99
@@ -328,11 +333,11 @@ def test_options_mirror_the_config():
             "stem": {"weight_bits": 8, "activation_bits": None},
         },
     )
-    assert cli.config_from(cli.build_parser().parse_args(argv)) == expected
-    assert cli.config_from(cli.build_parser().parse_args(compress)) == PQCADConfig()
+    assert config_from(build_parser().parse_args(argv)) == expected
+    assert config_from(build_parser().parse_args(compress)) == PQCADConfig()
     argv = [*compress, "--fast", "--iterations", "50", "--target-bits", "4.2"]
     expected = PQCADConfig.fast(iterations=50, target_bits=4.2)
-    assert cli.config_from(cli.build_parser().parse_args(argv)) == expected
+    assert config_from(build_parser().parse_args(argv)) == expected
 
 
 def test_command_prints_no_noise_of_its_dependencies(model_dir: Path):

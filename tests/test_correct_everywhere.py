@@ -12,9 +12,9 @@ from networks import SHAPE, Small, cosine_scheduler, quick, sqnr
 from torch._dynamo.utils import counters
 
 from pqcad_ao import quantize_
-from pqcad_ao.capture import capture
-from pqcad_ao.nn import QuantizedLayer
-from pqcad_ao.sampling import sample
+from pqcad_ao.diffusion.sampling import sample
+from pqcad_ao.graph.capture import capture
+from pqcad_ao.nn.layers import QuantizedLayer
 
 
 @pytest.fixture(scope="module")

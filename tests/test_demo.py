@@ -9,10 +9,11 @@ from diffusers import DDIMPipeline
 from PIL import Image
 from torch import Tensor, nn
 
-from pqcad_ao import demo, pictures
 from pqcad_ao.config import CADConfig, PQCADConfig
-from pqcad_ao.evaluate import RealFeatures
-from pqcad_ao.nn import QuantizedConv2d
+from pqcad_ao.diffusion import images
+from pqcad_ao.evaluate.features import RealFeatures
+from pqcad_ao.nn.layers import QuantizedConv2d
+from pqcad_ao.recipes import demo
 
 
 class Pixels(nn.Module):
@@ -61,7 +62,7 @@ def made(
     out, said = tmp_path_factory.mktemp("demo") / "new" / "out", []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", lambda module, **options: module)
-        patch.setattr(pictures, "FARTHEST", float("inf"))  # random weights denoise nothing
+        patch.setattr(images, "FARTHEST", float("inf"))  # random weights denoise nothing
         return out, run_tiny(out, tiny_dir, features, said.append), said
 
 

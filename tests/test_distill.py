@@ -11,16 +11,20 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
 from networks import SHAPE, Small, cosine_scheduler, quick, sqnr
 from torch import nn
 
-from pqcad_ao import CADConfig, PQCADConfig, compress, distill_, learner, pictures, plan, quantize_
-from pqcad_ao import distill as engine
-from pqcad_ao.capture import in_own_type
+from pqcad_ao import CADConfig, PQCADConfig, compress, distill_, plan, quantize_
+from pqcad_ao.denoiser import in_own_type
+from pqcad_ao.diffusion import images
+from pqcad_ao.diffusion.ddim import Walk
+from pqcad_ao.diffusion.images import clean_images
+from pqcad_ao.diffusion.sampling import sample
+from pqcad_ao.diffusion.schedule import teachable, timesteps_of
+from pqcad_ao.learn import halving as engine
+from pqcad_ao.learn import training
+from pqcad_ao.learn.unfold import unfold
 from pqcad_ao.models import load_model, save_model
-from pqcad_ao.nn import QuantizedLayer
-from pqcad_ao.pictures import clean_images
-from pqcad_ao.quantize import unfold
-from pqcad_ao.sampling import sample
-from pqcad_ao.schedule import Walk, teachable, timesteps_of
-from pqcad_ao.serialization import load_quantized, quantized_state, save_quantized
+from pqcad_ao.nn.files import load_quantized, save_quantized
+from pqcad_ao.nn.layers import QuantizedLayer
+from pqcad_ao.nn.state import quantized_state
 
 TINY = {"steps": 4, "iterations": 20, "batch_size": 4, "points": 12, "generation_batch_size": 5}
 
@@ -32,7 +36,7 @@ def config(**options) -> CADConfig:
 @pytest.fixture(autouse=True)
 def untrained(monkeypatch):
     """Networks of random weights denoise nothing; the check has its own tests."""
-    monkeypatch.setattr(pictures, "FARTHEST", float("inf"))
+    monkeypatch.setattr(images, "FARTHEST", float("inf"))
 
 
 def student_of(reference: nn.Module, **options) -> nn.Module:
@@ -193,7 +197,7 @@ def test_starting_points_of_its_own_are_what_the_student_meets():
     reference = Small()
     student = student_of(reference)
     run, met = halving(reference, student=student, own_share=0.5), []
-    noise = torch.stack([pictures.noise_of(SHAPE, 1, row) for row in range(8)])
+    noise = torch.stack([images.noise_of(SHAPE, 1, row) for row in range(8)])
     sample(student, cosine_scheduler(), noise, 2, callback=lambda first, step, t, x_t: met.append(x_t.clone()))
     assert sqnr(torch.stack(met, 1), run.own[:8]) > 40
     x_t, step, _ = run._batch(0)
@@ -415,8 +419,8 @@ def test_compress_quantizes_and_distills(tiny_unet):
 
 
 def test_compress_finds_out_what_does_not_fit_before_it_learns(tiny_unet, monkeypatch, tmp_path):
-    monkeypatch.setattr(engine, "quantize_", lambda *args, **options: pytest.fail("it began to quantize"))
-    monkeypatch.setattr(pictures, "FARTHEST", 0.0)
+    monkeypatch.setattr("pqcad_ao.distill.quantize_", lambda *args, **options: pytest.fail("it began to quantize"))
+    monkeypatch.setattr(images, "FARTHEST", 0.0)
     for folder in (None, tmp_path):
         with pytest.raises(ValueError, match="it has other betas or another prediction_type"):
             compress(tiny_unet, cosine_scheduler(), quick(), config(), folder=folder, progress=False)
@@ -438,7 +442,7 @@ def test_compress_leaves_out_what_a_filter_refuses(tiny_unet):
 
 @pytest.mark.parametrize("killed_at", [6, 16])  # updates after a checkpoint, in either halving
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, killed_at):
-    monkeypatch.setattr(learner, "CHECKPOINT_EVERY", 4)
+    monkeypatch.setattr(training, "CHECKPOINT_EVERY", 4)
     reference = Small()
     settings = config(halvings=2, iterations=10, own_share=0.25, teacher_weight=0.5)
     undisturbed = student_of(reference)
@@ -526,7 +530,7 @@ def test_bad_networks():
 
 
 def test_what_cannot_be_distilled_is_said_before_anything_is_quantized(monkeypatch, tiny_unet):
-    monkeypatch.setattr(engine, "quantize_", lambda *args, **options: pytest.fail("the work began"))
+    monkeypatch.setattr("pqcad_ao.distill.quantize_", lambda *args, **options: pytest.fail("the work began"))
     with pytest.raises(ValueError, match="DDPMScheduler draws noise"):
         compress(tiny_unet, DDPMScheduler(), cad=config(), progress=False)
     with pytest.raises(ValueError, match="images has shape"):

@@ -14,13 +14,18 @@ from networks import SHAPE, Plain, Small, cosine_scheduler, quick, sqnr
 from torch import nn
 from torch.fx import Graph
 
-from pqcad_ao import edge, files, parity, quantize_
-from pqcad_ao.edge import ParityError, PTEReport, PTESampler, export_fp32_pte, export_pte
-from pqcad_ao.files import write_whole
-from pqcad_ao.lower import layers_of_calls
+from pqcad_ao import quantize_
+from pqcad_ao.denoiser import predict
+from pqcad_ao.diffusion.sampling import sample
+from pqcad_ao.edge import export, parity
+from pqcad_ao.edge.export import PTEReport, export_fp32_pte, export_pte
+from pqcad_ao.edge.lower import layers_of_calls
+from pqcad_ao.edge.parity import ParityError
+from pqcad_ao.edge.sampler import PTESampler
 from pqcad_ao.models import assets_dir, load_model
-from pqcad_ao.sampling import predict, sample
-from pqcad_ao.serialization import quantized_state
+from pqcad_ao.nn.state import quantized_state
+from pqcad_ao.utils import files
+from pqcad_ao.utils.files import write_whole
 
 pytest.importorskip("executorch.exir", reason="executorch is not installed: pip install pqcad_ao[edge]")
 
@@ -59,7 +64,7 @@ def small() -> Small:
     return quantize(Small(), sample_shape=SHAPE)
 
 
-def export(unet: nn.Module, path: Path, **options) -> PTEReport:
+def export_small(unet: nn.Module, path: Path, **options) -> PTEReport:
     defaults = {"scheduler": cosine_scheduler(), "num_inference_steps": STEPS, "progress": False}
     return export_pte(unet, path, **{**defaults, "sample_shape": SHAPE, **options})
 
@@ -67,7 +72,7 @@ def export(unet: nn.Module, path: Path, **options) -> PTEReport:
 @pytest.fixture(scope="module")
 def exported(small, tmp_path_factory) -> PTEReport:
     """Two images in one call."""
-    return export(small, tmp_path_factory.mktemp("pte") / "small.pte", batch_size=2)
+    return export_small(small, tmp_path_factory.mktemp("pte") / "small.pte", batch_size=2)
 
 
 def test_program_predicts_what_the_network_predicts(small, exported):
@@ -114,10 +119,10 @@ def test_weights_are_in_the_file_once(exported, tmp_path):
         def middle(self, h):
             return h + self.wide(h)
 
-    report = export(quantize(Wide(), sample_shape=SHAPE), tmp_path / "wide.pte", objective="size")
+    report = export_small(quantize(Wide(), sample_shape=SHAPE), tmp_path / "wide.pte", objective="size")
     weights = sum(layer.bytes for layer in report.plan.layers)
     assert weights > 18_000
-    smaller = export(quantize(Plain(), sample_shape=SHAPE), tmp_path / "plain.pte").bytes
+    smaller = export_small(quantize(Plain(), sample_shape=SHAPE), tmp_path / "plain.pte").bytes
     assert report.bytes - smaller < 2.5 * weights, "scales, biases and the list of operators come on top"
 
 
@@ -132,13 +137,13 @@ def test_images_of_several_channels(tmp_path):
 
     shape = (channels, 8, 8)
     unet = quantize(Coloured().eval(), sample_shape=shape)
-    export(unet, tmp_path / "a.pte", sample_shape=shape)
+    export_small(unet, tmp_path / "a.pte", sample_shape=shape)
     eager = sample(unet, cosine_scheduler(), noise(2, shape), STEPS)
     assert sqnr(eager, PTESampler(tmp_path / "a.pte").sample(noise(2, shape))) > 60
 
 
 def test_objectives(small, exported, tmp_path):
-    size = export(small, tmp_path / "size.pte", batch_size=2, objective="size")
+    size = export_small(small, tmp_path / "size.pte", batch_size=2, objective="size")
     assert {row.fqn for row in size.plan.layers if row.packed} == {
         *("down", "to_q", "to_k", "to_v", "to_out", "up", "join", "shortcut")
     }
@@ -151,9 +156,9 @@ def test_objectives(small, exported, tmp_path):
 @pytest.mark.slow
 def test_budgets(small, exported, tmp_path):
     with pytest.raises(ValueError, match=r"saves [\d,]+ bytes, [\d,]+ are asked for"):
-        export(small, tmp_path / "b.pte", max_bytes=1000)
+        export_small(small, tmp_path / "b.pte", max_bytes=1000)
     assert not (tmp_path / "b.pte").exists()
-    budget = export(small, tmp_path / "b.pte", batch_size=2, max_bytes=exported.bytes)
+    budget = export_small(small, tmp_path / "b.pte", batch_size=2, max_bytes=exported.bytes)
     assert budget.bytes <= exported.bytes
 
 
@@ -208,7 +213,7 @@ def test_file_holds_all_that_a_sampler_needs(exported):
 
 def test_conditioning_becomes_inputs_of_the_program(tmp_path):
     unet = quantize(Conditional(), sample_shape=SHAPE, conditioning=conditioning(3))
-    report = export(unet, tmp_path / "c.pte", batch_size=2, conditioning=conditioning(3))
+    report = export_small(unet, tmp_path / "c.pte", batch_size=2, conditioning=conditioning(3))
     assert report.arithmetic["label"] == "W4: float32 products of the dequantized weights", "it reads no timestep"
     sampler = PTESampler(tmp_path / "c.pte")
     assert sampler.conditioning == ["['text']", "['extra']['label']"]
@@ -238,7 +243,7 @@ def test_baseline_is_the_network(tmp_path):
 def test_program_of_another_function_is_not_written(small, tmp_path, monkeypatch):
     path = tmp_path / "small.pte"
     path.write_text("older")
-    rewrite = edge._rewrite
+    rewrite = export._rewrite
 
     def wrong(*args):
         graph, arithmetic = rewrite(*args)
@@ -246,9 +251,9 @@ def test_program_of_another_function_is_not_written(small, tmp_path, monkeypatch
         return graph, arithmetic
 
     small.train()
-    monkeypatch.setattr(edge, "_rewrite", wrong)
+    monkeypatch.setattr(export, "_rewrite", wrong)
     with pytest.raises(ParityError, match=r"at timestep \d+, .* 3 of 3 timesteps are below.* first at layer down, "):
-        export(small, path)
+        export_small(small, path)
     assert small.training
     small.eval()
     assert [file.name for file in tmp_path.iterdir()] == ["small.pte"]
@@ -352,9 +357,9 @@ def test_nodes_that_cannot_share_a_call_are_named():
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_bad_arguments_are_named_before_the_work(small, tmp_path, monkeypatch, change, error, message):
-    monkeypatch.setattr(edge, "record", lambda *args: pytest.fail("the work began"))
+    monkeypatch.setattr(export, "record", lambda *args: pytest.fail("the work began"))
     with pytest.raises(error, match=message):
-        export(small, tmp_path / "a.pte", **change)
+        export_small(small, tmp_path / "a.pte", **change)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -362,19 +367,19 @@ def test_a_distilled_network_is_exported_for_its_own_schedule(small, tmp_path):
     student = copy.deepcopy(small)
     quantized_state(student).timestep.schedule = [999, 499]
     with pytest.raises(ValueError, match=r"distilled for 2 steps, timesteps 999, 499, .* 999, 666, 332 in 3"):
-        export(student, tmp_path / "a.pte", num_inference_steps=3)
+        export_small(student, tmp_path / "a.pte", num_inference_steps=3)
     assert list(tmp_path.iterdir()) == []
-    report = export(student, tmp_path / "a.pte", num_inference_steps=None)
+    report = export_small(student, tmp_path / "a.pte", num_inference_steps=None)
     assert PTESampler(report.path).timesteps.tolist() == [999, 499]
 
 
 def test_networks_that_cannot_be_exported_are_named(small, tmp_path):
     with pytest.raises(ValueError, match=r"not quantized: call quantize_ first"):
-        export(Small(), tmp_path / "a.pte")
+        export_small(Small(), tmp_path / "a.pte")
     foreign = Small()
     foreign.is_quantized = True
     with pytest.raises(ValueError, match="by something else"):
-        export(foreign, tmp_path / "a.pte")
+        export_small(foreign, tmp_path / "a.pte")
     with pytest.raises(ValueError, match=r"bfloat16 on cpu.*unet\.to\('cpu', torch\.float32\)"):
         export_fp32_pte(Small().to(torch.bfloat16), tmp_path / "a.pte", sample_shape=SHAPE)
     with pytest.raises(ValueError, match=r"write export_pte"):
@@ -383,14 +388,14 @@ def test_networks_that_cannot_be_exported_are_named(small, tmp_path):
 
 
 def test_places_that_cannot_be_written_are_named_before_the_work(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(edge, "record", lambda *args: pytest.fail("the work began"))
+    monkeypatch.setattr(export, "record", lambda *args: pytest.fail("the work began"))
     with pytest.raises(FileNotFoundError, match="cannot write into the folder"):
-        export(small, tmp_path / "missing" / "a.pte")
+        export_small(small, tmp_path / "missing" / "a.pte")
     with pytest.raises(IsADirectoryError, match="write the name of a file"):
-        export(small, tmp_path)
+        export_small(small, tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="cannot write into the folder"):
-        export(small, tmp_path / "file" / "a.pte")
+        export_small(small, tmp_path / "file" / "a.pte")
 
 
 def test_files_that_cannot_be_sampled_from_are_named(exported, tmp_path):
@@ -422,7 +427,7 @@ def test_bad_inputs_of_a_program_are_named(exported, x_t, index, message):
 def test_without_executorch_the_error_says_what_to_install(small, exported, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "executorch.exir", None)
     for call in (
-        lambda: export(small, tmp_path / "a.pte"),
+        lambda: export_small(small, tmp_path / "a.pte"),
         lambda: export_fp32_pte(Small(), tmp_path / "a.pte"),
         lambda: PTESampler(exported.path),
     ):
@@ -432,7 +437,7 @@ def test_without_executorch_the_error_says_what_to_install(small, exported, tmp_
 
 @pytest.mark.slow
 def test_diffusers_unet(quantized_unet, tmp_path):
-    report = export(quantized_unet, tmp_path / "unet.pte", sample_shape=None)
+    report = export_small(quantized_unet, tmp_path / "unet.pte", sample_shape=None)
     assert set(report.portable) <= {"aten::index_select", "dim_order_ops::_to_dim_order_copy"}
     assert report.delegates == 1
     eager = sample(quantized_unet, cosine_scheduler(), noise(3), STEPS)
@@ -457,8 +462,8 @@ def test_conditional_diffusers_unet(tmp_path):
     text = {"encoder_hidden_states": torch.randn(4, 5, 12)}
     quantize(unet, conditioning=text)
     with pytest.raises(ValueError, match="encoder_hidden_states"):
-        export(unet, tmp_path / "unet.pte", sample_shape=None)
-    export(unet, tmp_path / "unet.pte", sample_shape=None, conditioning=text)
+        export_small(unet, tmp_path / "unet.pte", sample_shape=None)
+    export_small(unet, tmp_path / "unet.pte", sample_shape=None, conditioning=text)
     eager = sample(unet, cosine_scheduler(), noise(2), STEPS, conditioning={k: v[:2] for k, v in text.items()})
     images = PTESampler(tmp_path / "unet.pte").sample(noise(2), {k: v[:2] for k, v in text.items()})
     assert sqnr(eager, images) > 20
@@ -471,7 +476,7 @@ def test_embedded_teacher(tmp_path):
     unet, scheduler = load_model("demo")
     fp32 = export_fp32_pte(unet, tmp_path / "fp32.pte")
     quantize_(unet, quick(), scheduler=scheduler, progress=False)
-    report = export(unet, tmp_path / "unet.pte", scheduler=scheduler, num_inference_steps=5, sample_shape=None)
+    report = export_small(unet, tmp_path / "unet.pte", scheduler=scheduler, num_inference_steps=5, sample_shape=None)
     assert report.bytes < 0.35 * fp32.bytes
     assert report.delegates == 1
     exact = [text for text in report.arithmetic.values() if "exact" in text or "table" in text]

@@ -16,19 +16,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pqcad_ao.data import load_images, to_uint8, to_unit
-from pqcad_ao.evaluate import (
+from pqcad_ao.evaluate.features import (
     FeatureClassifier,
     RealFeatures,
-    _frechet_to,
     embedded_features,
     extract_features,
-    fid_kid,
-    image_quality,
     load_classifier,
-    precision_recall,
-    sqnr_db,
-    trajectory_sqnr,
 )
+from pqcad_ao.evaluate.fid import _frechet_to, fid_kid, image_quality, precision_recall
+from pqcad_ao.evaluate.sqnr import sqnr_db, trajectory_sqnr
 
 DATA = Path(os.environ.get("PQCAD_DATA", Path(__file__).parents[1] / ".." / "shared" / "data")) / "fashion_mnist"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no Fashion-MNIST in {DATA}; set PQCAD_DATA")

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from pqcad_ao import ops
+from pqcad_ao.ops import dispatch
+from pqcad_ao.ops.packing import pack
 from pqcad_ao.ops.reference import conv2d_accumulators, exact_dtype, linear_accumulators, unpack_conv_weight
-from pqcad_ao.packing import pack
 
 
 def _integers(generator: torch.Generator, bits: int, *shape: int) -> Tensor:
@@ -292,7 +292,7 @@ def test_segments_and_scales_must_fit_the_input():
 
 def test_tensors_of_two_devices_are_an_error():
     with pytest.raises(ValueError, match="tensors on cpu and meta: move"):
-        ops._check_devices(torch.ones(1), [torch.ones(1, device="meta"), 3], None)
+        dispatch._check_devices(torch.ones(1), [torch.ones(1, device="meta"), 3], None)
 
 
 def test_a_weight_of_another_size_is_an_error():

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from operators import convolutions, extremes, integers
 from torch import Tensor
 
-from pqcad_ao import ops
-from pqcad_ao.ops import arithmetic, cpu, reference
-from pqcad_ao.packing import pack
+from pqcad_ao.ops import dispatch, reference
+from pqcad_ao.ops.cpu import loader
+from pqcad_ao.ops.dispatch import arithmetic
+from pqcad_ao.ops.packing import pack
 
 needs_kernels = pytest.mark.usefixtures("kernels")
 
@@ -23,7 +24,7 @@ needs_kernels = pytest.mark.usefixtures("kernels")
 def kernels() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if not cpu.load():
+        if not loader.load():
             pytest.skip("this machine has no AVX512-VNNI, or no C++ compiler")
 
 
@@ -241,8 +242,8 @@ def test_wrong_arguments_are_named(change, message):
 
 
 def test_the_switch_turns_them_off(monkeypatch):
-    monkeypatch.setenv(cpu.SWITCH, "0")
-    assert cpu._load.__wrapped__() == ""
+    monkeypatch.setenv(loader.SWITCH, "0")
+    assert loader._load.__wrapped__() == ""
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no g++ here"), OSError(30, "Read-only file system")])
@@ -252,10 +253,10 @@ def test_a_compiler_or_a_cache_folder_that_fails_is_a_warning(monkeypatch, error
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.delenv(cpu.SWITCH, raising=False)
+    monkeypatch.delenv(loader.SWITCH, raising=False)
     monkeypatch.setattr(CppCodeCache, "load", fail)
     with pytest.warns(UserWarning, match=r"could not be compiled.*reference kernel.*(no g\+\+ here|Read-only)"):
-        assert cpu._load.__wrapped__() == ""
+        assert loader._load.__wrapped__() == ""
 
 
 def test_a_processor_without_the_instructions_is_a_warning(monkeypatch):
@@ -266,10 +267,10 @@ def test_a_processor_without_the_instructions_is_a_warning(monkeypatch):
             return b""
 
     library = SimpleNamespace(pqcad_cpu_kernels=Kernels())
-    monkeypatch.delenv(cpu.SWITCH, raising=False)
+    monkeypatch.delenv(loader.SWITCH, raising=False)
     monkeypatch.setattr(CppCodeCache, "load", lambda *args, **kwargs: library)
     with pytest.warns(UserWarning, match="no AVX512-VNNI"):
-        assert cpu._load.__wrapped__() == ""
+        assert loader._load.__wrapped__() == ""
 
 
 ONE_CALL = """
@@ -285,7 +286,7 @@ print(ops.arithmetic())
 
 
 def test_without_them_the_reference_computes_and_says_so(monkeypatch):
-    monkeypatch.setenv(cpu.SWITCH, "0")
+    monkeypatch.setenv(loader.SWITCH, "0")
     result = subprocess.run([sys.executable, "-c", ONE_CALL], capture_output=True, text=True, check=True)
     assert "floating-point multiply-accumulates" in result.stdout
 
@@ -303,7 +304,7 @@ def test_two_processes_may_compile_at_once(tmp_path, monkeypatch):
 
 @needs_kernels
 def test_what_is_multiplied_is_said(monkeypatch):
-    monkeypatch.setattr(ops, "has_gpu_kernels", lambda device: False)
+    monkeypatch.setattr(dispatch, "has_gpu_kernels", lambda device: False)
     assert "8-bit multiply-accumulates (AVX512-VNNI" in arithmetic("cpu")
     assert "floating-point" in arithmetic("cuda")
 

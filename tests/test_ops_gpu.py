@@ -12,12 +12,13 @@ from networks import cosine_scheduler, sqnr
 from operators import convolutions, extremes, integers
 from torch import Tensor, nn
 
-from pqcad_ao.backend import fuse
-from pqcad_ao.capture import capture
-from pqcad_ao.ops import arithmetic, gpu_kernels, has_gpu_kernels, reference
-from pqcad_ao.packing import pack
+from pqcad_ao.compile.backend import fuse
+from pqcad_ao.diffusion.sampling import sample
+from pqcad_ao.graph.capture import capture
+from pqcad_ao.ops import reference
+from pqcad_ao.ops.dispatch import arithmetic, gpu_kernels, has_gpu_kernels
+from pqcad_ao.ops.packing import pack
 from pqcad_ao.passes.to_triton import to_triton
-from pqcad_ao.sampling import sample
 
 pytest.importorskip("triton")
 gpu = gpu_kernels()
@@ -169,7 +170,7 @@ TRACE = """
 import torch
 from torch._functorch.aot_autograd import aot_function
 from torch._subclasses.fake_tensor import FakeTensorMode
-from pqcad_ao.ops import gpu
+from pqcad_ao.ops.triton import kernels as gpu
 
 with FakeTensorMode():
     x = torch.zeros(2, 8, 6, 6, dtype=torch.int8).to(memory_format=torch.channels_last)
@@ -203,7 +204,7 @@ import re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from pqcad_ao.ops import gpu
+from pqcad_ao.ops.triton import kernels as gpu
 
 KINDS = {name: "*i8" for name in ("input", "inputs", "planes", "weights")}
 KINDS |= {name: "*fp32" for name in ("weight_scale", "input_scale", "bias", "addend")}

@@ -4,12 +4,13 @@ import pytest
 import torch
 from networks import SHAPE, Small, quick
 
-from pqcad_ao.capture import capture
-from pqcad_ao.fake_quant import ActivationFakeQuantize, WeightFakeQuantize, timestep_group
-from pqcad_ao.observe import fit_weights
+from pqcad_ao.graph.capture import capture
+from pqcad_ao.graph.plan import Plan, resolve
+from pqcad_ao.nn.timestep import timestep_group
 from pqcad_ao.passes.insert_activations import insert_activations
-from pqcad_ao.plan import Plan, resolve
-from pqcad_ao.quantizer import PQCADQuantizer, insert_fake_quantizers
+from pqcad_ao.prepare.annotate import PQCADQuantizer, insert_fake_quantizers
+from pqcad_ao.prepare.fake_quant import ActivationFakeQuantize, WeightFakeQuantize
+from pqcad_ao.prepare.observe import fit_weights
 
 
 @pytest.fixture(params=["alone", "after the weights"])

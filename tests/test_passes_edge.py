@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pqcad_ao import quantize_
-from pqcad_ao.capture import Denoiser
+from pqcad_ao.denoiser import Denoiser
 from pqcad_ao.passes.attention import decompose_attention
 from pqcad_ao.passes.fold_constants import fold_constants
 from pqcad_ao.passes.fold_timesteps import fold_timesteps

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from pqcad_ao import quantize_
-from pqcad_ao.capture import Denoiser
-from pqcad_ao.edge_plan import check_objective, plan_edge
+from pqcad_ao.denoiser import Denoiser
+from pqcad_ao.edge.storage import check_objective, plan_edge
 from pqcad_ao.passes.fold_constants import fold_constants
 from pqcad_ao.passes.nearest import TARGETS, decompose_nearest
 from pqcad_ao.passes.sampling_step import add_sampling_step, ddim_table

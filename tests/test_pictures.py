@@ -9,11 +9,12 @@ from diffusers import DDIMScheduler
 from networks import SHAPE, Small, cosine_scheduler
 from torch import nn
 
-from pqcad_ao import CADConfig, pictures
+from pqcad_ao import CADConfig
+from pqcad_ao.diffusion import images
+from pqcad_ao.diffusion.ddim import Walk
+from pqcad_ao.diffusion.images import check_denoising, checked_images, clean_images
+from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.models import load_model
-from pqcad_ao.pictures import check_denoising, checked_images, clean_images
-from pqcad_ao.sampling import sample
-from pqcad_ao.schedule import Walk
 
 
 def config(**options) -> CADConfig:
@@ -24,7 +25,7 @@ def test_clean_images_are_the_samplers(tmp_path):
     reference = Small()
     settings = config()
     alone = clean_images(reference, cosine_scheduler(), SHAPE, settings, {})
-    noise = torch.stack([pictures.noise_of(SHAPE, settings.seed, row) for row in range(12)])
+    noise = torch.stack([images.noise_of(SHAPE, settings.seed, row) for row in range(12)])
     expected = sample(reference, cosine_scheduler(), noise, 4)
     torch.testing.assert_close(alone.rows(torch.arange(12))[0], expected, rtol=1e-4, atol=1e-4)
     kept = clean_images(reference, cosine_scheduler(), SHAPE, settings, {}, folder=tmp_path)
@@ -34,7 +35,7 @@ def test_clean_images_are_the_samplers(tmp_path):
 
 def killed_after(calls: int):
     """The sampler, in which a kill follows some calls."""
-    original, done = pictures.sample, []
+    original, done = images.sample, []
 
     def failing(*args, **options):
         if len(done) == calls:
@@ -54,11 +55,11 @@ def test_pictures_of_another_size_are_drawn_anew(tmp_path):
 
 
 def test_a_draw_that_was_cut_short_goes_on(tmp_path, monkeypatch):
-    reference, done, original = Small(), [], pictures.sample
-    monkeypatch.setattr(pictures, "sample", killed_after(2))
+    reference, done, original = Small(), [], images.sample
+    monkeypatch.setattr(images, "sample", killed_after(2))
     with pytest.raises(KeyboardInterrupt):
         clean_images(reference, cosine_scheduler(), SHAPE, config(), {}, folder=tmp_path)
-    monkeypatch.setattr(pictures, "sample", lambda *args, **options: done.append(1) or original(*args, **options))
+    monkeypatch.setattr(images, "sample", lambda *args, **options: done.append(1) or original(*args, **options))
     resumed = clean_images(reference, cosine_scheduler(), SHAPE, config(), {}, folder=tmp_path)
     assert len(done) == 1
     expected = clean_images(reference, cosine_scheduler(), SHAPE, config(), {})
@@ -66,7 +67,7 @@ def test_a_draw_that_was_cut_short_goes_on(tmp_path, monkeypatch):
 
 
 def test_a_draw_that_changed_its_batches_is_no_black_picture(tmp_path, monkeypatch):
-    reference, original = Small(), pictures.sample
+    reference, original = Small(), images.sample
     expected = clean_images(reference, cosine_scheduler(), SHAPE, config(), {}).rows(torch.arange(12))[0]
 
     def drawn(size: int) -> torch.Tensor:
@@ -74,10 +75,10 @@ def test_a_draw_that_changed_its_batches_is_no_black_picture(tmp_path, monkeypat
         found = clean_images(reference, cosine_scheduler(), SHAPE, settings, {}, folder=tmp_path)
         return found.rows(torch.arange(12))[0]
 
-    monkeypatch.setattr(pictures, "sample", killed_after(4))
+    monkeypatch.setattr(images, "sample", killed_after(4))
     with pytest.raises(KeyboardInterrupt):
         drawn(2)
-    monkeypatch.setattr(pictures, "sample", original)
+    monkeypatch.setattr(images, "sample", original)
     torch.testing.assert_close(drawn(5), expected, rtol=1e-4, atol=1e-4)
     for file in tmp_path.glob("*.npy"):
         file.unlink()
@@ -86,13 +87,13 @@ def test_a_draw_that_changed_its_batches_is_no_black_picture(tmp_path, monkeypat
 
 def drawn_batches(monkeypatch) -> list[int]:
     """The sizes of the batches drawn from now on."""
-    sizes, original = [], pictures.sample
+    sizes, original = [], images.sample
 
     def counting(reference, scheduler, noise, *args, **options):
         sizes.append(len(noise))
         return original(reference, scheduler, noise, *args, **options)
 
-    monkeypatch.setattr(pictures, "sample", counting)
+    monkeypatch.setattr(images, "sample", counting)
     return sizes
 
 
@@ -135,27 +136,27 @@ def test_real_images_are_mixed_in():
 
 
 def test_a_network_that_says_nan_is_found_out(monkeypatch):
-    monkeypatch.setattr(pictures, "FARTHEST", 1e9)
-    images = clean_images(Small(), cosine_scheduler(), SHAPE, config(), {})
+    monkeypatch.setattr(images, "FARTHEST", 1e9)
+    clean = clean_images(Small(), cosine_scheduler(), SHAPE, config(), {})
     broken = Small()
     nn.init.constant_(broken.last.weight, float("nan"))
     with pytest.raises(ValueError, match="nan % off"):
-        check_denoising(broken, Walk.of(cosine_scheduler(), 4), images)
+        check_denoising(broken, Walk.of(cosine_scheduler(), 4), clean)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 3, 65])
 def test_no_picture_is_checked_with_the_noise_it_was_drawn_from(seed, monkeypatch):
     """The two depend on each other, and the check takes them not to."""
-    monkeypatch.setattr(pictures, "FARTHEST", float("inf"))
-    settings, original, asked = config(seed=seed), pictures.noise_of, []
+    monkeypatch.setattr(images, "FARTHEST", float("inf"))
+    settings, original, asked = config(seed=seed), images.noise_of, []
 
     def noise_of(shape, seed, row):
         asked.append(original(shape, seed, row))
         return asked[-1]
 
-    images = clean_images(Small(), cosine_scheduler(), SHAPE, settings, {})
-    monkeypatch.setattr(pictures, "noise_of", noise_of)
-    check_denoising(Small(), Walk.of(cosine_scheduler(), 4), images)
+    clean = clean_images(Small(), cosine_scheduler(), SHAPE, settings, {})
+    monkeypatch.setattr(images, "noise_of", noise_of)
+    check_denoising(Small(), Walk.of(cosine_scheduler(), 4), clean)
     steps = len(asked) // 12
     assert steps == 3
     for at, noise in enumerate(asked):
@@ -173,10 +174,10 @@ def test_the_look_at_betas_can_be_left_out():
 
 def test_other_betas_than_the_networks_are_found_out():
     teacher, scheduler = load_model("demo")
-    images = clean_images(teacher, scheduler, (1, 32, 32), CADConfig(points=24, generation_batch_size=24), {})
+    clean = clean_images(teacher, scheduler, (1, 32, 32), CADConfig(points=24, generation_batch_size=24), {})
 
     def check(candidate: DDIMScheduler) -> None:
-        check_denoising(teacher, Walk.of(candidate, 20), images)
+        check_denoising(teacher, Walk.of(candidate, 20), clean)
 
     check(scheduler)
     for offset in (0, 1):  # leading timesteps end where there is next to no noise to be found
@@ -189,7 +190,7 @@ def test_other_betas_than_the_networks_are_found_out():
 def test_other_betas_are_found_out_on_the_first_pictures(monkeypatch):
     """As a user meets it: the pictures themselves are drawn with the wrong sampler, and no more than are looked at."""
     teacher, scheduler = load_model("demo")
-    monkeypatch.setattr(pictures, "CHECKED", 16)
+    monkeypatch.setattr(images, "CHECKED", 16)
     sizes = drawn_batches(monkeypatch)
     few = config(steps=10, points=48, generation_batch_size=16)
     given = {"images": None, "folder": None, "callback": None, "progress": False}
@@ -203,5 +204,5 @@ def test_other_betas_are_found_out_on_the_first_pictures(monkeypatch):
     given["images"] = torch.rand(64, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     checked_images(teacher, scheduler, (1, 32, 32), few, None, **given)
     assert sizes == [16, 16, 16]
-    monkeypatch.setattr(pictures, "CHECKED", 100)
+    monkeypatch.setattr(images, "CHECKED", 100)
     checked_images(teacher, scheduler, (1, 32, 32), replace(few, points=16), None, **given)

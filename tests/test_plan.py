@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from pqcad_ao import PQCADConfig, plan, quantize_
-from pqcad_ao.capture import capture, check_conditioning
 from pqcad_ao.config import ROLES
-from pqcad_ao.plan import Plan, resolve
+from pqcad_ao.denoiser import check_conditioning
+from pqcad_ao.graph.capture import capture
+from pqcad_ao.graph.plan import Plan, resolve
 
 
 @pytest.fixture(scope="module")

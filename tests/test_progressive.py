@@ -13,19 +13,21 @@ from networks import SHAPE, Plain, Small, cosine_scheduler, sqnr
 from safetensors import safe_open
 from torch import nn
 
-from pqcad_ao import PQCADConfig, learner, plan, quantize_
-from pqcad_ao import progressive as engine
-from pqcad_ao import quantize as quantize_engine
-from pqcad_ao.calibration import calibration_set
-from pqcad_ao.capture import capture
-from pqcad_ao.fake_quant import ActivationFakeQuantize, WeightFakeQuantize
-from pqcad_ao.nn import QuantizedLayer, Timestep
-from pqcad_ao.observe import activation_quantizers, weight_quantizers
-from pqcad_ao.plan import resolve
-from pqcad_ao.progressive import budgets, ladders, learn, perturbation_loss
-from pqcad_ao.quantize import fold
-from pqcad_ao.quantizer import PQCADQuantizer, insert_fake_quantizers
-from pqcad_ao.serialization import quantized_state
+from pqcad_ao import PQCADConfig, plan, quantize_
+from pqcad_ao.diffusion.calibration import calibration_set
+from pqcad_ao.graph.capture import capture
+from pqcad_ao.graph.plan import resolve
+from pqcad_ao.learn import progressive as engine
+from pqcad_ao.learn import sensitivity, training
+from pqcad_ao.learn.progressive import budgets, ladders, learn
+from pqcad_ao.learn.sensitivity import perturbation_loss
+from pqcad_ao.nn.layers import QuantizedLayer
+from pqcad_ao.nn.state import quantized_state
+from pqcad_ao.nn.timestep import Timestep
+from pqcad_ao.prepare.annotate import PQCADQuantizer, insert_fake_quantizers
+from pqcad_ao.prepare.fake_quant import ActivationFakeQuantize, WeightFakeQuantize
+from pqcad_ao.prepare.fold import fold
+from pqcad_ao.prepare.observe import activation_quantizers, weight_quantizers
 
 TINY = {
     "calibration_points": 16,
@@ -285,7 +287,7 @@ def test_log_callback_and_bar(tmp_path, capsys):
 @pytest.mark.parametrize("killed_at", [5, 12, 16, 17, 29, 39])
 def test_a_killed_run_goes_on_to_the_same_weights(run, tmp_path, monkeypatch, killed_at):
     """Checkpoints every three updates, in the middle of widths, of blends, and between the stages."""
-    monkeypatch.setattr(learner, "CHECKPOINT_EVERY", 3)
+    monkeypatch.setattr(training, "CHECKPOINT_EVERY", 3)
     original = engine._Run.update
 
     def update(self):
@@ -330,7 +332,7 @@ def test_another_runs_folder_is_refused(tmp_path):
 
 
 def test_a_diverging_run_stops_and_keeps_its_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr(learner, "CHECKPOINT_EVERY", 1)
+    monkeypatch.setattr(training, "CHECKPOINT_EVERY", 1)
     model = Small()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(FloatingPointError, match=r"learning diverged in stage 'weights', update \d+, at \d bits"):
@@ -366,11 +368,11 @@ class Steps:
 
 def drive(run: Steps, folder) -> None:
     with torch.no_grad():
-        learner.drive(run, 8, folder=folder, describe=lambda update: {}, title="steps")
+        training.drive(run, 8, folder=folder, describe=lambda update: {}, title="steps")
 
 
 def test_the_checkpoint_that_stays_is_the_last_that_an_update_succeeded_with(tmp_path, monkeypatch):
-    monkeypatch.setattr(learner, "CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr(training, "CHECKPOINT_EVERY", 2)
     for folder, begun_anew in ((tmp_path / "one", False), (tmp_path / "two", True)):
         if begun_anew:  # killed right after the checkpoint of four updates was written
             run = Steps(fails_at=-1)
@@ -396,13 +398,13 @@ def test_the_number_of_threads_may_change_between_a_kill_and_the_next_run(tmp_pa
     """The last bits of a sensitivity depend on it, and the plan holds sensitivities."""
     settings = config(iterations=10, weight_ladder=[], activation_ladder=[])
     quantize(Small(), settings, folder=tmp_path)
-    original = quantize_engine.layer_sensitivity
+    original = sensitivity.layer_sensitivity
 
     def rounded_otherwise(*args, **options):
         found = original(*args, **options)
         return {fqn: {bits: loss * (1 + 1e-6) for bits, loss in losses.items()} for fqn, losses in found.items()}
 
-    monkeypatch.setattr(quantize_engine, "layer_sensitivity", rounded_otherwise)
+    monkeypatch.setattr(sensitivity, "layer_sensitivity", rounded_otherwise)
     monkeypatch.setattr(engine._Run, "update", lambda self: pytest.fail("it learned again"))
     quantize(Small(), settings, folder=tmp_path)
 
@@ -462,10 +464,10 @@ def test_constant_activations_silent_channels_and_a_batch_of_one():
 MEMORY = """
 import sys, torch
 from pqcad_ao import PQCADConfig, quantize_
-from pqcad_ao.bench.machine import peak_rss_bytes, reset_peak_rss, rss_bytes
+from pqcad_ao.utils.machine import peak_rss_bytes, reset_peak_rss, rss_bytes
 from pqcad_ao.models import load_model
-from pqcad_ao.quantize import to_learn
-from pqcad_ao.serialization import quantized_state
+from pqcad_ao.learn.training import to_learn
+from pqcad_ao.nn.state import quantized_state
 unet, scheduler = load_model("demo")
 reset_peak_rss()
 before = rss_bytes()

@@ -22,12 +22,15 @@ from torchao.quantization import quantize_ as torchao_quantize_
 
 import pqcad_ao
 from pqcad_ao import PQCADConfig, plan, quantize_
-from pqcad_ao.calibration import calibration_set
-from pqcad_ao.capture import GEMMS, capture
-from pqcad_ao.nn import QuantizedConv2d, QuantizedLayer, QuantizedLinear, Timestep
-from pqcad_ao.observe import weight_quantizers
-from pqcad_ao.plan import resolve
-from pqcad_ao.quantize import calibrate, fold, prepare
+from pqcad_ao.diffusion.calibration import calibration_set
+from pqcad_ao.graph.capture import capture
+from pqcad_ao.graph.operators import GEMMS
+from pqcad_ao.graph.plan import resolve
+from pqcad_ao.learn.ptq import calibrate, prepare
+from pqcad_ao.nn.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
+from pqcad_ao.nn.timestep import Timestep
+from pqcad_ao.prepare.fold import fold
+from pqcad_ao.prepare.observe import weight_quantizers
 
 
 def _quantize(model: nn.Module, config: PQCADConfig | None = None, **options) -> nn.Module:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pqcad_ao.models import load_model
+from pqcad_ao.nn.state import quantized_state
 from pqcad_ao.recipes import cad
-from pqcad_ao.serialization import quantized_state
 
 PQ = ["mode=ptq", "calibration_points=8", "timestep_groups=4", "calibration_batch_size=1"]
 CAD = ["steps=4", "iterations=6", "batch_size=4", "points=8", "generation_batch_size=4", "learning_rate=2e-4"]
@@ -19,9 +19,10 @@ CAD = ["steps=4", "iterations=6", "batch_size=4", "points=8", "generation_batch_
 WORKER = """
 import os, sys, torch
 torch.set_num_threads(1)
-from pqcad_ao import calibration, distill, learner, pictures
+from pqcad_ao.diffusion import calibration, images
+from pqcad_ao.learn import halving, training
 from pqcad_ao.recipes import cad
-learner.CHECKPOINT_EVERY = 2
+training.CHECKPOINT_EVERY = 2
 dies_at = int(sys.argv.pop(1))
 def counted(module, name):
     original = module.sample
@@ -31,13 +32,13 @@ def counted(module, name):
         return original(*args, **options)
     module.sample = sample
 counted(calibration, "walked")
-counted(pictures, "drawn")
-original = distill._Halving.update
+counted(images, "drawn")
+original = halving._Halving.update
 def update(self):
     if len(self.log) == dies_at and self.rank == 1:
         os._exit(9)
     return original(self)
-distill._Halving.update = update
+halving._Halving.update = update
 sys.exit(cad.main(sys.argv[1:]))
 """
 

@@ -7,7 +7,8 @@ from diffusers import DDIMPipeline, DDIMScheduler, PNDMScheduler, UNet2DModel
 from networks import SHAPE
 from torch import nn
 
-from pqcad_ao.sampling import evaluation_mode, predict, sample, take_rows
+from pqcad_ao.denoiser import evaluation_mode, predict, take_rows
+from pqcad_ao.diffusion.sampling import sample
 
 
 def _noise(count: int) -> torch.Tensor:

@@ -6,7 +6,8 @@ from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pqcad_ao.schedule import Walk, default_steps, steps_to_bind, teachable, timesteps_of
+from pqcad_ao.diffusion.ddim import Walk
+from pqcad_ao.diffusion.schedule import default_steps, steps_to_bind, teachable, timesteps_of
 
 STEPS = [n for n in range(2, 251, 2) if 1000 % n == 0]
 KINDS = ("epsilon", "v_prediction", "sample")

@@ -5,11 +5,10 @@ import torch
 from networks import SHAPE, Small, cosine_scheduler, quick
 
 from pqcad_ao import plan, quantize_
-from pqcad_ao.calibration import calibration_set
-from pqcad_ao.capture import capture
-from pqcad_ao.plan import resolve
-from pqcad_ao.quantize import sensitive
-from pqcad_ao.sensitivity import perturbation_loss, spend_bits
+from pqcad_ao.diffusion.calibration import calibration_set
+from pqcad_ao.graph.capture import capture
+from pqcad_ao.graph.plan import resolve
+from pqcad_ao.learn.sensitivity import perturbation_loss, sensitive, spend_bits
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from torchao.core.config import config_to_dict
 from torchao.quantization import Int8WeightOnlyConfig
 
 from pqcad_ao import PQCADConfig, load_quantized, plan, quantize_, save_quantized
-from pqcad_ao.nn import QuantizedLayer
-from pqcad_ao.packing import packed_size
+from pqcad_ao.nn.layers import QuantizedLayer
+from pqcad_ao.ops.packing import packed_size
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from pqcad_ao.evaluate import RealFeatures, extract_features, load_classifier
+from pqcad_ao.evaluate.features import RealFeatures, extract_features, load_classifier
 from pqcad_ao.recipes import train_classifier
 
 # ten steps in fp32, torch 2.13.0 on x86

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from pqcad_ao.packing import unpack
+from pqcad_ao.ops.packing import unpack
 
 
 def unpack_conv_weight(weight: Tensor, bits: int, in_channels: int, kernel_size: list[int]) -> Tensor:

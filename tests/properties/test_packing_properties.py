@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pqcad_ao.packing import pack, packed_size, unpack
+from pqcad_ao.ops.packing import pack, packed_size, unpack
 
 
 @st.composite

@@ -6,16 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pqcad_ao.clipping import activation_lows, fit_activation_grid, fit_weight_scale, squared_error, weight_range
-from pqcad_ao.fake_quant import (
+from pqcad_ao.nn.timestep import timestep_group
+from pqcad_ao.prepare.fake_quant import (
     ActivationFakeQuantize,
     WeightFakeQuantize,
     expand_grid,
     fake_quantize,
     quantize,
     stratified,
-    timestep_group,
 )
+from pqcad_ao.prepare.grids import activation_lows, fit_activation_grid, fit_weight_scale, squared_error, weight_range
 
 BITS = st.integers(2, 8)
 SCALES = st.floats(1e-4, 1e3)

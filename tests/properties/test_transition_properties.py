@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pqcad_ao.transition import MomentumTransition
+from pqcad_ao.learn.transition import MomentumTransition
 
 LADDERS = st.lists(st.integers(2, 16), min_size=1, max_size=5, unique=True).map(lambda bits: sorted(bits, reverse=True))
 LOSSES = st.one_of(

@@ -1,0 +1,1 @@
+"""One UNet step of this project and of its peers, timed side by side."""

@@ -1,0 +1,267 @@
+"""The contenders: one UNet step of this project and of its peers, each as its users would run it."""
+
+import math
+import operator
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor, nn
+
+from pqcad_ao.bench.compile.workload import CALIBRATION_IMAGES, TRAJECTORY_STEPS, Step, Workload, float_model
+from pqcad_ao.utils.machine import native_bf16
+
+REFERENCE = "torch_eager_fp32"
+
+
+@dataclass
+class Contender:
+    """A step that is ready to be timed.
+
+    Attributes:
+        call: (x_t, timesteps, *conditioning) to the prediction, a float tensor.
+        resident_weight_bytes: of the weights in the form in which the contender's program holds them. Copies that a
+            library packs for itself are not in it; they are in ``step_peak_rss_bytes``.
+        arithmetic: what the machine executes.
+        backend: what runs the graph.
+    """
+
+    call: Callable[..., Tensor]
+    resident_weight_bytes: int
+    arithmetic: str
+    backend: str
+
+
+def tensor_bytes(tensors: Sequence[Tensor]) -> int:
+    """Bytes behind these tensors, shared storage counted once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def module_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers."""
+    return tensor_bytes([*module.parameters(), *module.buffers()])
+
+
+def build_torch_eager_fp32(work: Workload) -> Contender:
+    return Contender(Step(work.unet, work.names), module_bytes(work.unet), "float32", "torch eager")
+
+
+def frozen(module: nn.Module, example: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+    """``torch.compile`` with the weights folded in and packed, the originals dropped.
+
+    The options are Inductor's global state and are read while it compiles, which is during the first call.
+    """
+    from torch._inductor import config
+
+    compiled = torch.compile(module, fullgraph=True)
+    with config.patch(freezing=True, freezing_discard_parameters=True):
+        compiled(*example)
+    return compiled
+
+
+def build_torch_compile_fp32(work: Workload) -> Contender:
+    weight_bytes = module_bytes(work.unet)
+    return Contender(frozen(Step(work.unet, work.names), work.example), weight_bytes, "float32", "inductor, freezing")
+
+
+def build_torch_compile_bf16(work: Workload) -> Contender:
+    """The whole network in bfloat16, as with ``torch_dtype``: as fast as autocast, and no float32 originals stay."""
+    unet = work.unet.to(torch.bfloat16)
+    weight_bytes = module_bytes(unet)
+
+    def cast(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(value.bfloat16() if value.is_floating_point() else value for value in inputs)
+
+    compiled = frozen(Step(unet, work.names), cast(work.example))
+    arithmetic = "bfloat16 products, float32 sums"
+    return Contender(lambda *inputs: compiled(*cast(inputs)).float(), weight_bytes, arithmetic, "inductor, freezing")
+
+
+def build_torchao_int8(work: Workload) -> Contender:
+    """torchao's PT2E flow: X86InductorQuantizer, static int8, its own fusions in Inductor. Checked with torchao 0.18.
+
+    Where the processor multiplies bfloat16, what is not int8 runs under autocast ("int8-mixed-bf16"): measured faster.
+    """
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+        X86InductorQuantizer,
+        get_default_x86_inductor_quantization_config,
+    )
+
+    class FloatTensorsOnly(X86InductorQuantizer):
+        """The stock quantizer also annotates the broadcast of the integer timestep, which no observer can count."""
+
+        def annotate(self, model: torch.fx.GraphModule) -> torch.fx.GraphModule:
+            model = super().annotate(model)
+            for node in model.graph.nodes:
+                annotation = node.meta.get("quantization_annotation")
+                inputs = annotation.input_qspec_map if annotation is not None else {}
+                if any(not source.meta["val"].is_floating_point() for source in inputs):
+                    del node.meta["quantization_annotation"]
+            return model
+
+    quantizer = FloatTensorsOnly().set_global(get_default_x86_inductor_quantization_config())
+    exported = torch.export.export(Step(work.unet, work.names), work.example).module()
+    prepared = prepare_pt2e(exported, quantizer)
+    for batch in work.calibration:
+        prepared(*batch)
+    converted = convert_pt2e(prepared)
+    for node in list(converted.graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:  # holds float32 where autocast gives bfloat16
+            converted.graph.erase_node(node)
+    converted.recompile()
+    weight_bytes = graph_weight_bytes(converted)
+    mixed = native_bf16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        compiled = frozen(converted, work.example)
+
+    def call(*inputs: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            return compiled(*inputs).float()
+
+    return Contender(call, weight_bytes, int8_arithmetic(), "inductor, freezing" + ", bf16 autocast" * mixed)
+
+
+def int8_arithmetic() -> str:
+    return f"int8 convolutions and linears, {'bfloat16' if native_bf16() else 'float32'} elsewhere"
+
+
+def graph_weight_bytes(module: torch.fx.GraphModule) -> int:
+    """Bytes of the tensors that a graph reads from its module."""
+    names = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    values = [operator.attrgetter(name)(module) for name in names]
+    return tensor_bytes([value for value in values if isinstance(value, Tensor)])
+
+
+def openvino_model(work: Workload):
+    """The network as an OpenVINO model with static shapes."""
+    import openvino
+
+    kinds = {torch.float32: openvino.Type.f32, torch.int64: openvino.Type.i64}
+    shapes = [(list(value.shape), kinds[value.dtype]) for value in work.example]
+    return openvino.convert_model(Step(work.unet, work.names), example_input=work.example, input=shapes)
+
+
+def openvino_contender(model, work: Workload, precision: str, arithmetic: str) -> Contender:
+    """Compile for one stream on all threads, with which OpenVINO answers a single request soonest."""
+    import openvino
+
+    constants = [op.output(0) for op in model.get_ops() if op.get_type_name() == "Constant"]
+    weight_bytes = sum(math.prod(value.get_shape()) * value.get_element_type().size for value in constants)
+    options = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": work.threads,
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
+
+    def call(*inputs: Tensor) -> Tensor:
+        outputs = request.infer([value.numpy() for value in inputs], share_inputs=True, share_outputs=True)
+        return torch.from_numpy(outputs[0])
+
+    return Contender(call, weight_bytes, arithmetic, f"openvino, {precision}")
+
+
+def build_openvino_fp32(work: Workload) -> Contender:
+    return openvino_contender(openvino_model(work), work, "f32", "float32")
+
+
+def build_openvino_bf16(work: Workload) -> Contender:
+    return openvino_contender(openvino_model(work), work, "bf16", "bfloat16 products, float32 sums")
+
+
+def build_openvino_int8(work: Workload) -> Contender:
+    """NNCF's post-training quantization, then the CPU plugin.
+
+    Measured faster and more exact than NNCF's defaults: the model type that smooths the attention's inputs, and, where
+    the processor has it, bfloat16 for what is not int8.
+    """
+    import nncf
+
+    samples = nncf.Dataset([[value.numpy() for value in batch] for batch in work.calibration])
+    model = nncf.quantize(
+        openvino_model(work), samples, subset_size=len(work.calibration), model_type=nncf.ModelType.TRANSFORMER
+    )
+    return openvino_contender(model, work, "bf16" if native_bf16() else "f32", int8_arithmetic())
+
+
+def quantize_fixed(unet: nn.Module, scheduler: DDIMScheduler, conditioning: dict[str, Tensor], bits: int = 4) -> None:
+    """This project's fixed-bit W4A4, or other ``bits`` of activations; learning moves its values, not its speed."""
+    from pqcad_ao import PQCADConfig, quantize_
+
+    config = PQCADConfig(mode="ptq", activation_bits=bits, calibration_points=CALIBRATION_IMAGES)
+    quantize_(unet, config, scheduler=scheduler, conditioning=conditioning or None, progress=False)
+
+
+def build_pqcad_w4a4(work: Workload) -> Contender:
+    from pqcad_ao import ops
+
+    quantize_fixed(work.unet, work.scheduler, dict(zip(work.names, work.example[2:], strict=True)))
+    compiled: Any = torch.compile(work.unet, backend="pqcad")
+    call = Step(compiled, work.names)
+    call(*work.example)
+    return Contender(call, module_bytes(work.unet), ops.arithmetic(), "pqcad")
+
+
+def build_pqcad_pt2(work: Workload, bits: int) -> Contender:
+    """The same network compiled ahead of time for the schedule, by a process that is gone when the steps are timed."""
+    from pqcad_ao import ops
+    from pqcad_ao.compile.package import load_pt2
+
+    package, rows = work.folder / "unet.pt2", dict(zip(work.names, work.example[2:], strict=True))
+    torch.save(rows, work.folder / "conditioning.pt")
+    arguments = [work.model, str(package), str(len(work.example[0])), str(work.folder / "conditioning.pt"), str(bits)]
+    code = "import sys; from pqcad_ao.bench.compile.contenders import export_package; export_package(*sys.argv[1:])"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], stdout=sys.stderr, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the export ended with code {done.returncode}: see above")
+    loaded = load_pt2(package)
+
+    def call(x_t: Tensor, timesteps: Tensor, *values: Tensor) -> Tensor:
+        return loaded(x_t, timesteps[:1], **dict(zip(work.names, values, strict=True)))
+
+    # what the package holds beside the packed weights is code and tables of the schedule: all of it counts
+    return Contender(call, package.stat().st_size, ops.arithmetic(), "pqcad, AOTInductor, one schedule")
+
+
+@torch.no_grad()
+def export_package(model: str, path: str, batch: str, conditioning: str, bits: str) -> None:
+    """What :func:`build_pqcad_pt2` runs in a process of its own."""
+    from pqcad_ao.compile.package import export_pt2
+
+    unet, scheduler = float_model(model)
+    rows = torch.load(conditioning)
+    quantize_fixed(unet, scheduler, rows, int(bits))
+    options: dict[str, Any] = {"num_inference_steps": TRAJECTORY_STEPS, "batch_size": int(batch)}
+    export_pt2(unet, path, scheduler=scheduler, conditioning=rows or None, min_sqnr_db=0.0, **options)
+
+
+@dataclass(frozen=True)
+class Row:
+    """How a contender is built, and the packages without which it is skipped."""
+
+    build: Callable[[Workload], Contender]
+    requires: tuple[str, ...] = ()
+
+
+ROWS = {
+    REFERENCE: Row(build_torch_eager_fp32),
+    "torch_compile_fp32": Row(build_torch_compile_fp32),
+    "torch_compile_bf16": Row(build_torch_compile_bf16),
+    "torchao_int8": Row(build_torchao_int8, ("torchao",)),
+    "openvino_fp32": Row(build_openvino_fp32, ("openvino",)),
+    "openvino_bf16": Row(build_openvino_bf16, ("openvino",)),
+    "openvino_int8": Row(build_openvino_int8, ("openvino", "nncf")),
+    "pqcad_w4a4": Row(build_pqcad_w4a4),
+    "pqcad_w4a4_pt2": Row(partial(build_pqcad_pt2, bits=4)),
+    # Winograd stays exact: two more bits of the activations cost next to no time
+    "pqcad_w4a5_pt2": Row(partial(build_pqcad_pt2, bits=5)),
+    "pqcad_w4a6_pt2": Row(partial(build_pqcad_pt2, bits=6)),
+}

@@ -1,0 +1,206 @@
+"""One UNet step of this project and of its peers on a CPU, timed side by side.
+
+Every contender lives in a process of its own, so that its memory is its own, and the parent lets them run in turn
+(A B C, A B C, ...), one at a time, so that a change in the machine's load meets them all. Contenders that wait burn
+no CPU: libgomp's and TBB's threads sleep some milliseconds after their last work, libiomp's after 200, and the parent
+pauses longer than that between turns; what a waiting process did burn is in the result as ``idle_cpu_s``.
+``OMP_WAIT_POLICY=PASSIVE`` is left unset, as it would slow the contenders that are built on OpenMP and not the others.
+"""
+
+import importlib.util
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from pqcad_ao.bench.compile.contenders import REFERENCE, ROWS
+from pqcad_ao.bench.compile.drawing import plot
+from pqcad_ao.bench.compile.worker import MACHINE, Failed, Worker
+from pqcad_ao.bench.compile.workload import float_model
+from pqcad_ao.utils.files import check_writable
+from pqcad_ao.utils.machine import check_threads, describe, loadavg
+
+PAUSE = 0.25  # seconds between turns; OpenMP threads of libiomp spin for 0.2 after their last work
+
+
+def check_rows(rows: Sequence[str] | None) -> list[str]:
+    """The rows to measure, the reference first, which is always among them.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    unknown = [name for name in rows or () if name not in ROWS]
+    if unknown:
+        raise ValueError(f"rows={', '.join(map(repr, unknown))}: allowed are {', '.join(ROWS)}")
+    return [name for name in ROWS if rows is None or name in rows or name == REFERENCE]
+
+
+def check_counts(name: str, values: Sequence[int]) -> list[int]:
+    """Whole numbers from 1, or ValueError."""
+    values = list(values)
+    if not values or any(isinstance(value, bool) or not isinstance(value, int) or value < 1 for value in values):
+        raise ValueError(f"{name}={values if len(values) != 1 else values[0]}: allowed are whole numbers from 1")
+    return values
+
+
+def missing_packages(name: str) -> list[str]:
+    return [package for package in ROWS[name].requires if importlib.util.find_spec(package) is None]
+
+
+def bench_compile(
+    model: str = "demo",
+    *,
+    batches: Sequence[int] = (1, 8),
+    rounds: int = 7,
+    iterations: int = 3,
+    threads: int | None = None,
+    rows: Sequence[str] | None = None,
+    seed: int = 0,
+    json_path: str | Path | None = None,
+    plot_path: str | Path | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Time one UNet step of every contender, in turn, on this machine's processor.
+
+    Args:
+        model: ``demo``, ``ddpm-cifar10`` (random weights: for speed and size, never for quality), or a folder that
+            holds a full-precision diffusers UNet.
+        batches: batch sizes, one after the other.
+        rounds: turns of each contender.
+        iterations: timed steps in a turn, after one that is not timed.
+        threads: for every contender; None: all available cores.
+        rows: names from ``ROWS``; None: all. ``torch_eager_fp32`` is always measured, the others are compared with it.
+        seed: of the inputs.
+        json_path: where the result goes as JSON.
+        plot_path: where a bar chart goes, as PNG or what the ending says.
+        progress: show a bar.
+
+    Returns:
+        The JSON's content. ``rows`` holds one dict for each name and batch: ``ms`` (median over all timed steps),
+        ``ms_min``, ``ms_max``, ``runs`` (timed steps), ``ratio_vs_torch_eager_fp32`` (eager's time over this row's in
+        the same round, median over rounds: above 1 is faster), ``ratio_min``, ``ratio_max``, ``gmacs`` (the float
+        network's multiply-accumulates over ``ms``, in G/s), ``resident_weight_bytes``, ``peak_rss_bytes`` (building
+        included),
+        ``step_peak_rss_bytes`` (stepping only), ``base_rss_bytes`` (the process before it loads the network),
+        ``compile_s`` (from the float network to the first output, calibration included), ``sqnr_db_vs_fp32`` (over
+        batches from sampling trajectories; None: no difference), ``arithmetic``, ``backend``, ``idle_cpu_s`` (CPU time
+        burnt while others ran), ``operators_ms`` (of a profiled step, by operator; empty for OpenVINO); or ``skipped``
+        with the reason. ``roofline`` holds for each batch ``gmac`` and the
+        machine's measured ``peak_gmacs_fp32``, ``peak_gmacs_bf16``, ``peak_gmacs_int8`` (None: no such kernel), with
+        the ``ms`` that ``gmac`` would take at each.
+
+    Raises:
+        ValueError: an unknown model or row, a folder without a full-precision UNet, a count below 1.
+        OSError: there is no folder for the files.
+        RuntimeError: the reference itself cannot run.
+    """
+    names, sizes = check_rows(rows), check_counts("batches", batches)
+    check_counts("rounds", [rounds])
+    check_counts("iterations", [iterations])
+    threads = check_threads(threads)
+    target = None if json_path is None else check_writable(json_path)  # now, and not after half an hour
+    chart = None if plot_path is None else check_writable(plot_path)
+    float_model(model)  # what is wrong with it is said before any process starts
+    result: dict[str, Any] = {"benchmark": "compile", "model": model, "seed": seed, **describe(threads)}
+    result |= {"rounds": rounds, "iterations": iterations, "roofline": [], "rows": []}
+    with tqdm(total=len(sizes) * len(names) * (1 + rounds), desc="bench compile", disable=not progress) as bar:
+        for batch in sizes:
+            with tempfile.TemporaryDirectory(prefix="pqcad-bench-") as folder:
+                spec = {"model": model, "seed": seed, "threads": threads, "batch": batch, "folder": folder}
+                facts, measured = _measure(spec, names, rounds, iterations, bar)
+            result["parameters"] = facts.pop("parameters")
+            result["roofline"].append(facts)
+            result["rows"] += measured
+    result["loadavg_end"] = loadavg()
+    if target is not None:
+        target.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+    if chart is not None:
+        plot(result, chart)
+    return result
+
+
+def _measure(
+    spec: dict[str, Any], names: list[str], rounds: int, iterations: int, bar: tqdm
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """One batch size: build all, then go round; the roofline's facts and the rows."""
+    rows = {name: {"name": name, "batch": spec["batch"]} for name in names}
+    turns: dict[str, list[list[float]]] = {name: [] for name in names}
+    peaks: list[dict[str, float]] = []
+    with ExitStack() as stack:
+
+        def start(name: str) -> tuple[Worker, dict[str, Any]]:
+            worker = stack.enter_context(Worker(spec | {"name": name}))
+            facts = worker.receive()
+            time.sleep(PAUSE)
+            return worker, facts
+
+        def skip(name: str, why: str) -> None:
+            rows[name] = {"name": name, "batch": spec["batch"], "skipped": why}
+            if name == REFERENCE:
+                raise RuntimeError(f"{REFERENCE}, to which all others are compared, failed: {why}")
+
+        try:
+            machine, facts = start(MACHINE)
+        except Failed as error:
+            raise RuntimeError(f"the network's inputs could not be made: {error}") from error
+        workers: dict[str, Worker] = {}
+        for name in names:
+            bar.set_postfix_str(f"batch {spec['batch']}, building {name}")
+            missing = missing_packages(name)
+            try:
+                if missing:
+                    raise Failed(f"not installed: {', '.join(missing)} (pip install 'pqcad_ao[bench]')")
+                workers[name], found = start(name)
+                rows[name] |= found
+            except Failed as error:
+                skip(name, str(error))
+            bar.update()
+        for turn in range(rounds):
+            peaks.append(machine.ask({"run": 1})["peaks"])
+            time.sleep(PAUSE)
+            for name in names:
+                bar.set_postfix_str(f"batch {spec['batch']}, round {turn + 1}, {name}")
+                bar.update()
+                if "skipped" in rows[name]:
+                    continue
+                try:
+                    turns[name].append(workers[name].ask({"run": iterations})["ms"])
+                except Failed as error:
+                    skip(name, str(error))
+                time.sleep(PAUSE)
+        for name in names:
+            if "skipped" not in rows[name]:
+                try:
+                    rows[name] |= workers[name].ask({"stop": True})
+                except Failed as error:
+                    skip(name, str(error))
+    roofline = {"batch": spec["batch"], **facts}
+    for kind in ("fp32", "bf16", "int8"):
+        peak = max((measured[kind] for measured in peaks if kind in measured), default=None)
+        roofline[f"peak_gmacs_{kind}"] = peak
+        roofline[f"ms_at_peak_{kind}"] = None if peak is None else facts["gmac"] / peak * 1e3
+    for name, row in rows.items():
+        if "skipped" not in row:
+            row |= _statistics(turns[name], turns[REFERENCE], facts["gmac"])
+    return roofline, list(rows.values())
+
+
+def _statistics(turns: list[list[float]], reference: list[list[float]], gmac: float) -> dict[str, float]:
+    times = [value for turn in turns for value in turn]
+    ratios = [median(theirs) / median(ours) for ours, theirs in zip(turns, reference, strict=True)]
+    return {
+        "ms": median(times),
+        "ms_min": min(times),
+        "ms_max": max(times),
+        "runs": len(times),
+        "ratio_vs_torch_eager_fp32": median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "gmacs": gmac / median(times) * 1e3,
+    }

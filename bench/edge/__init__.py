@@ -1,0 +1,1 @@
+"""One sampling step as a .pte on ExecuTorch's stock runtime, this project's beside XNNPACK's own."""

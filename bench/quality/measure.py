@@ -1,0 +1,227 @@
+"""How good the pictures are, row by row: FID, KID, precision and recall of full precision and of every way to quantize.
+
+One sampler, one feature pipeline, the same noise for every row of a seed. Each row is learned and sampled once for a
+seed and kept under the work folder, so that a run that was cut short goes on and another one can add rows.
+"""
+
+import copy
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pqcad_ao.bench.quality.rows import DEFAULT_ROWS, ROWS
+from pqcad_ao.config import CADConfig, PQCADConfig
+from pqcad_ao.data import to_uint8
+from pqcad_ao.denoiser import placement, sample_shape
+from pqcad_ao.diffusion.process import settings_of
+from pqcad_ao.diffusion.sampling import sample
+from pqcad_ao.distill import check_distillation, distill_
+from pqcad_ao.evaluate.features import RealFeatures, embedded_features
+from pqcad_ao.evaluate.fid import image_quality
+from pqcad_ao.evaluate.sqnr import trajectory_sqnr
+from pqcad_ao.models import load_model, save_model
+from pqcad_ao.nn.state import quantized_state
+from pqcad_ao.plan import plan
+from pqcad_ao.quantize import quantize_
+from pqcad_ao.report import save_samples, write_json
+from pqcad_ao.utils.files import digest
+from pqcad_ao.utils.machine import check_device, cpu, describe, peak_rss_bytes, reset_peak_rss
+
+BATCH = 32  # more do not stay in the cache, and take longer for each image
+TRAJECTORIES = 16  # images whose trajectories carry the SQNR
+BOOTSTRAP = 200
+DRAWN = 16  # images of each row that are kept, for --grid
+METHOD = 2  # of learning and sampling; counted up where what an older one left in a work folder no longer compares
+
+
+def bench_quality(
+    model: str = "demo",
+    *,
+    rows: list[str] | None = None,
+    steps: int = 20,
+    n: int = 2000,
+    seeds: list[int] | None = None,
+    work: str | Path = "quality-work",
+    device: torch.device | str = "cpu",
+    threads: int | None = None,
+    features: tuple[nn.Module, RealFeatures] | None = None,
+    options: dict[str, Any] | None = None,
+    cad_options: dict[str, Any] | None = None,
+    compiled: bool = False,
+    grid: str | Path | None = None,
+    progress: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Measure rows for seeds.
+
+    Args:
+        model: as for :func:`~pqcad_ao.models.load_model`.
+        rows: names of ``ROWS``; ``DEFAULT_ROWS`` if None. steps: of the sampler. n: images behind each FID.
+        seeds: of learning and of the noise alike; [0] if None.
+        work: folder with what every row and seed leaves behind.
+        device: where networks learn and sample.
+        features: feature network and real statistics; the embedded ones if None.
+        options, cad_options: further options of every row's :class:`PQCADConfig` and :class:`CADConfig`.
+        compiled: sample through ``torch.compile``, quantized networks with ``backend="pqcad"``: for many images.
+        grid: a picture (PNG) to write, with the first images of every row, of the first seed.
+        say: receives a line for each result.
+
+    Returns:
+        ``rows``, one for each name and seed (name, title, fid, fid_ci, kid, precision, recall, n, steps, seed, sqnr_db,
+        the processor and threads that it was sampled on, and what making its network took), and this run's versions,
+        threads and processor.
+
+    Raises:
+        ValueError: a row that does not exist, sizes out of range, or steps or a scheduler that cannot be distilled.
+    """
+    rows, seeds = rows or DEFAULT_ROWS, [0] if seeds is None else seeds
+    unknown = [name for name in rows if name not in ROWS]
+    if unknown:
+        raise ValueError(f"rows {', '.join(unknown)}: allowed are {', '.join(ROWS)}")
+    if n < 2 or steps < 1 or not seeds:
+        raise ValueError(f"n={n}, steps={steps}, seeds={seeds}: allowed are n >= 2, steps >= 1 and at least one seed")
+    parts = max(ROWS[name].part for name in rows)
+    if steps % parts:
+        raise ValueError(f"steps={steps}: these rows take 1/{parts} of them, give a multiple of {parts}")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    network, real = features or embedded_features()
+    place = check_device(device)
+    teacher, scheduler = load_model(model)
+    bench = _Bench(teacher.to(place), scheduler, steps, Path(work), options or {}, cad_options or {}, progress)
+    measure = digest(network.state_dict(), real.mean, real.cov)[:8]
+    for name in rows:
+        if (cad := bench.settings(name, seeds[0])[1]) is not None:  # before hours of work on other rows
+            check_distillation(teacher, scheduler, cad)
+    found, panels = [], {}
+    for seed in seeds:
+        for name in rows:
+            row = ROWS[name]
+            kind = f"steps{steps // row.part}-n{n}{'-compiled' if compiled else ''}-{measure}"
+            file = bench.home(name, seed) / f"{kind}.json"
+            drawn = file.with_suffix(".safetensors")  # written first
+            if file.is_file():
+                result = json.loads(file.read_text())
+            else:
+                unet, sampler, made = bench.network(name, seed)
+                images, sqnr = images_of(teacher, unet, sampler, steps // row.part, n, seed, compiled, progress)
+                quality = image_quality(images, network, real, seed=seed, bootstrap=BOOTSTRAP)
+                result = {
+                    "name": name,
+                    "title": row.title,
+                    **quality,
+                    "steps": steps // row.part,
+                    "seed": seed,
+                    "sampled": "compiled" if compiled else "eager",
+                    "cpu": cpu()["name"],
+                    "threads": torch.get_num_threads(),
+                    "sqnr_db": sqnr if row.part == 1 else None,  # a distilled step is another function by design
+                    **made,
+                }
+                save_file({"images": to_uint8(images[:DRAWN])}, drawn)
+                write_json(file, result)
+            if seed == seeds[0]:
+                panels[f"{row.title}: {steps // row.part} steps, FID {result['fid']:.2f}"] = load_file(drawn)["images"]
+            found.append(result)
+            say(f"{name} seed {seed}: FID {result['fid']:.3f}, {result['n']} images, {result['steps']} steps")
+    if grid is not None:
+        save_samples(panels, grid, columns=4, side=2.4, across=5)
+    return {"rows": found, "model": model, **describe(torch.get_num_threads())}
+
+
+@dataclass
+class _Bench:
+    """The rows' networks, as they were left in their folders or made now."""
+
+    teacher: nn.Module
+    scheduler: Any
+    steps: int
+    work: Path
+    options: dict[str, Any]
+    cad_options: dict[str, Any]
+    progress: bool
+
+    def settings(self, name: str, seed: int) -> tuple[PQCADConfig | None, CADConfig | None]:
+        row = ROWS[name]
+        # the steps that it will take, or takes since it was distilled
+        walked = {"calibration_steps": self.steps // (ROWS[row.base].part if row.base else 1)}
+        cad = None if row.cad is None else CADConfig(seed=seed, **{"steps": self.steps, **row.cad, **self.cad_options})
+        return row.config(seed, {**walked, **self.options}), cad
+
+    def home(self, name: str, seed: int) -> Path:
+        """The folder of a row and seed, named by all that its network depends on."""
+        base, settings = ROWS[name].base, self.settings(name, seed)
+        key = digest(METHOD, settings[0], settings_of(self.scheduler), self.teacher.state_dict())
+        if base is not None:
+            key = digest(settings, self.home(base, seed).name)
+        return self.work / f"{name}-{key[:8]}-seed{seed}"
+
+    def network(self, name: str, seed: int) -> tuple[nn.Module, Any, dict[str, Any]]:
+        """A row's network on the teacher's device, its sampler, and what making it took."""
+        row, home, (config, cad) = ROWS[name], self.home(name, seed), self.settings(name, seed)
+        home.mkdir(parents=True, exist_ok=True)
+        unet, sampler = self.teacher, self.scheduler
+        facts: dict[str, Any] = {}
+        if row.base is not None:
+            unet, sampler, facts = self.network(row.base, seed)
+        if config is None and cad is None:
+            return unet, sampler, facts
+        device, made = placement(self.teacher)[0], home / "made.json"
+        if made.is_file():
+            unet, sampler = load_model(home / "model")
+            return unet.to(device), sampler, json.loads(made.read_text())
+        resumed, before = (home / "learning").exists(), facts.get("seconds", 0.0)
+        reset_peak_rss()
+        unet, begin = copy.deepcopy(unet), time.perf_counter()
+        keeps: dict[str, Any] = {"folder": home / "learning", "progress": self.progress}
+        if config is not None:
+            quantize_(unet, config, scheduler=sampler, **keeps)
+        if cad is not None:
+            sampler = distill_(unet, self.teacher, sampler, cad, **keeps)
+        state = quantized_state(unet)
+        updates = (config.iterations if config is not None and config.learns else 0) + (
+            cad.iterations * cad.halvings if cad is not None else 0
+        )
+        facts = {
+            # with those of the network it started from; unknown where this process made the last part alone
+            "seconds": None if resumed or before is None else before + time.perf_counter() - begin,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "average_bits": plan(unet).average_bits if state else 32.0,
+            "iterations": updates,
+            "transitions": state.transitions if state else [],
+        }
+        save_model(unet, sampler, home / "model")
+        write_json(made, facts)
+        return unet, sampler, facts
+
+
+def images_of(
+    teacher: nn.Module, unet: nn.Module, scheduler, steps: int, n: int, seed: int, compiled: bool, progress: bool
+) -> tuple[Tensor, float | None]:
+    """``n`` images of a row's network, and its SQNR against the teacher on trajectories; None for the teacher."""
+    shape = sample_shape(teacher)
+    device, _ = placement(teacher)
+    noise = torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    runs: Any = unet
+    if compiled:
+        torch.compiler.reset()  # networks of one class share their code, and so its limit of recompilations
+        runs = torch.compile(unet, backend="pqcad" if quantized_state(unet) else "inductor", dynamic=False)
+    images = sample(runs, scheduler, noise, steps, batch_size=BATCH, progress=progress).cpu()
+    if unet is teacher:
+        return images, None
+    visited: list[tuple[Tensor, Tensor]] = []
+    sample(
+        teacher,
+        scheduler,
+        noise[:TRAJECTORIES],
+        steps,
+        callback=lambda first, step, t, x_t: visited.append((x_t.clone(), t.to(device))),
+    )
+    return images, float(trajectory_sqnr(teacher, unet, visited)["sqnr_db"])  # type: ignore[arg-type]

@@ -1,0 +1,89 @@
+"""The rows of ``pqcad bench quality``: every way to quantize and to distill, and sets of them."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from pqcad_ao.config import PQCADConfig
+
+
+@dataclass(frozen=True)
+class Row:
+    """How a row's network is made.
+
+    Attributes:
+        options: of :class:`PQCADConfig`; None: nothing is quantized in this row. preset: of its presets, the one meant.
+        cad: options of :class:`CADConfig`, the distillation that follows; None: none.
+        base: the row whose network this one starts from, with that one's sampler; None: the teacher.
+        part: the row is sampled in this part of the steps: 1, 2 (half) or 4.
+    """
+
+    title: str
+    options: dict[str, Any] | None = field(default_factory=dict)
+    preset: str | None = None
+    cad: dict[str, Any] | None = None
+    base: str | None = None
+    part: int = 1
+
+    def config(self, seed: int, extra: dict[str, Any] | None = None) -> PQCADConfig | None:
+        if self.options is None:
+            return None
+        make = getattr(PQCADConfig, self.preset) if self.preset else PQCADConfig
+        return make(seed=seed, **{**self.options, **(extra or {})})
+
+
+def _distilled(title: str, base: str = "pq_full", part: int = 2, **cad: Any) -> Row:
+    return Row(title, None, cad=cad, base=base, part=part)
+
+
+ROWS = {
+    "fp_full": Row("full precision", None),
+    "ptq_full": Row("fixed W4A4, nothing learned", {"mode": "ptq"}),
+    "fixed_full": Row("fixed W4A4, learned", {"mode": "fixed"}),
+    "pq_full": Row("progressive W4A4"),
+    "pq_fast": Row("progressive W4A4, fast preset", preset="fast"),
+    "pq_paper": Row("progressive W4A4, paper preset", preset="paper"),
+    "pq_schedule": Row("progressive W4A4, fixed schedule", {"transitions": "schedule"}),
+    "pq_normal": Row("progressive W4A4, normal C_QC", {"calibration_timesteps": "normal"}),
+    "pq_w4a6": Row("progressive W4A6", {"activation_bits": 6}),
+    "pq_w4a8": Row("progressive W4A8", {"activation_bits": 8}),
+    "pq_w3a8": Row("progressive W3A8", {"weight_bits": 3, "activation_bits": 8}),
+    "pq_w3a4": Row("progressive W3A4", {"weight_bits": 3}),
+    "fp_half": Row("full precision, half the steps", None, part=2),
+    "pq_half": Row("progressive W4A4, half the steps", None, base="pq_full", part=2),
+    "pqcad_half": _distilled("W4A4, distilled to half the steps"),
+    "pqcad_quarter": _distilled("W4A4, distilled to a quarter of the steps", part=4, halvings=2),
+    "pqcad_half_w4a6": _distilled("W4A6, distilled to half the steps", base="pq_w4a6"),
+}
+# What each part of distillation adds. All take the same number of updates.
+ABLATIONS = {
+    "cad_teacher": _distilled("W4A4 distilled: quantized teacher alone", teacher_weight=1.0, reference_weight=0.0),
+    "cad_both": _distilled("W4A4 distilled: quantized teacher and reference", teacher_weight=0.5, reference_weight=0.5),
+    "cad_inject": _distilled("W4A4 distilled: noise injected", noise_injection=0.05),
+    "cad_own": _distilled("W4A4 distilled: a quarter from its own trajectories", own_share=0.25),
+    "cad_x": _distilled("W4A4 distilled: x-space, truncated SNR", space="x"),
+    "cad_from_fixed": _distilled("W4A4 distilled, from fixed-bit learning", base="fixed_full"),
+    "cad_from_ptq": _distilled("W4A4 distilled, nothing learned before", base="ptq_full"),
+    "cad_joint": _distilled("W4A4 quantized and distilled at once, twice the updates", base="ptq_full", iterations=800),
+    "pd_half": _distilled("full precision, distilled to half the steps", base="fp_full"),
+    "pd_then_q": Row("distilled, then progressive W4A4", base="pd_half", part=2),
+}
+ROWS |= ABLATIONS
+DEFAULT_ROWS = ["fp_full", "ptq_full", "pq_full"]
+SETS = {
+    "all": [*ROWS],
+    "progressive": [
+        "fp_full",
+        "ptq_full",
+        "fixed_full",
+        "pq_full",
+        "pq_schedule",
+        "pq_normal",
+        "pq_fast",
+        "pq_w4a8",
+        "pq_w4a6",
+        "pq_w3a8",
+        "pq_w3a4",
+    ],
+    "halving": ["fp_full", *(name for name, row in ROWS.items() if row.part > 1 and name not in ABLATIONS)],
+    "ablations": ["fp_full", "pqcad_half", *ABLATIONS],
+}

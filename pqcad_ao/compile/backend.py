@@ -1,0 +1,76 @@
+"""``torch.compile(unet, backend="pqcad")``: the passes that fuse, then Inductor."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.nn import functional
+
+from pqcad_ao.ops import reference
+from pqcad_ao.ops.dispatch import gpu_kernels, has_gpu_kernels
+from pqcad_ao.passes.fuse_addends import fuse_addends
+from pqcad_ao.passes.fuse_quantize import fuse_quantize
+from pqcad_ao.passes.identities import drop_identities
+from pqcad_ao.passes.inline import traced
+from pqcad_ao.passes.to_triton import to_triton
+
+PRODUCTS = {torch.conv2d, functional.conv2d, functional.linear, torch._C._nn.linear}
+
+
+def pqcad(graph: GraphModule, example_inputs: list[Any], *, options: dict[str, Any] | None = None) -> Callable:
+    """The backend: fuses what stands around the quantized layers, and hands the graph to Inductor.
+
+    Installed under the entry point group ``torch_dynamo_backends``, so that its name alone is enough. Parts that are
+    not quantized pass through to Inductor as they are.
+
+    Args:
+        options: Inductor's configuration for this call alone, as ``torch.compile(..., options=...)`` takes it.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    quantizers, decompositions = fuse(graph), None
+    if quantizers and any(has_gpu_kernels(device) for device in devices(graph)):
+        decompositions = for_gpu(graph)
+    if not quantizers:
+        products = sum(node.target in PRODUCTS for node in graph.graph.nodes)
+        if products:
+            warnings.warn(
+                f"backend 'pqcad' found no layer quantized by pqcad_ao among {products} convolutions and linears: "
+                "Inductor compiles them as they are. Call pqcad_ao.quantize_(unet, PQCADConfig()) first",
+                stacklevel=2,
+            )
+    return compile_fx(graph, example_inputs, config_patches=options, decompositions=decompositions)
+
+
+def fuse(graph: GraphModule) -> int:
+    """Run the passes over a graph of torch.compile or torch.export, in place; returns how many quantizers there are."""
+    drop_identities(graph)
+    quantizers = fuse_quantize(graph)
+    if quantizers:
+        fuse_addends(graph)
+    return quantizers
+
+
+def devices(graph: GraphModule) -> set[torch.device]:
+    """Where a graph's tensors were while it was traced."""
+    values = (traced(node) for node in graph.graph.nodes)
+    return {value.device for value in values if isinstance(value, Tensor)}
+
+
+def for_gpu(graph: GraphModule) -> dict[Any, Callable]:
+    """Turn a fused graph's layers into Triton kernels, in place; returns Inductor's table of decompositions for it.
+
+    The quantizers become plain PyTorch there, which Inductor fuses with the norms in front of them.
+    """
+    from torch._inductor.decomposition import select_decomp_table
+
+    gpu = gpu_kernels()
+    to_triton(graph, None if gpu is None else gpu.faster_form)
+    plain = {
+        torch.ops.pqcad.quantize.default: reference.quantize,
+        torch.ops.pqcad.norm_silu_quantize.default: reference.norm_silu_quantize,
+    }
+    return {**select_decomp_table(), **plain}

@@ -1,0 +1,236 @@
+"""AOTInductor packages: a quantized network for a process without Python."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_map
+
+from pqcad_ao.compile.backend import fuse
+from pqcad_ao.denoiser import (
+    Denoiser,
+    check_conditioning,
+    conditioning_rows,
+    evaluation_mode,
+    placement,
+    predict,
+    take_rows,
+)
+from pqcad_ao.denoiser import sample_shape as find_sample_shape
+from pqcad_ao.diffusion.process import matching_ddim
+from pqcad_ao.diffusion.sampling import sample
+from pqcad_ao.diffusion.schedule import steps_to_bind
+from pqcad_ao.evaluate.sqnr import sqnr_db
+from pqcad_ao.graph.capture import MAX_BATCH, capture
+from pqcad_ao.nn.state import quantized_state
+from pqcad_ao.ops.cpu import loader
+from pqcad_ao.passes.fold_timesteps import fold_timesteps
+from pqcad_ao.passes.identities import drop_identities
+from pqcad_ao.utils.files import check_writable, write_whole
+
+
+def export_pt2(
+    unet: nn.Module,
+    path: str | Path,
+    *,
+    scheduler=None,
+    num_inference_steps: int | None = None,
+    batch_size: int | None = None,
+    conditioning: dict[str, Any] | None = None,
+    sample_shape: tuple[int, int, int] | None = None,
+    min_sqnr_db: float = 25.0,
+    seed: int = 0,
+) -> Path:
+    """Compile a quantized network ahead of time into an AOTInductor package.
+
+    By default it takes batches of 1 to 63 at any timesteps. With ``num_inference_steps`` it is bound to that schedule
+    and to ``batch_size``: what depends on the timestep alone becomes a table with a row for each step.
+
+    The package holds machine code for this machine's processor and the packed weights. What it calls at each step is
+    compiled code and the ``pqcad::`` kernels; :func:`load_pt2` registers these, and no Python of this package runs
+    between two steps. A process without Python needs the kernels' library (``pqcad_ao/ops/cpu/cpu.cpp`` and the
+    operators' schemas) registered with the dispatcher before it loads the package.
+
+    Args:
+        unet: a network on the CPU that ``quantize_`` has quantized.
+        path: of the .pt2; written whole or not at all.
+        scheduler: of the DDPM/DDIM family; travels along, so that the loaded package can sample.
+        num_inference_steps: steps of the schedule to bind it to. batch_size: of every call then; 1 if None.
+        conditioning: keyword arguments of ``unet.forward`` with a row for each sample; they become inputs.
+        sample_shape: (C, H, W), for networks whose config does not say it.
+        min_sqnr_db: what the package must reach against the network, on the median image of a few noisy inputs.
+        seed: of those.
+
+    Raises:
+        ValueError: the network is not quantized by pqcad_ao, or not on the CPU; conditioning is missing; the scheduler
+            is foreign, of another number of training timesteps, or walks other timesteps than the network was
+            distilled for.
+        OSError: ``path`` cannot be written. RuntimeError: torch.export cannot capture the network, or the package
+            departs from it; then nothing is written.
+    """
+    state = quantized_state(unet)
+    if state is None:
+        raise ValueError(f"this {type(unet).__name__} is not quantized by pqcad_ao: call quantize_ first")
+    device, dtype = placement(unet)
+    if device.type != "cpu":
+        raise ValueError(f"the network is on {device}: export_pt2 compiles for the CPU, write unet.to('cpu')")
+    trained = state.timestep.num_train_timesteps
+    if scheduler is not None:
+        scheduler = matching_ddim(scheduler, trained)
+    if num_inference_steps is not None:
+        if scheduler is None:
+            raise ValueError("num_inference_steps binds the package to a schedule: pass the scheduler as well")
+        steps_to_bind(scheduler, num_inference_steps, state.timestep.schedule)
+        scheduler.set_timesteps(num_inference_steps)
+    elif batch_size is not None:
+        raise ValueError(
+            f"batch_size={batch_size} without num_inference_steps: a package of any schedule takes any batch"
+        )
+    if batch_size is not None and not 1 <= batch_size <= MAX_BATCH:
+        raise ValueError(f"batch_size={batch_size}: allowed are 1 to {MAX_BATCH}")
+    path = check_writable(path)
+    conditioning = check_conditioning(unet, conditioning)
+    shape = find_sample_shape(unet, sample_shape)
+    generator = torch.Generator().manual_seed(seed)
+    count = 4 if num_inference_steps is None else batch_size or 1
+    x_t = torch.randn(count, *shape, generator=generator).to(dtype)
+    rows = take_rows(conditioning, torch.arange(count) % conditioning_rows(conditioning))
+    facts = {
+        "sample_shape": list(shape),
+        "dtype": str(dtype).removeprefix("torch."),
+        "scheduler_config": None if scheduler is None else scheduler.to_json_string(),
+        "timesteps": None if num_inference_steps is None else scheduler.timesteps.tolist(),
+        "batch_size": None if num_inference_steps is None else count,
+    }
+    with torch.no_grad(), evaluation_mode(unet), tempfile.TemporaryDirectory() as folder:
+        if num_inference_steps is None:
+            program = _any_schedule(unet, x_t, rows)
+            checked = torch.tensor([0, trained // 3, 2 * trained // 3, trained - 1])[:, None]
+        else:
+            program = _one_schedule(unet, x_t, rows, scheduler.timesteps)
+            # upwards: a distilled network warns of a walk that leaves out timesteps
+            checked = scheduler.timesteps[:: max(1, num_inference_steps // 4)].flip(0)[:, None]
+        built = torch._inductor.aoti_compile_and_package(
+            program,
+            package_path=str(Path(folder) / "unet.pt2"),
+            inductor_configs={"aot_inductor.metadata": {"pqcad": json.dumps(facts)}},
+        )
+        package, reached = load_pt2(built), []
+        for timestep in checked:
+            expected, found = predict(unet, x_t, timestep.repeat(count), rows), package(x_t, timestep, **rows)
+            reached += [sqnr_db(a, b) for a, b in zip(expected.float(), found.float(), strict=True)]
+        median = sorted(reached)[len(reached) // 2]
+        if not median >= min_sqnr_db:
+            raise RuntimeError(
+                f"the package departs from the network: {median:.1f} dB SQNR on the median image, {min_sqnr_db} dB "
+                "are asked for. Nothing was written"
+            )
+        write_whole(path, Path(built).read_bytes())
+    return path
+
+
+def _any_schedule(unet: nn.Module, x_t: Tensor, rows: dict[str, Any]) -> torch.export.ExportedProgram:
+    """The fused network as ``f(x_t, timesteps, conditioning)`` with a dynamic batch."""
+    graph = capture(unet, tuple(x_t.shape[1:]), rows).graph
+    fuse(graph)
+    inputs = (x_t, torch.arange(len(x_t)), rows)
+    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
+    dynamic = tree_map(lambda value: {0: batch} if isinstance(value, Tensor) else None, inputs)
+    return torch.export.export(graph, inputs, dynamic_shapes=dynamic)
+
+
+def _one_schedule(
+    unet: nn.Module, x_t: Tensor, rows: dict[str, Any], timesteps: Tensor
+) -> torch.export.ExportedProgram:
+    """The fused network as ``f(x_t, step, conditioning)`` for one batch size; step is a (1,) index of ``timesteps``."""
+    inputs = (x_t, torch.zeros(len(x_t), dtype=torch.int64), rows)
+    graph = torch.export.export(Denoiser(unet), inputs).module(check_guards=False)
+    drop_identities(graph)
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    fold_timesteps(graph, placeholders[1], timesteps)
+    fuse(graph)
+    graph = GraphModule(graph, graph.graph)  # with the parameters that are still read, and no others
+    return torch.export.export(graph, (x_t, torch.zeros(1, dtype=torch.int64), rows))
+
+
+class PT2UNet:
+    """A package that :func:`export_pt2` wrote, called as ``f(x_t, timestep, **conditioning) -> prediction``.
+
+    Attributes:
+        sample_shape: (C, H, W). dtype: of x_t. scheduler: the DDIM sampler that was exported along, or None.
+        timesteps: the schedule that the package is bound to, or None. batch_size: of every call, or None: 1 to 63.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        loader.load()
+        try:
+            self._package = torch._inductor.aoti_load_package(str(path))
+            facts = json.loads(self._package.get_metadata()["pqcad"])
+        except (RuntimeError, KeyError) as error:
+            raise ValueError(f"{path} is no package that pqcad_ao.export_pt2 wrote, or is damaged: {error}") from error
+        self.sample_shape, self.dtype = tuple(facts["sample_shape"]), getattr(torch, facts["dtype"])
+        self.timesteps, self.batch_size, config = facts["timesteps"], facts["batch_size"], facts["scheduler_config"]
+        self.scheduler = None if config is None else DDIMScheduler.from_config(json.loads(config))
+
+    def __call__(self, x_t: Tensor, timestep: Tensor | int, **conditioning: Any) -> Tensor:
+        """The network's raw prediction, (B, C, H, W).
+
+        Args:
+            x_t: (B, C, H, W). timestep: one for all, or (B,).
+        """
+        sizes = range(1, MAX_BATCH + 1) if self.batch_size is None else [self.batch_size]
+        if x_t.dim() != 4 or tuple(x_t.shape[1:]) != self.sample_shape or len(x_t) not in sizes:
+            batch = f"1 to {MAX_BATCH}" if self.batch_size is None else self.batch_size
+            expected = f"({batch}, {', '.join(map(str, self.sample_shape))})"
+            raise ValueError(f"x_t has shape {tuple(x_t.shape)}: this package takes {expected}")
+        timesteps = torch.as_tensor(timestep, dtype=torch.int64).reshape(-1)
+        if self.timesteps is None:
+            timesteps = timesteps.expand(len(x_t)).contiguous()
+        else:
+            asked = set(timesteps.tolist())
+            if len(asked) != 1 or not asked <= set(self.timesteps):
+                raise ValueError(
+                    f"timestep {sorted(asked)}: this package is bound to one of {self.timesteps} at a time"
+                )
+            timesteps = torch.tensor([self.timesteps.index(asked.pop())])
+        with torch.no_grad():
+            return self._package(x_t.to(self.dtype).contiguous(), timesteps, conditioning)
+
+    def sample(self, noise: Tensor, num_inference_steps: int | None = None, **options: Any) -> Tensor:
+        """Images from ``noise`` (N, C, H, W) as :func:`~pqcad_ao.diffusion.sampling.sample` draws them.
+
+        Args:
+            num_inference_steps: None: as many as the schedule has that the package is bound to.
+
+        Raises:
+            ValueError: the package has no scheduler, or another number of steps or images a call than is asked for.
+        """
+        if self.scheduler is None:
+            raise ValueError("this package was exported without a scheduler: write export_pt2(..., scheduler=...)")
+        bound = None if self.timesteps is None else len(self.timesteps)
+        steps = bound if num_inference_steps is None else num_inference_steps
+        if steps is None or (bound is not None and steps != bound):
+            raise ValueError(
+                f"num_inference_steps={num_inference_steps}: this package samples in {bound or 'any number'}"
+            )
+        if self.batch_size is not None and len(noise) % self.batch_size:
+            raise ValueError(f"{len(noise)} images: this package takes {self.batch_size} a call, give a multiple of it")
+        options.setdefault("batch_size", self.batch_size or MAX_BATCH)
+        return sample(self, self.scheduler, noise, steps, **options)  # type: ignore[arg-type]
+
+
+def load_pt2(path: str | Path) -> PT2UNet:
+    """Load a package that :func:`export_pt2` wrote, and the kernels that it calls.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: it is no package of this project, or damaged.
+    """
+    return PT2UNet(path)

@@ -1,0 +1,131 @@
+"""How a network is called: its signature, sample shape, conditioning, device and type."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+def take_rows(conditioning: dict[str, Any], rows: Any) -> dict[str, Any]:
+    """The chosen rows of every tensor in a (nested) conditioning dictionary."""
+    return tree_map(lambda value: value[rows] if isinstance(value, Tensor) else value, conditioning)
+
+
+def in_type(values: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """Every floating-point tensor of a nested value in ``dtype``."""
+    return tree_map(lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v, values)
+
+
+def predict(
+    unet: torch.nn.Module, x_t: Tensor, timestep: Tensor | int, conditioning: dict[str, Any] | None = None
+) -> Tensor:
+    """The network's raw prediction as a tensor, whatever wrapping its output has.
+
+    Args:
+        x_t: (B, C, H, W). timestep: int, 0-d or (B,). conditioning: further keyword arguments of ``unet.forward``.
+    """
+    output = unet(x_t, timestep, **(conditioning or {}))
+    if isinstance(output, Tensor):
+        return output
+    return output[0] if isinstance(output, tuple) else output.sample
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Put every module of ``model`` into evaluation mode, and each back to what it was on leaving."""
+    flags = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags.items():
+            module.training = training
+
+
+class Denoiser(nn.Module):
+    """``f(x_t, timesteps, conditioning) -> prediction`` around a network that may wrap its output."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x_t: Tensor, timesteps: Tensor, conditioning: dict[str, Any]) -> Tensor:
+        return predict(self.unet, x_t, timesteps, conditioning)
+
+
+def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where a network's inputs belong: device and type of its first floating-point parameter."""
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    return parameter.device, parameter.dtype
+
+
+def in_own_type(network: nn.Module, x_t: Tensor, timesteps: Tensor, conditioning: dict[str, Any]) -> Tensor:
+    """A network's prediction for float32 inputs, computed in its own type and given back in float32."""
+    _, dtype = placement(network)
+    return predict(network, x_t.to(dtype), timesteps, in_type(conditioning, dtype)).float()
+
+
+def sample_shape(model: nn.Module, given: tuple[int, ...] | None = None) -> tuple[int, int, int]:
+    """(C, H, W) of the images a network denoises: as given, or from a diffusers config.
+
+    Raises:
+        ValueError: neither is there.
+    """
+    if given is not None:
+        if len(given) != 3:
+            raise ValueError(f"sample_shape={tuple(given)}: write (channels, height, width)")
+        return tuple(given)
+    config = getattr(model, "config", None)
+    channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
+    if channels is None or size is None:
+        raise ValueError(
+            f"{type(model).__name__} does not say what it denoises (no config with in_channels and sample_size): "
+            "pass sample_shape=(channels, height, width)"
+        )
+    height, width = (size, size) if isinstance(size, int) else size
+    return channels, height, width
+
+
+def check_conditioning(model: nn.Module, conditioning: dict[str, Any] | None) -> dict[str, Any]:
+    """The conditioning on the network's device; what a network needs and did not get is an error that names it.
+
+    Args:
+        conditioning: keyword arguments of ``model.forward``, tensors with rows to draw from.
+
+    Raises:
+        ValueError: missing, empty, or of unequal lengths. TypeError: not a dictionary.
+    """
+    if not isinstance(conditioning, (dict, type(None))):
+        raise TypeError(
+            f"conditioning is a {type(conditioning).__name__}: write {{'name of forward's argument': tensor}}"
+        )
+    conditioning = conditioning or {}
+    config = getattr(model, "config", None)
+    needed = []
+    if getattr(config, "cross_attention_dim", None) is not None and type(model).__name__ == "UNet2DConditionModel":
+        needed.append("encoder_hidden_states")
+    if getattr(config, "class_embed_type", None) is not None or getattr(config, "num_class_embeds", None) is not None:
+        needed.append("class_labels")
+    if getattr(config, "addition_embed_type", None) is not None:
+        needed.append("added_cond_kwargs")
+    for name in needed:
+        if conditioning.get(name) is None:
+            raise ValueError(
+                f"{type(model).__name__} is conditional and conditioning has no {name!r}: pass "
+                f"conditioning={{{name!r}: tensor with rows to draw from}}"
+            )
+    lengths = {leaf.shape[0] if leaf.dim() else 0 for leaf in tree_leaves(conditioning) if isinstance(leaf, Tensor)}
+    if len(lengths) > 1 or 0 in lengths:
+        raise ValueError(
+            f"conditioning holds tensors of {sorted(lengths)} rows; give each the same number, at least one"
+        )
+    device, _ = placement(model)
+    return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, conditioning)
+
+
+def conditioning_rows(conditioning: dict[str, Any]) -> int:
+    """How many samples a (nested) conditioning describes; 1 where it holds no tensor."""
+    return next((leaf.shape[0] for leaf in tree_leaves(conditioning) if isinstance(leaf, Tensor)), 1)

@@ -1,0 +1,205 @@
+"""C_QC: noisy images x_t from the full-precision sampler's own trajectories, at timesteps drawn by a law."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch import distributed as dist
+from tqdm.auto import tqdm
+
+from pqcad_ao.config import PQCADConfig
+from pqcad_ao.denoiser import conditioning_rows, evaluation_mode, placement, take_rows
+from pqcad_ao.diffusion.process import as_ddim, check_signal, settings_of
+from pqcad_ao.diffusion.sampling import overflow, sample
+from pqcad_ao.utils.files import digest
+
+SAVE_EVERY_S = 30.0
+
+
+@dataclass
+class CalibrationSet:
+    """Inputs of the network along its own sampling trajectories.
+
+    Attributes:
+        x_t: (N, C, H, W). timesteps: (N,) int64. conditioning: keyword arguments with N rows each.
+    """
+
+    x_t: Tensor
+    timesteps: Tensor
+    conditioning: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def __getitem__(self, rows: Any) -> "CalibrationSet":
+        return CalibrationSet(self.x_t[rows], self.timesteps[rows], take_rows(self.conditioning, rows))
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
+        for first in range(0, len(self), size):
+            rows = slice(first, first + size)
+            yield self.x_t[rows], self.timesteps[rows], take_rows(self.conditioning, rows)
+
+
+def draw_timesteps(
+    count: int, num_train_timesteps: int, law: str, *, mean: float, std: float, generator: torch.Generator
+) -> Tensor:
+    """``count`` timesteps in [0, T): uniform, or N(mean·T, (std·T)²) truncated to the interval by redrawing.
+
+    The normal law is PTQ4DM's (Shang et al. 2023, §4.3). Returns (count,) int64.
+    """
+    if law == "uniform":
+        return torch.randint(num_train_timesteps, (count,), generator=generator)
+    drawn = torch.empty(0, dtype=torch.int64)
+    while len(drawn) < count:
+        t = torch.randn(4 * count, generator=generator) * std * num_train_timesteps + mean * num_train_timesteps
+        t = t.floor().to(torch.int64)
+        drawn = torch.cat([drawn, t[(t >= 0) & (t < num_train_timesteps)]])
+    return drawn[:count]
+
+
+def calibration_set(
+    model: nn.Module,
+    scheduler,
+    shape: tuple[int, int, int],
+    config: PQCADConfig,
+    conditioning: dict[str, Any] | None = None,
+    *,
+    folder: str | Path | None = None,
+    share: tuple[int, int] = (0, 1),
+    callback: Callable[[str, int, int], None] | None = None,
+    progress: bool = False,
+) -> CalibrationSet:
+    """Walk the full-precision sampler and keep some of its inputs: ``config.learning_points`` or, without learning,
+    ``config.calibration_points``.
+
+    A point is a timestep drawn by the law, moved to the nearest one that the sampler visits, and the x_t that one of
+    the trajectories has there; as many trajectories are walked as give each point an x_t of its own.
+
+    Args:
+        shape: (C, H, W). conditioning: rows are used in turn, one for each trajectory.
+        folder: keeps the points in a file named by all that they depend on. What is found there is not walked again; a
+            walk that was cut short goes on with its next batch of trajectories.
+        share: (rank, world) of this process where several walk a part each, in the same batches as one alone, and call
+            this alike; all of them get all points.
+        callback: called as ``callback("trajectories", done, total)``; with a share, those done include the others'.
+
+    Raises:
+        FloatingPointError: a trajectory leaves the finite numbers. ValueError: as :func:`check_signal`.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    scheduler = as_ddim(scheduler)
+    scheduler.set_timesteps(config.calibration_steps)
+    visited = scheduler.timesteps
+    check_signal(scheduler, visited)
+    count = config.learning_points if config.learns else config.calibration_points
+    drawn = draw_timesteps(
+        count,
+        scheduler.config.num_train_timesteps,
+        config.calibration_timesteps,
+        mean=config.calibration_mean,
+        std=config.calibration_std,
+        generator=generator,
+    )
+    step_of_point = (drawn[:, None] - visited[None]).abs().argmin(1)
+    trajectories = int(torch.bincount(step_of_point).max())
+    device, dtype = placement(model)
+    noise = torch.randn(trajectories, *shape, generator=generator).to(device, dtype)
+    conditioning = conditioning or {}
+    chosen = take_rows(conditioning, torch.arange(trajectories) % conditioning_rows(conditioning))
+    # the k-th point at a step takes the k-th trajectory
+    rank = torch.zeros(len(drawn), dtype=torch.int64)
+    for step in step_of_point.unique():
+        here = step_of_point == step
+        rank[here] = torch.randperm(trajectories, generator=generator)[: int(here.sum())]
+    points = CalibrationSet(
+        torch.zeros(len(drawn), *shape, dtype=dtype, device=device),
+        visited[step_of_point].to(device),
+        take_rows(chosen, rank),
+    )
+    size, (own, world) = config.calibration_batch_size, share
+    starts = [*range(0, trajectories, size)][own::world]  # of this process's batches
+    whole = part = None
+    if folder is not None:
+        law = (config.calibration_timesteps, config.calibration_mean, config.calibration_std)
+        key = digest(
+            model.state_dict(), settings_of(scheduler), law, config.calibration_steps, noise, rank, visited, chosen
+        )
+        whole = Path(folder) / f"c_qc-{key}.safetensors"
+        found = _read(whole, points)
+        if found == trajectories:
+            return points
+        if world == 1:
+            part, starts = whole, [*range(found, trajectories, size)]
+        else:
+            part = whole.with_suffix(f".{size}-{world}-{own}.safetensors")
+            points.x_t.zero_()
+            found = _read(part, points)
+            starts = [start for start in starts if start >= found]
+    remaining = sum(min(size, trajectories - begin) for begin in starts)
+    bar = tqdm(total=remaining, desc="trajectories", disable=not progress, leave=False)
+    saved = time.monotonic()
+    with evaluation_mode(model), bar:
+        for begin in starts:
+            rows = slice(begin, begin + size)
+
+            def keep(first: int, step: int, timestep: Tensor, state: Tensor, begin: int = begin) -> None:
+                here = (step_of_point == step) & (rank >= begin) & (rank < begin + len(state))
+                points.x_t[here.to(device)] = state[(rank[here] - begin).to(device)]
+
+            final = sample(
+                model,
+                scheduler,
+                noise[rows],
+                config.calibration_steps,
+                conditioning=take_rows(chosen, rows),
+                batch_size=size,
+                callback=keep,
+            )
+            if not final.isfinite().all() or not points.x_t.isfinite().all():
+                raise overflow("calibrating", dtype, scheduler)
+            walked = min(begin + size, trajectories)
+            bar.update(len(final))
+            if callback is not None:
+                callback("trajectories", walked, trajectories)
+            if part is not None and (begin == starts[-1] or time.monotonic() - saved > SAVE_EVERY_S):
+                _write(part, points, walked)
+                saved = time.monotonic()
+    if world > 1:
+        dist.all_reduce(points.x_t)  # each point is one process's, and zero in the others
+        if whole is not None:
+            if own == 0:
+                _write(whole, points, trajectories)
+            dist.barrier()
+            if own == 0:
+                for left in whole.parent.glob(f"{whole.stem}.*-*-*.safetensors"):  # of another number of processes, too
+                    left.unlink()
+    return points
+
+
+def _read(file: Path, points: CalibrationSet) -> int:
+    """Fill ``points`` from a file, if it is there; returns how many trajectories it covers.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if not file.is_file():
+        return 0
+    try:
+        with safe_open(file, "pt") as stored:
+            points.x_t.copy_(stored.get_tensor("x_t"))
+            return int(stored.metadata()["walked"])
+    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{file} is damaged ({error}): delete it, and it is made again") from error
+
+
+def _write(file: Path, points: CalibrationSet, walked: int) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".tmp")
+    save_file({"x_t": points.x_t.cpu()}, unfinished, {"walked": str(walked)})
+    unfinished.replace(file)

@@ -1,0 +1,221 @@
+"""C_DC: pictures that the full-precision sampler drew, and a look whether sampler and network belong together."""
+
+import json
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pqcad_ao.config import CADConfig
+from pqcad_ao.denoiser import (
+    check_conditioning,
+    conditioning_rows,
+    evaluation_mode,
+    in_own_type,
+    in_type,
+    placement,
+    take_rows,
+)
+from pqcad_ao.diffusion.ddim import Walk
+from pqcad_ao.diffusion.process import settings_of
+from pqcad_ao.diffusion.sampling import overflow, sample
+from pqcad_ao.utils.files import digest, write_whole
+from pqcad_ao.utils.processes import rank_and_world, wait_for_all
+
+CHECKED = 64  # pictures behind the denoising check
+LEAST_NOISE = 0.05  # power of the noise at the timesteps it looks at: of less, little is to be found
+FARTHEST = 0.04  # that a network's noise may be off; of the embedded teacher at most 0.011, with other betas from 0.06
+
+
+class CleanImages:
+    """C_DC's pictures: drawn by the full-precision sampler, kept on disk where there is a folder, read row by row.
+
+    Args:
+        extra: (N, C, H, W) further pictures in [-1, 1], such as real ones.
+    """
+
+    def __init__(self, drawn: Any, conditioning: dict[str, Any], extra: Tensor | None) -> None:
+        self.drawn, self.conditioning, self.extra = drawn, conditioning, extra
+
+    def __len__(self) -> int:
+        return len(self.drawn) + (0 if self.extra is None else len(self.extra))
+
+    def rows(self, index: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Pictures (B, C, H, W) of these numbers, on the CPU, and their conditioning."""
+        own = index % len(self.drawn)
+        found = torch.from_numpy(np.array(self.drawn[own.numpy()]))
+        if self.extra is not None:
+            real = index >= len(self.drawn)
+            found[real] = self.extra[index[real] - len(self.drawn)].to(found.dtype)
+        return found, take_rows(self.conditioning, own % conditioning_rows(self.conditioning))
+
+
+def clean_images(
+    reference: nn.Module,
+    scheduler: DDIMScheduler,
+    shape: tuple[int, int, int],
+    config: CADConfig,
+    conditioning: dict[str, Any],
+    *,
+    images: Tensor | None = None,
+    folder: str | Path | None = None,
+    check: Callable[[CleanImages], None] | None = None,
+    callback: Callable[[str, int, int], None] | None = None,
+    progress: bool = False,
+) -> CleanImages:
+    """Draw ``config.points`` pictures with the full-precision network at all of ``config.steps``.
+
+    Args:
+        folder: keeps them in a file that is mapped rather than read, so that they may be more than memory holds. A draw
+            that was cut short goes on with its next batch. Several processes draw a share each, into one file.
+        check: looks at the pictures as soon as the first ``CHECKED`` are there; what it raises ends the draw.
+
+    Raises:
+        FloatingPointError: a picture leaves the finite numbers. ValueError: several processes and no folder, or a
+            damaged file.
+    """
+    rank, world = rank_and_world()
+    device, dtype = placement(reference)
+    count, size = config.points, config.generation_batch_size
+    if folder is None:
+        if world > 1:
+            raise ValueError("several processes share C_DC in a file: give a folder")
+        drawn: Any = np.zeros((count, *shape), np.float32)
+        marks = whole = None
+    else:
+        place = Path(folder)
+        place.mkdir(parents=True, exist_ok=True)
+        key = digest(
+            reference.state_dict(), settings_of(scheduler), config.steps, config.seed, count, shape, conditioning
+        )
+        file = place / f"c_dc-{key}.npy"
+        marks = place / f"c_dc-{key}.{size}-{world}-{rank}.json"  # how many batches of this process are in the file
+        whole = place / f"c_dc-{key}.whole.json"  # all are, however they were shared
+        if rank == 0 and not file.is_file():
+            for old in place.glob(f"c_dc-{key}.*.json"):
+                old.unlink()
+            unfinished = file.with_suffix(".tmp")
+            np.lib.format.open_memmap(unfinished, "w+", np.float32, (count, *shape)).flush()
+            unfinished.replace(file)
+        wait_for_all()
+        drawn = _mapped(file)
+    starts = list(range(0, count, size))[rank::world]
+    done = json.loads(marks.read_text()) if marks is not None and marks.is_file() else 0
+    if whole is not None and whole.is_file():
+        done = len(starts)
+    found = CleanImages(drawn, conditioning, images)
+    bar = tqdm(total=len(starts), initial=done, desc="pictures", disable=not progress, leave=False)
+
+    def draw(numbers: range) -> None:
+        """These of this process's batches."""
+        for number in numbers:
+            rows = torch.arange(starts[number], min(starts[number] + size, count))
+            noise = torch.stack([noise_of(shape, config.seed, int(row)) for row in rows]).to(device, dtype)
+            chosen = in_type(take_rows(conditioning, rows % conditioning_rows(conditioning)), dtype)
+            pictures = sample(reference, scheduler, noise, config.steps, conditioning=chosen, batch_size=size)
+            if not pictures.isfinite().all():
+                raise overflow("drawing C_DC", dtype, scheduler)
+            drawn[rows.numpy()] = pictures.float().cpu().numpy()
+            if marks is not None:
+                drawn.flush()
+                write_whole(marks, json.dumps(number + 1).encode())
+            bar.update()
+            if callback is not None:
+                callback("pictures", number + 1, len(starts))
+        wait_for_all()
+
+    with evaluation_mode(reference), bar:
+        if check is not None:
+            first = min(math.ceil(min(CHECKED, count) / (size * world)), len(starts))
+            draw(range(done, first))
+            check(found)
+            done = max(done, first)
+        draw(range(done, len(starts)))
+    if whole is not None and rank == 0:
+        write_whole(whole, b"true")
+    return found
+
+
+def _mapped(file: Path) -> Any:
+    """The pictures of a file, to read and write.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        np.lib.format.open_memmap(file, "r")  # for writing, NumPy would fill up a file that was cut short with zeros
+        return np.lib.format.open_memmap(file, "r+")
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): delete it, and its pictures are drawn again") from error
+
+
+def noise_of(shape: tuple[int, ...], seed: int, row: int) -> Tensor:
+    """The noise of one picture: the same, whichever process draws it."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed((seed * 1_000_003 + row) % 2**63))
+
+
+@torch.no_grad()
+def check_denoising(reference: nn.Module, walk: Walk, images: CleanImages) -> None:
+    """Look whether the network finds the noise that the scheduler says it put into the network's own pictures.
+
+    What a trained denoiser gets wrong is orthogonal to what it says (its estimate is a conditional mean), however hard
+    its pictures are: E[found²] = E[found·noise]. With other betas it is not.
+
+    Raises:
+        ValueError: the scheduler's betas or prediction type are not those that the network was trained with.
+    """
+    device, _ = placement(reference)
+    x_0, conditioning = images.rows(torch.arange(min(CHECKED, len(images.drawn))))
+    x_0 = x_0.to(device)
+    steps = len(walk.timesteps) - 1
+    for step in range(steps // 4, steps, max(1, steps // 8)):
+        if float(walk.sigma[step]) ** 2 < LEAST_NOISE:
+            continue
+        at = torch.full((len(x_0),), step, device=device)
+        # of other rows than there are: a picture and the noise that it was drawn from are not independent
+        noise = torch.stack([noise_of(tuple(x_0.shape[1:]), step, CHECKED + row) for row in range(len(x_0))]).to(x_0)
+        x_t = walk.noised(x_0, noise, at)
+        _, found = walk.clean(in_own_type(reference, x_t, walk.timesteps[at], conditioning), x_t, at)
+        departure = abs(float(found.square().sum() / (found * noise).sum()) - 1)
+        if not departure <= FARTHEST:
+            raise ValueError(
+                f"at timestep {int(walk.timesteps[step])} the noise that the network finds is {100 * departure:.0f} % "
+                "off that which the scheduler put in: it has other betas or another prediction_type than the network "
+                "was trained with. If you are sure that it has not, write CADConfig(check_betas=False)"
+            )
+
+
+def checked_images(
+    reference: nn.Module,
+    ddim: DDIMScheduler,
+    shape: tuple[int, int, int],
+    config: CADConfig,
+    conditioning: dict[str, Any] | None,
+    *,
+    images: Tensor | None,
+    folder: str | Path | None,
+    callback: Callable[[str, int, int], None] | None,
+    progress: bool,
+) -> CleanImages:
+    """C_DC, of a scheduler that :func:`check_denoising` finds to fit; as :func:`clean_images`."""
+    rank, _ = rank_and_world()
+    walk = Walk.of(ddim, config.steps, placement(reference)[0])
+    return clean_images(
+        reference,
+        ddim,
+        shape,
+        config,
+        in_type(check_conditioning(reference, conditioning)),
+        images=images,
+        folder=folder,
+        check=partial(check_denoising, reference, walk) if config.check_betas else None,
+        callback=callback,
+        progress=progress and rank == 0,
+    )

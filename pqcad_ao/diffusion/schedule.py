@@ -1,0 +1,97 @@
+"""Sampling schedules: the timesteps that a sampler visits, and which of them can be halved."""
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from torch import Tensor
+
+from pqcad_ao.diffusion.process import as_ddim, check_signal
+
+
+def teachable(scheduler, num_inference_steps: int, halvings: int) -> DDIMScheduler:
+    """The DDIM sampler behind ``scheduler``, where a network can be taught to take its steps two at a time.
+
+    Its timesteps are trailing, whatever the scheduler's are (Lin et al. 2023, §3.3): in half the steps, or a quarter,
+    it visits every second, or every fourth, of them, so that its config says all there is to remember.
+
+    Raises:
+        ValueError: steps that cannot be halved so often, or do not divide the training timesteps, a scheduler that
+            draws noise while it samples, another family, dynamic thresholding, or epsilon prediction where the signal
+            is zero.
+    """
+    if isinstance(scheduler, DDPMScheduler):
+        raise ValueError(
+            "DDPMScheduler draws noise at every step, and a jump over two of them has no one target: pass "
+            "DDIMScheduler.from_config(scheduler.config)"
+        )
+    ddim, parts = as_ddim(scheduler), 2**halvings
+    if num_inference_steps < parts or num_inference_steps % parts:
+        raise ValueError(
+            f"{num_inference_steps} steps cannot be halved {halvings} times: give a multiple of {parts}, such as "
+            f"{max(1, round(num_inference_steps / parts)) * parts}"
+        )
+    if ddim.config.num_train_timesteps % num_inference_steps:
+        raise ValueError(
+            f"{num_inference_steps} steps do not divide the scheduler's {ddim.config.num_train_timesteps} training "
+            "timesteps, so every second of them is no schedule: give a number that does"
+        )
+    if ddim.config.thresholding:
+        raise ValueError(
+            "thresholding=True clips by each picture's own values, which no jump's target knows: give False"
+        )
+    ddim = DDIMScheduler.from_config(ddim.config, timestep_spacing="trailing")
+    ddim.set_timesteps(num_inference_steps)
+    check_signal(ddim, ddim.timesteps)
+    return ddim
+
+
+def timesteps_of(scheduler: DDIMScheduler, num_inference_steps: int) -> list[int]:
+    """The timesteps that a sampler visits, from noise to image."""
+    walked = DDIMScheduler.from_config(scheduler.config)
+    walked.set_timesteps(num_inference_steps)
+    return walked.timesteps.tolist()
+
+
+def default_steps(distilled: list[int] | None) -> int:
+    """Steps where the user names none: as many as the network was distilled for, or else 20."""
+    return 20 if distilled is None else len(distilled)
+
+
+def steps_to_bind(scheduler: DDIMScheduler, asked: int | None, distilled: list[int] | None) -> int:
+    """How many steps of ``scheduler`` a program is bound to.
+
+    Args:
+        asked: what the user wrote; None: :func:`default_steps`.
+        distilled: the timesteps that the network was distilled for, if it was.
+
+    Raises:
+        ValueError: more steps than training timesteps, or others than the network was distilled for.
+    """
+    steps = default_steps(distilled) if asked is None else asked
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= scheduler.config.num_train_timesteps:
+        raise ValueError(
+            f"num_inference_steps={steps!r}: allowed are whole numbers from 1 to the scheduler's "
+            f"{scheduler.config.num_train_timesteps} training timesteps"
+        )
+    visited = timesteps_of(scheduler, steps)
+    if distilled is not None and visited != distilled:
+        raise ValueError(
+            f"this network was distilled for {len(distilled)} steps, timesteps {shortly(distilled)}, and the scheduler "
+            f"walks {shortly(visited)} in {steps}: write num_inference_steps={len(distilled)} and pass the scheduler "
+            "that distill_ returned, which is saved beside the network"
+        )
+    return steps
+
+
+def shortly(timesteps: list[int]) -> str:
+    """A schedule's first timesteps and its last one."""
+    shown = timesteps if len(timesteps) < 5 else [*timesteps[:3], "...", timesteps[-1]]
+    return ", ".join(map(str, shown))
+
+
+def signal_power(scheduler: DDIMScheduler, num_inference_steps: int) -> tuple[Tensor, Tensor]:
+    """The cumulative product of alphas, (S,) each: at a schedule's timesteps, and where their DDIM steps lead to."""
+    visited = torch.tensor(timesteps_of(scheduler, num_inference_steps))
+    # as DDIMScheduler.step counts them, whatever the next timestep of the schedule is
+    led_to = visited - scheduler.config.num_train_timesteps // num_inference_steps
+    alphas = scheduler.alphas_cumprod
+    return alphas[visited], torch.where(led_to >= 0, alphas[led_to.clamp_min(0)], scheduler.final_alpha_cumprod)

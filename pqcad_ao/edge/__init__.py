@@ -1,0 +1,1 @@
+"""ExecuTorch: a ``.pte`` for the stock XNNPACK runtime."""

@@ -1,0 +1,141 @@
+"""Samples from a .pte in ExecuTorch's Python runtime."""
+
+import json
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
+from tqdm.auto import tqdm
+
+from pqcad_ao.denoiser import take_rows
+
+FORMAT = 2  # of the methods and constants that a .pte of ours has
+
+
+class PTESampler:
+    """Samples from a .pte that :func:`export_pte` wrote, in ExecuTorch's Python runtime.
+
+    Attributes:
+        timesteps: (S,) int64, the schedule. sample_shape: (C, H, W). batch_size: of one call.
+        conditioning: the names of the tensors that a call takes besides x_t, as ``keystr`` writes them.
+        scheduler: the DDIM sampler.
+
+    Raises:
+        ImportError: executorch is not installed. OSError: no such file.
+        ValueError: the file is damaged, or not one of :func:`export_pte`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        require_executorch()
+        from executorch.runtime import Runtime
+
+        # the runtime reads weights from these bytes as long as the method lives, and does not keep them alive itself
+        self._bytes = Path(path).read_bytes()
+        try:
+            self._program = Runtime.get().load_program(self._bytes)
+        except RuntimeError as error:
+            raise ValueError(f"{path} is no ExecuTorch program, or is damaged: {error}") from error
+        if "pqcad_format" not in self._program.method_names:
+            raise ValueError(f"{path} is an ExecuTorch program, but not one that pqcad_ao.export_pte wrote")
+        version = self._constant("pqcad_format")
+        if version != FORMAT:
+            raise ValueError(f"{path} is of format {version}; this pqcad_ao reads format {FORMAT}")
+        self.timesteps = self._constant("timesteps").clone()
+        self.sample_shape = tuple(self._constant("sample_shape").tolist())
+        self.batch_size = self._constant("batch_size")
+        self.conditioning = json.loads(self._constant("conditioning"))
+        self.scheduler = DDIMScheduler.from_config(json.loads(self._constant("scheduler_config")))
+
+    @cached_property
+    def _step(self) -> Any:
+        return self._program.load_method("step")
+
+    @cached_property
+    def _unet(self) -> Any:
+        return self._program.load_method("unet")
+
+    def _constant(self, name: str) -> Any:
+        return self._program.load_method(name).execute([])[0]
+
+    def predict(self, x_t: Tensor, step_index: int, conditioning: dict[str, Any] | None = None) -> Tensor:
+        """The network's raw prediction, of the method ``unet``.
+
+        Args:
+            x_t: (batch_size, C, H, W) float32. step_index: of ``timesteps``. conditioning: with batch_size rows.
+        """
+        inputs = self._inputs(x_t, step_index, conditioning)
+        inputs[1] = self.timesteps[step_index : step_index + 1].clone()
+        return self._unet.execute(inputs)[0].clone()
+
+    def step(self, x_t: Tensor, step_index: int, conditioning: dict[str, Any] | None = None) -> Tensor:
+        """x_{t-1}, of the method ``step``; arguments as for :meth:`predict`."""
+        return self._step.execute(self._inputs(x_t, step_index, conditioning))[0].clone()
+
+    def _inputs(self, x_t: Tensor, step_index: int, conditioning: dict[str, Any] | None) -> list[Tensor]:
+        expected = (self.batch_size, *self.sample_shape)
+        if tuple(x_t.shape) != expected:
+            raise ValueError(f"x_t has shape {tuple(x_t.shape)}: this program was exported for {expected}")
+        if not 0 <= step_index < len(self.timesteps):
+            raise ValueError(f"step_index={step_index}: this program has steps 0 to {len(self.timesteps) - 1}")
+        given, _ = tensors_of(conditioning or {})
+        if sorted(given) != sorted(self.conditioning):
+            raise ValueError(f"conditioning has {sorted(given)}: this program takes {sorted(self.conditioning)}")
+        # the runtime reads memory as it lies, whatever the strides are
+        inputs = [x_t.float().contiguous(), torch.tensor([step_index])]
+        return inputs + [given[name].contiguous() for name in self.conditioning]
+
+    def sample(self, noise: Tensor, conditioning: dict[str, Any] | None = None, *, progress: bool = False) -> Tensor:
+        """Walk the schedule from ``noise`` (N, C, H, W) to images in [-1, 1], as ``diffusion.sampling.sample`` does.
+
+        Any N will do: the last call of a step is filled up with copies of its last image.
+        """
+        if noise.dim() != 4 or tuple(noise.shape[1:]) != self.sample_shape:
+            raise ValueError(
+                f"noise has shape {tuple(noise.shape)}: expected (N, {', '.join(map(str, self.sample_shape))})"
+            )
+        images = torch.empty_like(noise)
+        groups = torch.arange(len(noise)).split(self.batch_size)
+        bar = tqdm(total=len(groups) * len(self.timesteps), desc="sampling", disable=not progress, leave=False)
+        with bar:
+            for group in groups:
+                rows = group[rows_of(len(group), self.batch_size)]
+                x_t = noise[rows] * self.scheduler.init_noise_sigma
+                chosen = take_rows(conditioning or {}, rows)
+                for index in range(len(self.timesteps)):
+                    x_t = self.step(x_t, index, chosen)
+                    bar.update()
+                images[group] = x_t[: len(group)]
+        return images
+
+
+def rows_of(count: int, size: int) -> Tensor:
+    """Indices 0 ... count-1, filled up to ``size`` with the last one."""
+    return torch.arange(size).clamp_max(count - 1)
+
+
+def tensors_of(
+    conditioning: dict[str, Any],
+) -> tuple[dict[str, Tensor], Callable[[tuple[Tensor, ...]], dict[str, Any]]]:
+    """The tensors of a (nested) conditioning by name, and what rebuilds it around others."""
+    leaves, spec = tree_flatten_with_path(conditioning)
+    places = [place for place, (_, leaf) in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+    def rebuild(tensors: tuple[Tensor, ...]) -> dict[str, Any]:
+        values = [leaf for _, leaf in leaves]
+        for place, tensor in zip(places, tensors, strict=True):
+            values[place] = tensor
+        return tree_unflatten(values, spec)
+
+    return {keystr(leaves[place][0]): leaves[place][1] for place in places}, rebuild
+
+
+def require_executorch() -> None:
+    try:
+        import executorch.exir  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"this needs executorch: pip install pqcad_ao[edge] ({error})") from error

@@ -1,0 +1,1 @@
+"""A network as a graph: captured, its operators and roles known, its plan resolved."""

@@ -1,0 +1,1 @@
+"""What is learned: grids without training, bits step by step, and fewer sampling steps."""

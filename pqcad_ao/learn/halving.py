@@ -1,0 +1,275 @@
+"""CAD, calibration-assisted distillation: a network learns to take two sampling steps in one, and stays quantized."""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from pqcad_ao.config import CADConfig
+from pqcad_ao.denoiser import conditioning_rows, evaluation_mode, in_own_type, placement, take_rows
+from pqcad_ao.diffusion.ddim import Walk
+from pqcad_ao.diffusion.images import CleanImages, noise_of
+from pqcad_ao.diffusion.process import settings_of
+from pqcad_ao.diffusion.schedule import timesteps_of
+from pqcad_ao.graph.capture import capture
+from pqcad_ao.learn.training import Learner, drive, read_checkpoint, to_learn
+from pqcad_ao.learn.unfold import unfold
+from pqcad_ao.nn.diffusers_plugin import attach
+from pqcad_ao.nn.state import quantized_state
+from pqcad_ao.prepare.fold import adopt, fold
+from pqcad_ao.prepare.observe import activation_quantizers, weight_quantizers
+from pqcad_ao.utils.files import digest
+from pqcad_ao.utils.processes import rank_and_world
+
+DIVERGED = 10.0  # times the loss of the first update
+OWN_TRAJECTORIES = 256  # of the student, behind ``own_share``
+
+
+@dataclass(frozen=True)
+class DistillUpdate:
+    """One training update: a line of the log.
+
+    Attributes:
+        update: its number, from 0. stage: "halving 1" and so on. loss: weighted sum of both parts.
+        reference, teacher: mean squared error against each target; None where it is not used.
+    """
+
+    update: int
+    stage: str
+    loss: float
+    reference: float | None
+    teacher: float | None
+
+
+def teach(
+    student: nn.Module,
+    reference: nn.Module,
+    ddim: DDIMScheduler,
+    shape: tuple[int, int, int],
+    config: CADConfig,
+    pictures: CleanImages,
+    *,
+    folder: str | Path | None,
+    callback: Callable[[str, int, int], None] | None,
+    progress: bool,
+) -> DDIMScheduler:
+    """Every halving in turn; returns the last one's sampler."""
+    rank, _ = rank_and_world()
+    exact = Walk.of(ddim, config.steps, placement(reference)[0])
+    # the network that is taught once more, while the caller's is as it was
+    taught = student if config.halvings == 1 else copy.deepcopy(student)
+
+    def describe(update: DistillUpdate) -> dict[str, Any]:
+        return {"stage": update.stage, "loss": f"{update.loss:.5f}"}
+
+    for number in range(config.halvings):
+        steps = config.steps // 2**number
+        run = _Halving(taught, reference, exact, ddim, steps, pictures, config, number, shape)
+        with evaluation_mode(reference):
+            drive(
+                run,
+                config.iterations,
+                folder=None if folder is None else Path(folder) / f"halving-{number + 1}",
+                describe=describe,
+                title="distill",
+                callback=callback,
+                progress=progress and rank == 0,
+                write=rank == 0,
+            )
+        run.give_back(student if number == config.halvings - 1 else taught, timesteps_of(ddim, steps // 2))
+    return ddim
+
+
+class _Halving:
+    """One halving: everything that changes with an update, and how to keep it."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        reference: nn.Module,
+        exact: Walk,
+        scheduler: DDIMScheduler,
+        steps: int,
+        images: CleanImages,
+        config: CADConfig,
+        number: int,
+        shape: tuple[int, int, int],
+    ) -> None:
+        self.student, self.reference, self.exact, self.images, self.config = student, reference, exact, images, config
+        self.steps, self.number, self.scheduler = steps, number, scheduler
+        self.device, _ = placement(reference)
+        self.walk = Walk.of(scheduler, steps, self.device)  # two of its steps are one of the student's
+        self.reach = self.walk.reach(torch.arange(0, steps, 2, device=self.device), 2)
+        self.log: list[DistillUpdate] = []
+        self.first: float | None = None
+        conditioning = images.conditioning
+        if quantized_state(student) is None:
+            self.skeleton = to_learn(student)
+            self.graph = capture(self.skeleton, shape, conditioning).graph
+        else:
+            self.graph, self.skeleton = unfold(student, reference, shape, conditioning)
+        self.teacher = copy.deepcopy(self.graph) if config.teacher_weight else None
+        self.key = digest(
+            self.graph.state_dict(),
+            reference.state_dict(),
+            settings_of(scheduler),
+            shape,
+            images.extra,
+            images.conditioning,
+            config,
+            self.walk.timesteps,
+            number,
+        )
+        self.own = self._own_trajectories(conditioning) if config.own_share else None
+        parameters = [p for name, p in self.graph.named_parameters() if name.startswith("unet.")]
+        rates = (config.learning_rate, config.scale_learning_rate, config.iterations)
+        self.learner = Learner(self.graph, parameters, *rates)
+        quantizers = [module for module, _ in weight_quantizers(self.graph).values()]
+        self.learner.add_scales([*quantizers, *activation_quantizers(self.graph).values()])
+        self.rank, self.world = rank_and_world()
+        # some parameters (the next width's scales) take no part in a forward
+        self.forward: Callable[..., Tensor] = (
+            DistributedDataParallel(self.graph, find_unused_parameters=True) if self.world > 1 else self.graph
+        )
+
+    @torch.no_grad()
+    def _own_trajectories(self, conditioning: dict[str, Any]) -> Tensor:
+        """x_t (trajectories, S, C, H, W) of the student as it is, at every second timestep."""
+        count, seed = OWN_TRAJECTORIES, self.config.seed + 1
+        shape = self.images.drawn.shape[1:]
+        noise = torch.stack([noise_of(shape, seed, row) for row in range(count)]).to(self.device)
+        parts = []
+        for batch in torch.arange(count).split(self.config.generation_batch_size):
+            chosen = take_rows(conditioning, batch % conditioning_rows(conditioning))
+            x_t, met = noise[batch], []
+            for step in range(0, self.steps, 2):
+                met.append(x_t)
+                at = torch.full((len(x_t),), step, device=self.device)
+                x_t = self.walk.jump(self.graph(x_t, self.walk.timesteps[at], chosen), x_t, at, 2)
+            parts.append(torch.stack(met, 1))
+        return torch.cat(parts)
+
+    def _batch(self, number: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """This process's share of an update's x_t, the step of each in ``walk``, and conditioning."""
+        config, size = self.config, self.config.batch_size
+        seed = (config.seed * 1_000_003 + self.number * 500_009 + number) % 2**63
+        generator = torch.Generator().manual_seed(seed)
+        # every step of the student's equally often: the updates count through them, each in an order of its own
+        taken = (number * size + torch.arange(size)) % (self.steps // 2)
+        step = 2 * taken[torch.randperm(size, generator=generator)]
+        index = torch.randint(len(self.images), (size,), generator=generator)
+        noise = torch.randn(size, *self.images.drawn.shape[1:], generator=generator)
+        extra = torch.randn(noise.shape, generator=generator) if config.noise_injection else None
+        own = torch.randint(OWN_TRAJECTORIES, (size,), generator=generator)
+        mine = slice(self.rank, None, self.world)
+        x_0, conditioning = self.images.rows(index[mine])
+        step = step[mine].to(self.device)
+        x_t = self.walk.noised(x_0.to(self.device), noise[mine].to(self.device), step)
+        if self.own is not None:
+            # the first of the batch, whose steps are in random order
+            count = math.ceil(config.own_share * size)
+            theirs = torch.arange(size)[mine] < count
+            x_t[theirs] = self.own[own[mine][theirs].to(self.device), step[theirs] // 2]
+            if conditioning:
+                count = conditioning_rows(self.images.conditioning)
+                other = take_rows(self.images.conditioning, own[mine] % count)
+                conditioning = _where(theirs, other, conditioning)
+        if extra is not None:
+            x_t = x_t + config.noise_injection * extra[mine].to(self.device)
+        return x_t, step, conditioning
+
+    @torch.no_grad()
+    def _target(
+        self, network: Callable[..., Tensor], walk: Walk, x_t: Tensor, step: Tensor, stride: int, conditioning: Any
+    ) -> Tensor:
+        """The v with which one jump of the student's ends where ``stride`` jumps of ``network`` do."""
+        x = x_t
+        for taken in range(stride):
+            at = step + taken
+            x = walk.jump(network(x, walk.timesteps[at], conditioning), x, at)
+        return walk.velocity(walk.image_behind(x, x_t, step, stride), x_t, step)
+
+    def update(self) -> DistillUpdate:
+        """One training update."""
+        number, config = len(self.log), self.config
+        x_t, step, conditioning = self._batch(number)
+        stride = self.config.steps // self.steps  # exact steps in one of the walk's
+        targets: dict[str, Tensor] = {}
+        if config.reference_weight:
+            exact = (self.exact, x_t, stride * step, 2 * stride, conditioning)
+            targets["reference"] = self._target(partial(in_own_type, self.reference), *exact)
+        if self.teacher is not None:
+            targets["teacher"] = self._target(self.teacher, self.walk, x_t, step, 2, conditioning)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            prediction = self.forward(x_t, self.walk.timesteps[step], conditioning)
+        found = self.walk.velocity(self.walk.clean(prediction.float(), x_t, step)[0], x_t, step)
+        weight = torch.ones_like(found[:, :1, :1, :1])
+        if config.space == "x":  # max(SNR, 1)·σ² of v's error, which is x_0's over σ
+            alpha, sigma = self.walk.at(step, found)
+            weight = torch.maximum(alpha.square(), sigma.square())
+        elif self.walk.prediction_type == "epsilon":
+            # as v, an error of epsilon counts 1/alpha² times: the first timestep would be all that is learned
+            weight = self.reach[step // 2].square().view_as(weight) / self.reach.square().mean()
+        parts = {name: (weight * (found - target).square()).mean() for name, target in targets.items()}
+        weights = {"reference": config.reference_weight, "teacher": config.teacher_weight}
+        loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
+        values = torch.stack([loss, *parts.values()]).detach()
+        if self.world > 1:
+            dist.all_reduce(values)
+            values /= self.world
+        value, *shown = values.tolist()
+        self.first = value if self.first is None else self.first
+        if not math.isfinite(value) or value > DIVERGED * max(self.first, 1e-6):
+            raise FloatingPointError(
+                f"distillation diverged in halving {self.number + 1}, update {number}: the loss is {value:.3g}, at the "
+                f"start it was {self.first:.3g}. Lower learning_rate ({config.learning_rate:g}), with another folder "
+                "if you gave one"
+            )
+        self.learner.step(loss, number)
+        named = dict(zip(parts, shown, strict=True))
+        entry = DistillUpdate(number, f"halving {self.number + 1}", value, named.get("reference"), named.get("teacher"))
+        self.log.append(entry)
+        return entry
+
+    def give_back(self, network: nn.Module, schedule: list[int]) -> None:
+        """Put what was learned into a network, the student or one alike, and let it remember its new timesteps."""
+        state, before = quantized_state(network), quantized_state(self.student)
+        if state is None or before is None:
+            adopt(network, self.graph, {})
+            return
+        layers = fold(self.graph, self.skeleton, state.plan, state.timestep)
+        for fqn, layer in layers.items():
+            layer.train(network.get_submodule(fqn).training)
+        adopt(network, self.graph, layers)
+        state.timestep.schedule, state.timestep.visited = schedule, None
+        state.distilled = [*before.distilled, *self.log]
+        attach(network, state)
+
+    def save(self, path: Path) -> None:
+        header = {"key": self.key, "log": [asdict(update) for update in self.log], "first": self.first}
+        self.learner.save(path, header)
+
+    def load(self, path: Path) -> None:
+        """Go on from where :meth:`save` was called. Raises ValueError: the file is damaged, or of another run."""
+        header, tensors = read_checkpoint(path, self.key)
+        self.learner.load(tensors)
+        self.log, self.first = [DistillUpdate(**update) for update in header["log"]], header["first"]
+
+
+def _where(chosen: Tensor, one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Rows of ``one`` where ``chosen``, else of ``other``."""
+    return {
+        name: torch.where(chosen.to(value.device).view(-1, *[1] * (value.dim() - 1)), one[name], value)
+        if isinstance(value, Tensor)
+        else _where(chosen, one[name], value)
+        for name, value in other.items()
+    }

@@ -1,0 +1,296 @@
+"""Progressive quantization: weights step down a ladder of bits, then activations, each step moved by momentum.
+
+Everything is learned against the full-precision network's own predictions on C_QC, the points of its own trajectories.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from pqcad_ao.config import PQCADConfig
+from pqcad_ao.diffusion.calibration import CalibrationSet
+from pqcad_ao.graph.plan import Plan
+from pqcad_ao.learn.sensitivity import perturbation_loss
+from pqcad_ao.learn.training import Learner, drive, read_checkpoint
+from pqcad_ao.learn.transition import MomentumTransition
+from pqcad_ao.passes.insert_activations import insert_activations
+from pqcad_ao.prepare.annotate import PQCADQuantizer
+from pqcad_ao.prepare.observe import (
+    activation_quantizers,
+    fit_activations,
+    fit_weights,
+    observe,
+    weight_quantizers,
+    weights_in_full_precision,
+)
+from pqcad_ao.utils.files import digest
+
+DIVERGED = 10.0  # perturbation loss: ten times the power of what the network predicts
+
+
+@dataclass(frozen=True)
+class Update:
+    """One training update: a line of the log.
+
+    Attributes:
+        update: its number, from 0. stage: weights or activations. bits, alpha: where the policy is after it.
+        loss: perturbation loss of its batch. momentum: of the loss at this width; None while a width blends in.
+    """
+
+    update: int
+    stage: str
+    bits: int
+    alpha: float
+    loss: float
+    momentum: float | None
+
+
+@dataclass
+class Learned:
+    """What learning leaves behind.
+
+    Attributes:
+        graph: with both sides' fake quantizers in it, at the final bits.
+        log: every update. transitions: as ``summary.json`` shows them.
+    """
+
+    graph: GraphModule
+    log: list[Update] = field(default_factory=list)
+    transitions: list[dict[str, Any]] = field(default_factory=list)
+
+
+def ladders(config: PQCADConfig, resolved: Plan) -> dict[str, list[int]]:
+    """Each stage's widths, down to the least that the plan asks of any layer; for ``mode="fixed"`` that one alone."""
+    widths = {
+        "weights": ([row.weight_bits or 0 for row in resolved.quantized], config.weight_ladder),
+        "activations": (
+            [row.activation_bits for row in resolved.quantized if row.activation_bits],
+            config.activation_ladder,
+        ),
+    }
+    return {
+        stage: [*(bits for bits in ladder if bits > min(bits_of) and config.mode != "fixed"), min(bits_of)]
+        for stage, (bits_of, ladder) in widths.items()
+        if bits_of
+    }
+
+
+def budgets(config: PQCADConfig, stages: list[str]) -> dict[str, int]:
+    """Updates for each stage; together ``config.iterations``. With ``mode="fixed"`` both sides learn at once."""
+    if len(stages) == 1 or config.mode == "fixed":
+        return {stages[-1]: config.iterations}
+    first = round(config.iterations * config.weight_share)
+    return {stages[0]: first, stages[1]: config.iterations - first}
+
+
+def policies(config: PQCADConfig, resolved: Plan) -> dict[str, MomentumTransition]:
+    """The policy of each stage that learns.
+
+    Raises:
+        ValueError: too few iterations for the ladders.
+    """
+    rungs = ladders(config, resolved)
+    options = {"beta": config.beta, "tau": config.tau, "window": config.window, "patience": config.patience}
+    if config.transitions == "schedule":
+        # no progress is ever waited for, and α arrives within two updates
+        options |= {"beta": 1e-9, "patience": config.iterations + 1}
+    return {
+        stage: MomentumTransition(rungs[stage], budget, **options)
+        for stage, budget in budgets(config, [*rungs]).items()
+    }
+
+
+def learn(
+    graph: GraphModule,
+    resolved: Plan,
+    points: CalibrationSet,
+    config: PQCADConfig,
+    num_train_timesteps: int,
+    *,
+    folder: str | Path | None = None,
+    callback: Callable[[str, int, int], None] | None = None,
+    progress: bool = False,
+) -> Learned:
+    """Train a prepared graph's weights, biases, norms and scales while its bits step down.
+
+    Args:
+        graph: with the weights' fake quantizers in it; trained in place, so its parameters must be its own.
+        points: C_QC.
+        num_train_timesteps: T of the noise process.
+        folder, callback, progress: as for :func:`~pqcad_ao.learn.training.drive`.
+
+    Raises:
+        FloatingPointError: the loss left the finite numbers or exploded; says at which stage and width. The last
+            checkpoint that an update succeeded with stays.
+        ValueError: too few iterations for the ladders, or ``folder`` holds another run's checkpoint.
+    """
+    run = _Run(graph, resolved, points, config, num_train_timesteps)
+
+    def describe(update: Update) -> dict[str, Any]:
+        shown = "–" if update.momentum is None else f"{update.momentum:.4f}"
+        return {"stage": update.stage, "bits": update.bits, "loss": f"{update.loss:.4f}", "momentum": shown}
+
+    keeps = {"folder": folder, "callback": callback, "progress": progress}
+    drive(run, config.iterations, describe=describe, title=config.mode, **keeps)
+    return Learned(run.graph, run.log, run.transitions)
+
+
+class _Run:
+    """A training run: everything that changes with an update, and how to keep it."""
+
+    def __init__(
+        self, graph: GraphModule, resolved: Plan, points: CalibrationSet, config: PQCADConfig, num_train_timesteps: int
+    ) -> None:
+        self.graph, self.points, self.config = graph, points, config
+        self.num_train_timesteps = num_train_timesteps
+        self.plan = resolved
+        self.bits = {
+            "weights": {row.fqn: row.weight_bits or 0 for row in resolved.quantized},
+            "activations": {row.fqn: row.activation_bits for row in resolved.quantized if row.activation_bits},
+        }
+        self.policies = policies(config, resolved)
+        self.log: list[Update] = []
+        self.transitions: list[dict[str, Any]] = []
+        # the graph holds the full-precision network now and never again; the last bits of a sensitivity depend on the
+        # number of threads, which may change while a run is interrupted
+        rows = [replace(row, sensitivity=None) for row in resolved.rows]
+        self.key = digest(graph.state_dict(), points.x_t, points.timesteps, points.conditioning, config, rows)
+        with weights_in_full_precision(graph), torch.no_grad():
+            self.targets = torch.cat([graph(*batch) for batch in points.batches(config.batch_size)])
+        if not self.targets.any():
+            raise ValueError(
+                "the network's output is zero on the whole calibration set: there is nothing to learn from"
+            )
+        weights = self.policies.get("weights")
+        fit_weights(graph, self._widths("weights", weights.bits if weights else 0))
+        left_alone = {row.fqn for row in resolved.rows if not row.quantized}
+        parameters = [
+            parameter
+            for name, parameter in graph.named_parameters()
+            if name.startswith("unet.") and name.removeprefix("unet.").rpartition(".")[0] not in left_alone
+        ]
+        rates = (config.learning_rate, config.scale_learning_rate, config.iterations)
+        self.learner = Learner(graph, parameters, *rates)
+        self.quantizers: list[Any] = [module for module, _ in weight_quantizers(graph).values()]  # of the stage
+        self.learner.add_scales(self.quantizers)
+        self.stage = next(iter(self.policies))
+        if self.stage == "activations":
+            self._insert_activations(fit=True)
+
+    @property
+    def policy(self) -> MomentumTransition:
+        return self.policies[self.stage]
+
+    def update(self) -> Update:
+        """One training update, and what the policy makes of it."""
+        if self.policy.done:
+            self.stage = "activations"
+            self._insert_activations(fit=True)
+        number, config = len(self.log), self.config
+        generator = torch.Generator().manual_seed((config.seed * 1_000_003 + number) % 2**63)
+        rows = torch.randint(len(self.points), (config.batch_size,), generator=generator)
+        batch = self.points[rows]
+        device = batch.x_t.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            prediction = self.graph(batch.x_t, batch.timesteps, batch.conditioning)
+        loss = perturbation_loss(prediction, self.targets[rows])
+        value = loss.item()
+        if not value < DIVERGED:
+            raise FloatingPointError(
+                f"learning diverged in stage {self.stage!r}, update {number}, at {self.policy.bits} bits: the "
+                f"perturbation loss is {value:.3g}. Lower learning_rate ({config.learning_rate:g}) or "
+                f"scale_learning_rate ({config.scale_learning_rate:g}), with another folder if you gave one"
+            )
+        bits = self.policy.bits
+        started = self.policy.update(value)
+        # what there is to move by shrinks with the grid's step: at the final rate a wide grid only gathers Adam's noise
+        self.learner.step(loss, number, 2.0 ** (self.policy.ladder[-1] - bits))
+        if started is not None:
+            self.transitions.append({"stage": self.stage, **asdict(started), "step": number})
+            self._begin(started.to_bits)
+        self._blend()
+        momentum = self.policy.momentum
+        entry = Update(
+            number, self.stage, self.policy.bits, self.policy.alpha, value, None if momentum != momentum else momentum
+        )
+        self.log.append(entry)
+        return entry
+
+    def _widths(self, stage: str, bits: int) -> dict[str, int]:
+        """Each layer's bits while its stage is at ``bits``: never fewer than the plan's."""
+        return {fqn: max(target, bits) for fqn, target in self.bits[stage].items()}
+
+    def _insert_activations(self, *, fit: bool) -> None:
+        config = self.config
+        quantizer = PQCADQuantizer(self.plan, "activations", groups=config.timestep_groups)
+        self.graph = insert_activations(self.graph, quantizer, self.num_train_timesteps)
+        self.quantizers = list(activation_quantizers(self.graph).values())
+        self.learner.graph = self.graph
+        self.learner.add_scales(self.quantizers)
+        if fit:
+            self._observe()
+            fit_activations(self.graph, self._widths("activations", self.policy.bits))
+
+    def _observe(self) -> None:
+        observe(self.graph, self.points[: self.config.calibration_points], self.config.calibration_batch_size)
+
+    def _begin(self, bits: int) -> None:
+        """Let a width begin to blend in; the next grids' moments are those of a width long gone."""
+        widths = self._widths(self.stage, bits)
+        if self.stage == "weights":
+            for fqn, (module, weight) in weight_quantizers(self.graph).items():
+                if widths[fqn] != module.bits:
+                    module.begin(weight.detach(), widths[fqn])
+        else:
+            self._observe()
+            fit_activations(self.graph, widths, blend=True)
+        for module in self.quantizers:
+            self.learner.forget(module.next_scale)
+
+    def _blend(self) -> None:
+        for module in self.quantizers:
+            if module.blending:
+                module.alpha = self.policy.alpha
+                if module.alpha == 1.0:
+                    module.finish()
+
+    # ------------------------------------------------------------------------------------------- checkpoints
+
+    def _modules(self) -> dict[str, Any]:
+        """Every fake quantizer by its name in the graph."""
+        return {name: module for name, module in self.graph.named_modules() if hasattr(module, "blending")}
+
+    def save(self, path: Path) -> None:
+        """Write the run's whole state, first beside ``path`` and then in its place."""
+        header = {
+            "key": self.key,
+            "stage": self.stage,
+            "policies": {stage: policy.state_dict() for stage, policy in self.policies.items()},
+            "log": [asdict(update) for update in self.log],
+            "transitions": self.transitions,
+            "positions": {name: module.position() for name, module in self._modules().items()},
+        }
+        self.learner.save(path, header)
+
+    def load(self, path: Path) -> None:
+        """Go on from where :meth:`save` was called.
+
+        Raises:
+            ValueError: the file is damaged, or of another run.
+        """
+        header, tensors = read_checkpoint(path, self.key)
+        if header["stage"] != self.stage:
+            self.stage = header["stage"]
+            self._insert_activations(fit=False)
+        for name, module in self._modules().items():
+            module.move(**header["positions"][name])
+        self.learner.load(tensors)
+        self.policies = {
+            stage: MomentumTransition.from_state_dict(state) for stage, state in header["policies"].items()
+        }
+        self.log = [Update(**update) for update in header["log"]]
+        self.transitions = header["transitions"]

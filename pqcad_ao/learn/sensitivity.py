@@ -1,0 +1,146 @@
+"""How much each layer's quantization alone moves the network, and more bits for the layers that move it most."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from tqdm.auto import tqdm
+
+from pqcad_ao.config import PQCADConfig
+from pqcad_ao.diffusion.calibration import CalibrationSet
+from pqcad_ao.graph.capture import Capture
+from pqcad_ao.graph.plan import Plan, PlanRow
+from pqcad_ao.learn.ptq import prepare
+from pqcad_ao.prepare.observe import activation_quantizers, observe, weight_quantizers, weights_in_full_precision
+
+RUNGS = (6, 8)  # widths that a layer may be raised to
+POINTS = 16  # of the calibration set, behind each sensitivity
+
+
+def perturbation_loss(prediction: Tensor, reference: Tensor) -> Tensor:
+    """Mean squared difference over the reference's power; 0 for a perfect copy, 1 for a network that is silent."""
+    return (prediction.float() - reference.float()).square().mean() / reference.float().square().mean()
+
+
+def raised(row: PlanRow, bits: int) -> PlanRow:
+    """The row with ``bits``-bit weights, and activations that are no narrower."""
+    activation_bits = None if row.activation_bits is None else max(row.activation_bits, bits)
+    return replace(row, weight_bits=bits, activation_bits=activation_bits)
+
+
+@torch.no_grad()
+def layer_sensitivity(
+    graph: GraphModule,
+    resolved: Plan,
+    points: CalibrationSet,
+    *,
+    rungs: bool,
+    callback: Callable[[str, int, int], None] | None = None,
+    progress: bool = False,
+) -> dict[str, dict[int, float]]:
+    """The perturbation loss when one layer alone is quantized, weights and input: for each layer, by weight bits.
+
+    Args:
+        graph: prepared on both sides, whose activation quantizers have observed the calibration set.
+        rungs: measure the widths that the layer may be raised to as well, not only the plan's own.
+        callback: called as ``callback("sensitivity", done, total)``, total being the layers. progress: show a bar.
+    """
+    count = min(POINTS, len(points))
+    batch = next(points.batches(count))
+    weights, activations = weight_quantizers(graph), activation_quantizers(graph)
+    quantizers = [module for module, _ in weights.values()] + list(activations.values())
+    for module in quantizers:
+        module.disable_fake_quant()
+    reference = graph(*batch)
+    found: dict[str, dict[int, float]] = {}
+    layers = resolved.quantized
+    for done, row in enumerate(tqdm(layers, desc="sensitivity", disable=not progress, leave=False), start=1):
+        found[row.fqn] = {}
+        for bits in [row.weight_bits, *(rung for rung in RUNGS if rungs and rung > row.weight_bits)]:
+            tried = raised(row, bits) if bits != row.weight_bits else row
+            module, weight = weights[row.fqn]
+            module.fit(weight, tried.weight_bits)
+            module.enable_fake_quant()
+            if tried.activation_bits is not None:
+                activations[row.fqn].fit(tried.activation_bits)
+                activations[row.fqn].enable_fake_quant()
+            found[row.fqn][bits] = perturbation_loss(graph(*batch), reference).item()
+            for used in (module, activations.get(row.fqn)):
+                if used is not None:
+                    used.disable_fake_quant()
+        if callback is not None:
+            callback("sensitivity", done, len(layers))
+    for module in quantizers:
+        module.enable_fake_quant()
+    return found
+
+
+def spare_bits(resolved: Plan, target_bits: float) -> float:
+    """How many bits the quantized layers' weights may grow by, all together.
+
+    Raises:
+        ValueError: the plan is above ``target_bits`` already.
+    """
+    spare = (target_bits - resolved.average_bits) * sum(row.parameters for row in resolved.quantized)
+    if spare < 0:
+        raise ValueError(
+            f"target_bits={target_bits:g}: the plan takes {resolved.average_bits:.3f} bits on average already; "
+            "give more, or lower weight_bits or an override"
+        )
+    return spare
+
+
+def spend_bits(resolved: Plan, sensitivity: dict[str, dict[int, float]], target_bits: float | None) -> Plan:
+    """Write the sensitivities into the plan; raise layers where a stored bit buys most until the average is reached.
+
+    Layers that the user gave bits to, and those at 8 bits, stay as they are.
+
+    Raises: as :func:`spare_bits`.
+    """
+    rows = {row.fqn: replace(row, sensitivity=sensitivity[row.fqn][row.weight_bits or 0]) for row in resolved.quantized}
+    if target_bits is not None:
+        spare = spare_bits(resolved, target_bits)
+        while True:
+            best, gain = None, 0.0
+            for fqn, losses in sensitivity.items():
+                row = rows[fqn]
+                if row.reason.startswith("overrides["):
+                    continue
+                for bits in (b for b in losses if b > row.weight_bits):
+                    cost = (bits - row.weight_bits) * row.parameters
+                    worth = (losses[row.weight_bits] - losses[bits]) / cost
+                    if cost <= spare and worth > gain:
+                        best, gain = (fqn, bits, cost), worth
+            if best is None:
+                break
+            fqn, bits, cost = best
+            spare -= cost
+            before = resolved[fqn]
+            note = f"{before.reason}; raised from W{before.weight_bits}A{before.activation_bits or ' float'}: sensitive"
+            rows[fqn] = replace(raised(rows[fqn], bits), reason=note)
+    return Plan([rows[row.fqn] if row.quantized else row for row in resolved.rows])
+
+
+def sensitive(
+    captured: Capture,
+    resolved: Plan,
+    points: CalibrationSet,
+    config: PQCADConfig,
+    num_train_timesteps: int,
+    *,
+    callback: Callable[[str, int, int], None] | None = None,
+    progress: bool = True,
+) -> Plan:
+    """The plan with each layer's sensitivity, and more bits where ``config.target_bits`` allows them."""
+    trial = Capture(copy.deepcopy(captured.graph), captured.x_t, captured.timesteps)
+    graph = prepare(trial, resolved, config, num_train_timesteps)
+    head = points[: config.calibration_points]
+    with weights_in_full_precision(graph):
+        observe(graph, head, config.calibration_batch_size)
+    shown: dict[str, Any] = {"callback": callback, "progress": progress}
+    found = layer_sensitivity(graph, resolved, head, rungs=config.target_bits is not None, **shown)
+    return spend_bits(resolved, found, config.target_bits)

@@ -1,0 +1,200 @@
+"""What every run that trains a fake-quantized graph shares: Adam over weights and scales, checkpoints, the loop."""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from tqdm.auto import tqdm
+
+CHECKPOINT_EVERY = 50  # updates
+WARMUP = 0.05  # part of the updates over which the learning rates rise
+LARGEST_GRADIENT = 1.0  # norm to which all gradients together are clipped
+SMALLEST_SCALE = 1e-8
+
+
+def to_learn(network: nn.Module) -> nn.Module:
+    """A copy to learn on: in float32, and channels last for fast convolutions.
+
+    A network that is frozen as a whole, as teachers are, learns; single frozen parameters, such as fixed Fourier
+    features, do not.
+    """
+    copied = copy.deepcopy(network).float().to(memory_format=torch.channels_last)
+    if not any(parameter.requires_grad for parameter in copied.parameters()):
+        for parameter in copied.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+    return copied
+
+
+class Learner:
+    """Adam on a graph's parameters, with rates that rise shortly and fall to zero.
+
+    Args:
+        graph: the fake-quantized graph. parameters: of it, that learn at ``learning_rate``.
+        scale_learning_rate: of the scales, as a part of their own size.
+        iterations: updates in all.
+    """
+
+    def __init__(
+        self,
+        graph: GraphModule,
+        parameters: Iterable[nn.Parameter],
+        learning_rate: float,
+        scale_learning_rate: float,
+        iterations: int,
+    ) -> None:
+        self.graph, self.iterations = graph, iterations
+        self.learning_rate, self.scale_learning_rate = learning_rate, scale_learning_rate
+        self.optimizer = torch.optim.Adam(parameters, lr=0.0)
+
+    def add_scales(self, quantizers: Iterable[Any]) -> None:
+        """Scales learn at a rate relative to their own size, so each is a group."""
+        for module in quantizers:
+            for scale in (module.scale, module.next_scale):
+                self.optimizer.add_param_group({"params": [scale], "scale": scale})
+
+    def forget(self, scale: nn.Parameter) -> None:
+        """Drop a scale's moments."""
+        self.optimizer.state.pop(scale, None)
+
+    def step(self, loss: Tensor, number: int, pace: float = 1.0) -> None:
+        """One update, the ``number``-th; ``pace`` multiplies every rate."""
+        # Adam's first updates are of full size whatever the gradients' is, and undo what calibration found
+        pace *= min((number + 1) / (WARMUP * self.iterations + 1), 1) * (1 - number / self.iterations)
+        scales = [group for group in self.optimizer.param_groups if "scale" in group]
+        with torch.no_grad():  # all in one list: on a GPU each number would be a synchronisation of its own
+            sizes = torch.stack([group["scale"].mean() for group in scales]).tolist() if scales else []
+        for group in self.optimizer.param_groups:
+            group["lr"] = pace * self.learning_rate
+        for group, size in zip(scales, sizes, strict=True):
+            group["lr"] = pace * self.scale_learning_rate * size
+        loss.backward()
+        # in the order of names, which a resumed run shares: the norm of all depends on the order in its last bit
+        torch.nn.utils.clip_grad_norm_([p for p in self.graph.parameters() if p.grad is not None], LARGEST_GRADIENT)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            for group in scales:
+                group["scale"].clamp_(min=SMALLEST_SCALE)
+
+    def save(self, path: Path, header: dict[str, Any]) -> None:
+        """Write graph, moments and header, first beside ``path`` and then in its place."""
+        tensors: dict[str, Tensor] = {}
+        for name, value in self.graph.state_dict().items():  # cloned: a module may be there under two names
+            tensors[f"graph.{name}"] = value.detach().clone(memory_format=torch.contiguous_format)
+        names = {parameter: name for name, parameter in self.graph.named_parameters()}
+        for parameter, state in self.optimizer.state.items():
+            for entry, value in state.items():
+                tensors[f"adam.{entry}.{names[parameter]}"] = value.contiguous()
+        unfinished = path.with_suffix(".tmp")
+        save_file(tensors, unfinished, {"pqcad_learning": json.dumps(header)})
+        unfinished.replace(path)
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what :func:`read_checkpoint` found."""
+        self.graph.load_state_dict({k.removeprefix("graph."): v for k, v in tensors.items() if k.startswith("graph.")})
+        parameters = dict(self.graph.named_parameters())
+        for name, value in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "adam":
+                entry, _, parameter = rest.partition(".")
+                place = parameters[parameter].device if entry != "step" else value.device  # Adam counts on the CPU
+                self.optimizer.state[parameters[parameter]][entry] = value.to(place)
+
+
+def read_checkpoint(path: Path, key: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a file that :meth:`Learner.save` wrote.
+
+    Raises:
+        ValueError: the file is damaged, or of another run than the one that ``key`` names.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {})["pqcad_learning"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no checkpoint of this project, or is damaged ({error})") from error
+    if header["key"] != key:
+        raise ValueError(
+            f"{path} is of another run (another network, configuration or calibration set): give another folder, "
+            "or delete it"
+        )
+    return header, tensors
+
+
+def drive(
+    run: Any,
+    iterations: int,
+    *,
+    folder: str | Path | None = None,
+    describe: Callable[[Any], dict[str, Any]],
+    title: str,
+    callback: Callable[[str, int, int], None] | None = None,
+    progress: bool = False,
+    write: bool = True,
+) -> None:
+    """Let a run make its updates.
+
+    Args:
+        run: has ``log`` (its updates so far, dataclasses with a ``stage``), ``update()``, ``save(path)`` and
+            ``load(path)``.
+        iterations: updates in all.
+        folder: receives ``log.jsonl``, a line for each update, and every so often ``checkpoint.safetensors``. A run
+            that finds its own checkpoint there goes on from it, to the same result. Where an update fails, the one
+            that stays there is the last with which an update succeeded.
+        describe: what the progress bar shows of an update. title: of the bar.
+        callback: called as ``callback(stage, done, total)``.
+        write: whether this process writes to the folder; one that does not still reads from it.
+    """
+    if folder is None:
+        checkpoint, before, log_file = None, None, None
+    else:
+        checkpoint = Path(folder) / "checkpoint.safetensors"
+        before = checkpoint.with_name("checkpoint-before.safetensors")
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        if checkpoint.is_file():
+            run.load(checkpoint)
+        elif write:
+            before.unlink(missing_ok=True)  # of a run whose checkpoint was deleted
+            run.save(checkpoint)
+        log_file = (Path(folder) / "log.jsonl").open("w") if write else None
+        if log_file is not None:
+            log_file.writelines(json.dumps(asdict(update)) + "\n" for update in run.log)
+    # updates behind the checkpoint that was written last, as long as the one before it is there
+    saved = len(run.log) if before is not None and before.is_file() else None
+    bar = tqdm(total=iterations, initial=len(run.log), desc=title, disable=not progress)
+    try:
+        while len(run.log) < iterations:
+            try:
+                with torch.enable_grad():  # whatever the caller's mode
+                    update = run.update()
+            except FloatingPointError:
+                if write and before is not None and saved == len(run.log):
+                    before.replace(checkpoint)  # nothing has passed yet with what the newer one holds
+                raise
+            if log_file is not None:
+                log_file.write(json.dumps(asdict(update)) + "\n")
+                log_file.flush()
+                if len(run.log) % CHECKPOINT_EVERY == 0 or len(run.log) >= iterations:
+                    shutil.copyfile(checkpoint, before.with_suffix(".tmp"))
+                    before.with_suffix(".tmp").replace(before)
+                    run.save(checkpoint)
+                    saved = len(run.log)
+            if callback is not None:
+                callback(update.stage, len(run.log), iterations)
+            bar.set_postfix(**describe(update))
+            bar.update()
+        if log_file is not None:
+            before.unlink(missing_ok=True)
+    finally:
+        bar.close()
+        if log_file is not None:
+            log_file.close()

@@ -1,0 +1,1 @@
+"""What stays in a quantized network, and how it is saved and loaded."""

@@ -1,0 +1,74 @@
+"""Saving and loading of quantized networks that are no diffusers models: safetensors with packed weights."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from pqcad_ao.nn.diffusers_plugin import attach
+from pqcad_ao.nn.state import insert_layers, make_layers, quantized_state, state_from_dict
+
+
+def save_quantized(model: nn.Module, path: str | Path) -> None:
+    """Save a quantized module that is no diffusers model (those have ``save_pretrained``) as one safetensors file.
+
+    Raises:
+        ValueError: the module is not quantized. OSError: the place cannot be written.
+    """
+    state = quantized_state(model)
+    if state is None:
+        raise ValueError(f"this {type(model).__name__} is not quantized; call quantize_ first")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # copies, since safetensors refuses tensors that share memory (tied weights)
+    tensors = {
+        name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in model.state_dict().items()
+    }
+    save_file(tensors, path, metadata={"format": "pt", "pqcad": json.dumps(state.to_dict())})
+
+
+def load_quantized(model: nn.Module, path: str | Path) -> nn.Module:
+    """Turn a full-precision ``model`` in place into the quantized one that :func:`save_quantized` wrote.
+
+    A call that fails leaves the model as it was.
+
+    Raises:
+        ValueError: the file is damaged, foreign, or of another network. FileNotFoundError: it is not there.
+    """
+    if quantized_state(model) is not None:
+        raise ValueError(
+            f"this {type(model).__name__} is quantized already; load_quantized takes the full-precision one"
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file: {error}") from error
+    if "pqcad" not in metadata:
+        raise ValueError(f"{path} was not written by pqcad_ao.save_quantized (its metadata has no 'pqcad')")
+    try:
+        state = state_from_dict(json.loads(metadata["pqcad"]))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: the checkpoint's quantization config is damaged: {error}") from error
+    layers = make_layers(model, state)
+    expected = {name: value for name, value in model.state_dict().items() if name.rpartition(".")[0] not in layers}
+    for fqn, layer in layers.items():
+        expected |= {f"{fqn}.{name}": value for name, value in layer.state_dict().items()}
+    wrong = sorted(
+        name
+        for name in expected.keys() | tensors.keys()
+        if name not in expected or name not in tensors or expected[name].shape != tensors[name].shape
+    )
+    if wrong:
+        raise ValueError(
+            f"{path} does not fit this {type(model).__name__}: missing, unknown or of another shape are "
+            f"{', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}"
+        )
+    attach(model, state)
+    insert_layers(model, layers, state.timestep)
+    model.load_state_dict(tensors, strict=True)
+    return model

@@ -1,0 +1,137 @@
+"""What a quantized network knows about itself, and the empty layers that this describes."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import nn
+from torchao.core.config import config_from_dict, config_to_dict
+
+from pqcad_ao.config import ACTIVATION_BITS, WEIGHT_BITS, PQCADConfig
+from pqcad_ao.graph.plan import Plan, PlanRow
+from pqcad_ao.nn.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
+from pqcad_ao.nn.timestep import Timestep, install_timestep
+
+FORMAT = 1
+FIELDS = {"quant_method", "format", "config", "plan", "timestep_groups", "num_train_timesteps", "transitions"}
+OPTIONAL = {"schedule"}
+
+
+class Method(str, Enum):
+    """diffusers reads ``quant_method.value``."""
+
+    PQCAD = "pqcad"
+
+
+@dataclass
+class QuantizedState:
+    """What a quantized network knows about itself, beside its weights."""
+
+    config: PQCADConfig
+    plan: Plan
+    timestep: Timestep
+    transitions: list[dict[str, Any]] = field(default_factory=list)
+    log: list[Any] = field(default_factory=list)  # updates of the run that learned it; not saved
+    distilled: list[Any] = field(default_factory=list)  # updates of the run that distilled it; not saved
+
+    def to_dict(self) -> dict[str, Any]:
+        schedule = {} if self.timestep.schedule is None else {"schedule": self.timestep.schedule}
+        return {
+            **schedule,
+            "quant_method": Method.PQCAD.value,
+            "format": FORMAT,
+            "config": config_to_dict(self.config),
+            "plan": self.plan.to_list(),
+            "timestep_groups": self.timestep.groups,
+            "num_train_timesteps": self.timestep.num_train_timesteps,
+            "transitions": self.transitions,
+        }
+
+
+def state_from_dict(values: dict[str, Any]) -> QuantizedState:
+    """Invert :meth:`QuantizedState.to_dict`.
+
+    Raises:
+        ValueError: made by another version, incomplete, with unknown fields, or with values out of range.
+    """
+    if values.get("format") != FORMAT:
+        raise ValueError(f"the checkpoint is of format {values.get('format')!r}; this pqcad_ao reads format {FORMAT}")
+    try:
+        unknown = values.keys() - FIELDS - OPTIONAL
+        if unknown:
+            raise ValueError(f"unknown fields {sorted(unknown)}")
+        config, plan = config_from_dict(values["config"]), Plan.from_list(values["plan"])
+        if not isinstance(config, PQCADConfig):
+            raise ValueError(f"its config is a {type(config).__name__}, not a PQCADConfig")
+        for row in plan:
+            _check_row(row)
+        counts = values["timestep_groups"], values["num_train_timesteps"]
+        if not all(_is_count(count) for count in counts):
+            raise ValueError(f"timestep_groups and num_train_timesteps are {counts}")
+        timestep, schedule = Timestep(*counts), values.get("schedule")
+        if schedule is not None and not all(_is_count(t + 1) and t < counts[1] for t in schedule):
+            raise ValueError(f"schedule is {schedule}")
+        timestep.schedule = schedule
+        return QuantizedState(config, plan, timestep, values["transitions"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        detail = error if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"the checkpoint's quantization config is damaged: {detail}") from error
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _check_row(row: PlanRow) -> None:
+    sound = (
+        isinstance(row.fqn, str)
+        and all(_is_count(n) for n in [*row.shape, *row.segments])
+        and (row.weight_bits is None or row.weight_bits in WEIGHT_BITS)
+        and (row.activation_bits is None or row.activation_bits in ACTIVATION_BITS)
+        and (row.segments or not row.quantized)
+    )
+    if not sound:
+        raise ValueError(f"{row} has values out of range")
+
+
+def quantized_state(model: nn.Module) -> QuantizedState | None:
+    """The state of a network that pqcad_ao quantized, or None."""
+    return getattr(model, "_pqcad_state", None)
+
+
+def make_layers(model: nn.Module, state: QuantizedState) -> dict[str, QuantizedLayer]:
+    """Quantized layers with nothing in them yet for the plan's layers of a full-precision skeleton, by name.
+
+    Raises:
+        ValueError: the skeleton does not have a layer of the plan, or has it in another shape.
+    """
+    layers: dict[str, QuantizedLayer] = {}
+    for row in state.plan.quantized:
+        try:
+            original = model.get_submodule(row.fqn)
+        except AttributeError as error:
+            raise ValueError(
+                f"the checkpoint quantizes {row.fqn}, which {type(model).__name__} does not have: it is of another "
+                "network"
+            ) from error
+        kind = QuantizedConv2d if isinstance(original, nn.Conv2d) else QuantizedLinear
+        if not isinstance(original, (nn.Conv2d, nn.Linear)) or list(original.weight.shape) != row.shape:
+            found = f"{type(original).__name__} {list(getattr(original, 'weight', torch.empty(0)).shape)}"
+            raise ValueError(f"the checkpoint has {row.fqn} as {row.kind} {row.shape}; the network has a {found}")
+        channels = original.in_channels if isinstance(original, nn.Conv2d) else original.in_features
+        if sum(row.segments) != channels:
+            raise ValueError(
+                f"the checkpoint splits {row.fqn} into {row.segments}; the network has {channels} channels"
+            )
+        with torch.device(original.weight.device):
+            layer = kind.like(original, row.weight_bits, row.activation_bits, row.segments, state.timestep)
+        layers[row.fqn] = layer.train(original.training)
+    return layers
+
+
+def insert_layers(model: nn.Module, layers: dict[str, QuantizedLayer], timestep: Timestep) -> None:
+    """Replace layers of ``model`` by quantized ones that read ``timestep``."""
+    for fqn, layer in layers.items():
+        model.set_submodule(fqn, layer)
+    install_timestep(model, timestep)

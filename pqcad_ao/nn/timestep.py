@@ -1,0 +1,108 @@
+"""The timestep of the running batch: how it reaches the quantized layers of a network that is called."""
+
+import inspect
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Timestep:
+    """Which timestep group each sample of the running batch belongs to.
+
+    A network's quantized layers share one; :func:`bind_timestep` sets it when the network is called and
+    :func:`release_timestep` clears it when the network returns. One call at a time: threads need a network each.
+    """
+
+    def __init__(self, groups: int, num_train_timesteps: int) -> None:
+        self.groups, self.num_train_timesteps = groups, num_train_timesteps
+        self.group: Tensor | None = None
+        self.schedule: list[int] | None = None  # the timesteps that the network was distilled for
+        self.visited: int | None = None  # of them, the one of the last call
+
+    def current(self, batch: int) -> Tensor:
+        """(B,) int64.
+
+        Raises:
+            RuntimeError: outside the network's forward. ValueError: for another batch.
+        """
+        if self.group is None:
+            raise RuntimeError(
+                "a quantized layer was called outside its network: its activation scales depend on the timestep, which "
+                "reaches it through the network's forward(sample, timestep)"
+            )
+        if self.group.shape[0] != batch:
+            raise ValueError(
+                f"a quantized layer got a batch of {batch}, the network one of {self.group.shape[0]} samples"
+            )
+        return self.group
+
+
+def timestep_group(timesteps: Tensor, groups: int, num_train_timesteps: int) -> Tensor:
+    """The group of each timestep: ``groups`` intervals of equal length that tile [0, num_train_timesteps).
+
+    Timesteps outside are counted to the nearest group. Shapes (B,) to (B,) int64.
+    """
+    return timesteps.to(torch.int64).clamp(0, num_train_timesteps - 1) * groups // num_train_timesteps
+
+
+def check_schedule(state: Timestep, timesteps: list[int]) -> None:
+    """Warn where a network that was distilled for a schedule is asked for other timesteps, or walks past some."""
+    schedule, asked = state.schedule or [], sorted(set(timesteps))
+    wrong = [f"is asked for {t}" for t in asked if t not in schedule][:1]
+    if not wrong and len(asked) == 1:
+        before, now = state.visited, asked[0]
+        # downwards, as samplers walk: a new walk begins above
+        if before in schedule and now < before and schedule.index(now) > schedule.index(before) + 1:
+            wrong = [f"goes from {before} to {now}"]
+        state.visited = now
+    if wrong:
+        warnings.warn(
+            f"this network was distilled for {len(schedule)} timesteps, {schedule[0]} to {schedule[-1]}, and "
+            f"{wrong[0]}: sample with num_inference_steps={len(schedule)} and the scheduler it was saved with",
+            stacklevel=3,
+        )
+
+
+def _call_argument(module: nn.Module, args: tuple, kwargs: dict[str, Any], position: int) -> Any:
+    if len(args) > position:
+        return args[position]
+    name = list(inspect.signature(module.forward).parameters)[position]
+    if name not in kwargs:
+        raise TypeError(
+            f"{type(module).__name__} is quantized and was called without {name!r}: call it as f(x_t, timestep)"
+        )
+    return kwargs[name]
+
+
+def bind_timestep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a quantized network: a scalar or per-sample timestep becomes a group for each sample."""
+    sample = _call_argument(module, args, kwargs, 0)
+    timesteps = _call_argument(module, args, kwargs, 1)
+    if isinstance(timesteps, (int, float)):  # torch.full takes a symbolic number; as_tensor would recompile for each
+        timesteps = torch.full((1,), timesteps)
+    timesteps = torch.as_tensor(timesteps).reshape(-1)
+    state = module._pqcad_timestep
+    # one that is on a GPU would have to be waited for at every step; pqcad_ao's own sampler looks before it starts
+    if state.schedule is not None and timesteps.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_schedule(state, timesteps.tolist())
+    timesteps = timesteps.to(sample.device)
+    if timesteps.shape[0] != 1 and timesteps.shape[0] != sample.shape[0]:
+        raise ValueError(
+            f"{timesteps.shape[0]} timesteps for a batch of {sample.shape[0]}: give one for all, or one for each sample"
+        )
+    timesteps = timesteps.expand(sample.shape[0])
+    state.group = timestep_group(timesteps, state.groups, state.num_train_timesteps)
+
+
+def release_timestep(module: nn.Module, args: tuple, output: Any) -> None:
+    """Forward hook: no group outlives the call that set it, a call that raised included."""
+    module._pqcad_timestep.group = None
+
+
+def install_timestep(module: nn.Module, timestep: Timestep) -> None:
+    """Make ``module`` hand its timestep to the quantized layers that hold ``timestep``."""
+    module._pqcad_timestep = timestep
+    module.register_forward_pre_hook(bind_timestep, with_kwargs=True)
+    module.register_forward_hook(release_timestep, always_call=True)

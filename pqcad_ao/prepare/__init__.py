@@ -1,0 +1,1 @@
+"""From a plan to fake quantizers on fitted grids, and from those to quantized modules."""

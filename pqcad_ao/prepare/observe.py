@@ -1,0 +1,116 @@
+"""Fitting the grids of a prepared graph: weights to themselves, activations to what passes on the calibration set."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from tqdm.auto import tqdm
+
+from pqcad_ao.diffusion.calibration import CalibrationSet
+from pqcad_ao.graph.operators import GEMMS, layer_fqn, weight_fqn
+from pqcad_ao.prepare.fake_quant import ActivationFakeQuantize, WeightFakeQuantize
+
+
+def _layers(graph: GraphModule) -> Iterator[tuple[str, Node]]:
+    for node in graph.graph.nodes:
+        fqn = layer_fqn(node) if node.target in GEMMS else None
+        if fqn is not None:
+            yield fqn, node
+
+
+def weight_quantizers(graph: GraphModule) -> dict[str, tuple[WeightFakeQuantize, Tensor]]:
+    """Each quantized layer's weight fake quantizer and weight, by layer name."""
+    modules = dict(graph.named_modules())
+    return {
+        fqn: (modules[str(node.args[1].target)], graph.get_parameter(f"unet.{weight_fqn(node)}"))
+        for fqn, node in _layers(graph)
+        if node.args[1].op == "call_module"
+    }
+
+
+def activation_quantizers(graph: GraphModule) -> dict[str, ActivationFakeQuantize]:
+    """Each quantized layer's activation fake quantizer, by layer name; empty before they are inserted."""
+    modules = dict(graph.named_modules())
+    sources = {fqn: modules.get(str(node.args[0].target)) for fqn, node in _layers(graph)}
+    return {fqn: module for fqn, module in sources.items() if isinstance(module, ActivationFakeQuantize)}
+
+
+@contextmanager
+def weights_in_full_precision(graph: GraphModule) -> Iterator[None]:
+    """Let every weight pass as it is."""
+    quantizers = [module for module, _ in weight_quantizers(graph).values()]
+    enabled = [bool(module.fake_quant_enabled[0]) for module in quantizers]
+    for module in quantizers:
+        module.disable_fake_quant()
+    try:
+        yield
+    finally:
+        for module, before in zip(quantizers, enabled, strict=True):
+            module.enable_fake_quant(before)
+
+
+@torch.no_grad()
+def observe(
+    graph: GraphModule,
+    points: CalibrationSet,
+    batch_size: int,
+    *,
+    callback: Callable[[str, int, int], None] | None = None,
+    progress: bool = False,
+) -> None:
+    """Show the calibration set to a graph's activation quantizers, which keep a sample of it and quantize nothing."""
+    quantizers = activation_quantizers(graph).values()
+    for module in quantizers:
+        module.forget()
+        module.enable_observer()
+        module.disable_fake_quant()
+    total = -(-len(points) // batch_size)
+    bar = tqdm(points.batches(batch_size), total=total, desc="observing", disable=not progress, leave=False)
+    try:
+        for done, batch in enumerate(bar):
+            graph(*batch)
+            if callback is not None:
+                callback("observe", done + 1, total)
+    finally:
+        for module in quantizers:
+            module.disable_observer()
+            module.enable_fake_quant()
+
+
+def fit_weights(graph: GraphModule, bits: dict[str, int]) -> None:
+    """Fit every weight quantizer to its weight, at the bits given by layer name."""
+    for fqn, (module, weight) in weight_quantizers(graph).items():
+        module.fit(weight.detach(), bits[fqn])
+
+
+def fit_activations(
+    graph: GraphModule,
+    bits: dict[str, int],
+    *,
+    blend: bool = False,
+    callback: Callable[[str, int, int], None] | None = None,
+    progress: bool = False,
+) -> None:
+    """Fit every activation quantizer to what it observed, at the bits given by layer name.
+
+    Args:
+        blend: let the new grids blend in, where the bits change, rather than use them at once.
+
+    Raises:
+        FloatingPointError: NaN or infinite activations; names the layer.
+    """
+    quantizers = activation_quantizers(graph)
+    bar = tqdm(quantizers.items(), desc="fitting activations", disable=not progress, leave=False)
+    for done, (fqn, module) in enumerate(bar):
+        try:
+            if not blend:
+                module.fit(bits[fqn])
+            elif bits[fqn] != module.bits:
+                module.begin(bits[fqn])
+            module.forget()
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error} at the input of {fqn} while calibrating") from error
+        if callback is not None:
+            callback("fit", done + 1, len(quantizers))

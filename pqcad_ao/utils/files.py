@@ -1,0 +1,53 @@
+"""Write a file whole or not at all, say before the work begins if that cannot be done, and name a cached result."""
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+
+def check_writable(path: str | Path) -> Path:
+    """``path`` as a Path.
+
+    Raises:
+        OSError: a file cannot be made there.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: write the name of a file, such as {path / 'unet.pte'}")
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            pass
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot write into the folder {path.parent}: {error.strerror}") from error
+    return path
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write the whole file or none: under another name first, then moved."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def digest(*values: Any) -> str:
+    """A short name for everything that a cached result depends on: tensors (nested, too) by content, others by repr."""
+    found = hashlib.sha256()
+    for leaf in tree_leaves(values):
+        if isinstance(leaf, Tensor):
+            found.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
+            found.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        else:
+            found.update(repr(leaf).encode())
+    return found.hexdigest()[:16]
