@@ -6,6 +6,8 @@ from typing import Any
 
 from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
 
+from pqcad_ao.utils.checks import check_count, is_whole
+
 ROLES = (
     "stem",
     "head",
@@ -22,13 +24,14 @@ TRANSITIONS = ("momentum", "schedule")
 TIMESTEP_LAWS = ("normal", "uniform")
 WEIGHT_BITS = range(2, 9)
 ACTIVATION_BITS = range(2, 9)
+MAX_BATCH = 63  # diffusers 0.42 branches at a batch of 64 in Upsample2D; one captured graph holds one branch
 
 # torchao rebuilds a config from JSON only from modules on its allow-list (torchao 0.18, core/config.py).
 ALLOWED_AO_MODULES.add("pqcad_ao")
 
 
 def _check_bits(name: str, value: Any, allowed: range, where: str = "") -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value not in allowed):
+    if value is not None and not is_whole(value, allowed.start, allowed.stop - 1):
         raise ValueError(
             f"{name}={value!r}{where}: allowed are {allowed.start} to {allowed.stop - 1}, or None for floating point"
         )
@@ -51,11 +54,9 @@ def _check_ladder(name: str, ladder: Any, allowed: range) -> None:
         )
 
 
-def _check_counts(config: Any, names: tuple[str, ...]) -> None:
+def _check_counts(config: Any, names: tuple[str, ...], most: int | None = None) -> None:
     for name in names:
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}: allowed are whole numbers from 1")
+        check_count(name, getattr(config, name), most=most)
 
 
 def _check_numbers(config: Any, names: tuple[str, ...], most: float = 1) -> None:
@@ -64,14 +65,8 @@ def _check_numbers(config: Any, names: tuple[str, ...], most: float = 1) -> None
             raise ValueError(f"{name}={getattr(config, name)!r}: allowed are numbers from 0 to {most:g}")
 
 
-def _check_batch_sizes(config: Any, names: tuple[str, ...]) -> None:
-    for name in names:
-        if getattr(config, name) > 63:
-            raise ValueError(f"{name}={getattr(config, name)}: allowed are 1 to 63")
-
-
 def _check_seed(seed: Any) -> None:
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+    if not is_whole(seed, 0, 2**63 - 1):
         raise ValueError(f"seed={seed!r}: allowed are whole numbers from 0 to 2^63 - 1")
 
 
@@ -161,13 +156,13 @@ class PQCADConfig(AOBaseConfig):
         for name in ("weight_share", "beta"):
             if not _is_number(getattr(self, name), 0, 1) or getattr(self, name) in (0, 1):
                 raise ValueError(f"{name}={getattr(self, name)!r}: allowed are numbers between 0 and 1")
-        _check_counts(self, ("timestep_groups", "calibration_points", "calibration_steps", "calibration_batch_size"))
-        _check_counts(self, ("iterations", "batch_size", "window", "patience", "learning_points"))
-        _check_batch_sizes(self, ("batch_size", "calibration_batch_size"))
+        _check_counts(self, ("timestep_groups", "calibration_points", "calibration_steps"))
+        _check_counts(self, ("iterations", "window", "patience", "learning_points"))
+        _check_counts(self, ("batch_size", "calibration_batch_size"), most=MAX_BATCH)
         # within these bounds the truncated law keeps a fair part of what is drawn
         for name, most in (("calibration_mean", 1), ("calibration_std", 10)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
+            if not _is_number(value, 0, most):
                 raise ValueError(f"{name}={value!r}: allowed are numbers from 0 to {most}, as a part of T")
         if self.calibration_std < 0.001:
             raise ValueError(
@@ -253,8 +248,8 @@ class CADConfig(AOBaseConfig):
     def __post_init__(self) -> None:
         if not isinstance(self.check_betas, bool):
             raise TypeError(f"check_betas={self.check_betas!r}: write True or False")
-        _check_counts(self, ("steps", "halvings", "iterations", "batch_size", "points", "generation_batch_size"))
-        _check_batch_sizes(self, ("batch_size", "generation_batch_size"))
+        _check_counts(self, ("steps", "halvings", "iterations", "points"))
+        _check_counts(self, ("batch_size", "generation_batch_size"), most=MAX_BATCH)
         _check_numbers(self, ("learning_rate", "scale_learning_rate", "noise_injection", "own_share"))
         _check_numbers(self, ("reference_weight", "teacher_weight"), most=1000)
         if self.reference_weight + self.teacher_weight == 0:

@@ -37,6 +37,7 @@ from pqcad_ao.nn.state import QuantizedState, quantized_state
 from pqcad_ao.ops.cpu import loader
 from pqcad_ao.quantize import quantize_
 from pqcad_ao.report import LATENCY_NAMES, ROW_NAMES, save_learning, save_samples, text_report, write_html, write_json
+from pqcad_ao.utils.checks import check_count, check_counts
 from pqcad_ao.utils.machine import describe
 from pqcad_ao.utils.quiet import start_executorch
 
@@ -109,11 +110,8 @@ def run(
         ValueError: the model does not fit the feature network, or cannot be quantized or distilled.
         OSError: ``out`` cannot be written.
     """
-    if images < 2 or steps < 1 or batch_size < 1 or latency_calls < 1 or pictures < 1:
-        raise ValueError(
-            f"images={images}, steps={steps}, batch_size={batch_size}, latency_calls={latency_calls}, "
-            f"pictures={pictures}: allowed are whole numbers from 1, and at least 2 images"
-        )
+    check_count("images", images, 2)
+    check_counts(steps=steps, batch_size=batch_size, latency_calls=latency_calls, pictures=pictures)
     if cad is not None and (cad.steps != steps or cad.halvings != 1):
         raise ValueError(f"cad is for {cad.steps} steps and {cad.halvings} halvings: the demo halves its {steps} once")
     from pqcad_ao.edge.sampler import PTESampler  # wants executorch, which is optional

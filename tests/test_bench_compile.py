@@ -143,7 +143,7 @@ def test_worker_that_dies_is_reported(tiny_dir, tmp_path):
     [
         pytest.param({"rows": ["torch_eager_fp32", "tensorrt"]}, r"'tensorrt'.*allowed are torch_eager_fp32", id="row"),
         pytest.param({"model": "sdxl"}, r"'sdxl'.*'ddpm-cifar10'", id="model"),
-        pytest.param({"batches": (1, 0)}, r"batches=\[1, 0\].*from 1", id="batch"),
+        pytest.param({"batches": (1, 0)}, "batches=0.*from 1", id="batch"),
         pytest.param({"batches": ()}, r"batches=\[\].*from 1", id="no-batch"),
         pytest.param({"rounds": 0}, "rounds=0.*from 1", id="rounds"),
         pytest.param({"iterations": 1.5}, r"iterations=1\.5.*from 1", id="iterations"),

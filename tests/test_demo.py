@@ -129,7 +129,7 @@ def test_a_network_for_other_images_is_refused_before_the_work(tiny_dir: Path, t
 
 
 def test_sizes_out_of_range_are_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="at least 2 images"):
+    with pytest.raises(ValueError, match="images=1: allowed are whole numbers from 2"):
         demo.run(tmp_path / "out", images=1)
     assert not (tmp_path / "out").exists()
 

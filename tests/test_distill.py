@@ -488,7 +488,7 @@ def test_another_runs_folder_is_refused(tmp_path):
         ({"steps": 5}, "steps=5 cannot be halved 1 times"),
         ({"steps": 6, "halvings": 2}, "steps=6 cannot be halved 2 times: give a multiple of 4"),
         ({"iterations": 0}, "iterations=0"),
-        ({"batch_size": 64}, "batch_size=64: allowed are 1 to 63"),
+        ({"batch_size": 64}, "batch_size=64: allowed are whole numbers from 1 to 63"),
         ({"own_share": 1.5}, "own_share=1.5"),
         ({"reference_weight": 0.0}, "leave nothing to learn from"),
         ({"space": "epsilon"}, "space='epsilon'"),

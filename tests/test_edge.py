@@ -346,7 +346,7 @@ def test_nodes_that_cannot_share_a_call_are_named():
         ({"scheduler": EulerDiscreteScheduler()}, ValueError, "allowed are DDIMScheduler"),
         ({"scheduler": DDIMScheduler(num_train_timesteps=500)}, ValueError, "500 training timesteps.* 1000"),
         ({"num_inference_steps": 0}, ValueError, "num_inference_steps=0"),
-        ({"num_inference_steps": 1001}, ValueError, "1 to the scheduler's 1000 training timesteps"),
+        ({"num_inference_steps": 1001}, ValueError, "from 1 to 1000, the scheduler's training timesteps"),
         ({"batch_size": 1.5}, ValueError, r"batch_size=1\.5"),
         ({"trajectories": 0}, ValueError, "trajectories=0"),
         ({"objective": "fast"}, ValueError, r"objective='fast': allowed are 'speed', 'size'"),

@@ -23,6 +23,7 @@ from pqcad_ao.bench.compile.contenders import REFERENCE, ROWS
 from pqcad_ao.bench.compile.drawing import plot
 from pqcad_ao.bench.compile.worker import MACHINE, Failed, Worker
 from pqcad_ao.bench.compile.workload import float_model
+from pqcad_ao.utils.checks import check_count
 from pqcad_ao.utils.files import check_writable
 from pqcad_ao.utils.machine import check_threads, describe, loadavg
 
@@ -42,10 +43,10 @@ def check_rows(rows: Sequence[str] | None) -> list[str]:
 
 
 def check_counts(name: str, values: Sequence[int]) -> list[int]:
-    """Whole numbers from 1, or ValueError."""
+    """The values as a list; raises ValueError: none, or one that is no whole number from 1."""
     values = list(values)
-    if not values or any(isinstance(value, bool) or not isinstance(value, int) or value < 1 for value in values):
-        raise ValueError(f"{name}={values if len(values) != 1 else values[0]}: allowed are whole numbers from 1")
+    for value in values or [values]:
+        check_count(name, value)
     return values
 
 

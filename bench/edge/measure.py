@@ -25,6 +25,7 @@ from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.models import load_model, save_model
 from pqcad_ao.nn.state import quantized_state
 from pqcad_ao.utils import machine
+from pqcad_ao.utils.checks import check_count
 from pqcad_ao.utils.files import check_writable, write_whole
 
 
@@ -62,8 +63,7 @@ def bench_edge(
     if unknown or not rows:
         raise ValueError(f"rows={','.join(unknown) or 'none'!r}: allowed are {', '.join(ROWS)}")
     for name, value, least in (("steps", steps, 1), ("rounds", rounds, 1), ("n", n, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}={value!r}: allowed are whole numbers from {least}")
+        check_count(name, value, least)
     target = None if json_path is None else check_writable(json_path)
     threads = machine.check_threads(threads)
     result: dict[str, Any] = {"model": model, "steps": steps, "batch": 1, "seed": seed} | machine.describe(threads)

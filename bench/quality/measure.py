@@ -31,6 +31,7 @@ from pqcad_ao.nn.state import quantized_state
 from pqcad_ao.plan import plan
 from pqcad_ao.quantize import quantize_
 from pqcad_ao.report import save_samples, write_json
+from pqcad_ao.utils.checks import check_count
 from pqcad_ao.utils.files import digest
 from pqcad_ao.utils.machine import check_device, cpu, describe, peak_rss_bytes, reset_peak_rss
 
@@ -85,8 +86,10 @@ def bench_quality(
     unknown = [name for name in rows if name not in ROWS]
     if unknown:
         raise ValueError(f"rows {', '.join(unknown)}: allowed are {', '.join(ROWS)}")
-    if n < 2 or steps < 1 or not seeds:
-        raise ValueError(f"n={n}, steps={steps}, seeds={seeds}: allowed are n >= 2, steps >= 1 and at least one seed")
+    check_count("n", n, 2)
+    check_count("steps", steps)
+    if not seeds:
+        raise ValueError("seeds=[]: give at least one")
     parts = max(ROWS[name].part for name in rows)
     if steps % parts:
         raise ValueError(f"steps={steps}: these rows take 1/{parts} of them, give a multiple of {parts}")

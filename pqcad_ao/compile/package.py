@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_map
 
 from pqcad_ao.compile.backend import fuse
+from pqcad_ao.config import MAX_BATCH
 from pqcad_ao.denoiser import (
     Denoiser,
     check_conditioning,
@@ -26,11 +27,12 @@ from pqcad_ao.diffusion.process import matching_ddim
 from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.diffusion.schedule import steps_to_bind
 from pqcad_ao.evaluate.sqnr import sqnr_db
-from pqcad_ao.graph.capture import MAX_BATCH, capture
+from pqcad_ao.graph.capture import capture
 from pqcad_ao.nn.state import quantized_state
 from pqcad_ao.ops.cpu import loader
 from pqcad_ao.passes.fold_timesteps import fold_timesteps
 from pqcad_ao.passes.identities import drop_identities
+from pqcad_ao.utils.checks import check_count
 from pqcad_ao.utils.files import check_writable, write_whole
 
 
@@ -91,8 +93,8 @@ def export_pt2(
         raise ValueError(
             f"batch_size={batch_size} without num_inference_steps: a package of any schedule takes any batch"
         )
-    if batch_size is not None and not 1 <= batch_size <= MAX_BATCH:
-        raise ValueError(f"batch_size={batch_size}: allowed are 1 to {MAX_BATCH}")
+    if batch_size is not None:
+        check_count("batch_size", batch_size, most=MAX_BATCH)
     path = check_writable(path)
     conditioning = check_conditioning(unet, conditioning)
     shape = find_sample_shape(unet, sample_shape)

@@ -5,6 +5,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
 from pqcad_ao.diffusion.process import as_ddim, check_signal
+from pqcad_ao.utils.checks import check_count
 
 
 def teachable(scheduler, num_inference_steps: int, halvings: int) -> DDIMScheduler:
@@ -67,11 +68,8 @@ def steps_to_bind(scheduler: DDIMScheduler, asked: int | None, distilled: list[i
         ValueError: more steps than training timesteps, or others than the network was distilled for.
     """
     steps = default_steps(distilled) if asked is None else asked
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= scheduler.config.num_train_timesteps:
-        raise ValueError(
-            f"num_inference_steps={steps!r}: allowed are whole numbers from 1 to the scheduler's "
-            f"{scheduler.config.num_train_timesteps} training timesteps"
-        )
+    trained = scheduler.config.num_train_timesteps
+    check_count("num_inference_steps", steps, most=trained, otherwise=", the scheduler's training timesteps")
     visited = timesteps_of(scheduler, steps)
     if distilled is not None and visited != distilled:
         raise ValueError(

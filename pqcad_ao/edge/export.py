@@ -34,6 +34,7 @@ from pqcad_ao.passes.identities import drop_identities
 from pqcad_ao.passes.nearest import decompose_nearest
 from pqcad_ao.passes.sampling_step import add_sampling_step, ddim_table
 from pqcad_ao.passes.to_xnnpack import to_xnnpack
+from pqcad_ao.utils.checks import check_counts
 from pqcad_ao.utils.files import check_writable, write_whole
 
 __all__ = ["PTEReport", "PTESampler", "ParityError", "export_fp32_pte", "export_pte"]
@@ -148,7 +149,7 @@ def export_pte(
     timestep = quantized_state(unet).timestep
     scheduler = matching_ddim(scheduler, timestep.num_train_timesteps)
     num_inference_steps = steps_to_bind(scheduler, num_inference_steps, timestep.schedule)
-    _check_counts(batch_size=batch_size, trajectories=trajectories)
+    check_counts(batch_size=batch_size, trajectories=trajectories)
     check_objective(objective, max_bytes)
     conditioning = check_conditioning(unet, conditioning)
     shape = find_sample_shape(unet, sample_shape)
@@ -234,7 +235,7 @@ def export_fp32_pte(
     if quantized_state(unet) is not None:
         raise ValueError(f"this {type(unet).__name__} is quantized: write export_pte(unet, path, scheduler=...)")
     _check_float(unet)
-    _check_counts(batch_size=batch_size)
+    check_counts(batch_size=batch_size)
     conditioning = check_conditioning(unet, conditioning)
     shape = find_sample_shape(unet, sample_shape)
     path = check_writable(path)
@@ -268,12 +269,6 @@ def _check_float(unet: nn.Module) -> None:
                 f"{name} is {parameter.dtype} on {parameter.device}: export takes float32 on the CPU, write "
                 "unet.to('cpu', torch.float32)"
             )
-
-
-def _check_counts(**counts: int) -> None:
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}: allowed are whole numbers from 1")
 
 
 def _step(

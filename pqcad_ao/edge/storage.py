@@ -9,6 +9,7 @@ from tabulate import tabulate
 from torch.fx import GraphModule, Node
 
 from pqcad_ao.passes.to_xnnpack import CONV, LINEAR, can_pack, layer_name
+from pqcad_ao.utils.checks import check_count
 
 OBJECTIVES = ("speed", "size")
 # Under objective="speed" two weights go into a byte where that costs at most this part of the layer's own time.
@@ -78,8 +79,8 @@ def check_objective(objective: str, max_bytes: int | None) -> None:
     """Raises ValueError: an objective or a size that there is not."""
     if objective not in OBJECTIVES:
         raise ValueError(f"objective={objective!r}: allowed are {', '.join(map(repr, OBJECTIVES))}")
-    if max_bytes is not None and (isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1):
-        raise ValueError(f"max_bytes={max_bytes!r}: write a whole number of bytes, or None")
+    if max_bytes is not None:
+        check_count("max_bytes", max_bytes, otherwise=", or None")
 
 
 def plan_edge(graph: GraphModule, objective: str = "speed", to_save: int | None = None) -> EdgePlan:

@@ -8,11 +8,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_map
 
+from pqcad_ao.config import MAX_BATCH
 from pqcad_ao.denoiser import Denoiser, conditioning_rows, evaluation_mode, placement, take_rows
 from pqcad_ao.graph.operators import GEMMS
-
-# diffusers 0.42 branches at a batch of 64 in Upsample2D; one graph holds one branch.
-MAX_BATCH = 63
 
 
 @dataclass

@@ -4,6 +4,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pqcad_ao.utils.checks import is_whole
+
 ROUNDING = 1e-9  # progress below it is no progress: of a loss that stays the same, the sign is chance
 
 
@@ -60,7 +62,7 @@ class MomentumTransition:
 
     def __post_init__(self) -> None:
         self.ladder = list(self.ladder)
-        if not self.ladder or any(isinstance(b, bool) or not isinstance(b, int) or b < 1 for b in self.ladder):
+        if not self.ladder or not all(is_whole(bits) for bits in self.ladder):
             raise ValueError(f"ladder={self.ladder}: write falling bit-widths such as [8, 6, 5, 4]")
         if any(a <= b for a, b in zip(self.ladder, self.ladder[1:], strict=False)):
             raise ValueError(

@@ -12,6 +12,7 @@ from pqcad_ao.config import ACTIVATION_BITS, WEIGHT_BITS, PQCADConfig
 from pqcad_ao.graph.plan import Plan, PlanRow
 from pqcad_ao.nn.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from pqcad_ao.nn.timestep import Timestep, install_timestep
+from pqcad_ao.utils.checks import is_whole
 
 FORMAT = 1
 FIELDS = {"quant_method", "format", "config", "plan", "timestep_groups", "num_train_timesteps", "transitions"}
@@ -67,10 +68,10 @@ def state_from_dict(values: dict[str, Any]) -> QuantizedState:
         for row in plan:
             _check_row(row)
         counts = values["timestep_groups"], values["num_train_timesteps"]
-        if not all(_is_count(count) for count in counts):
+        if not all(is_whole(count) for count in counts):
             raise ValueError(f"timestep_groups and num_train_timesteps are {counts}")
         timestep, schedule = Timestep(*counts), values.get("schedule")
-        if schedule is not None and not all(_is_count(t + 1) and t < counts[1] for t in schedule):
+        if schedule is not None and not all(is_whole(t, 0, counts[1] - 1) for t in schedule):
             raise ValueError(f"schedule is {schedule}")
         timestep.schedule = schedule
         return QuantizedState(config, plan, timestep, values["transitions"])
@@ -79,14 +80,10 @@ def state_from_dict(values: dict[str, Any]) -> QuantizedState:
         raise ValueError(f"the checkpoint's quantization config is damaged: {detail}") from error
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
 def _check_row(row: PlanRow) -> None:
     sound = (
         isinstance(row.fqn, str)
-        and all(_is_count(n) for n in [*row.shape, *row.segments])
+        and all(is_whole(n) for n in [*row.shape, *row.segments])
         and (row.weight_bits is None or row.weight_bits in WEIGHT_BITS)
         and (row.activation_bits is None or row.activation_bits in ACTIVATION_BITS)
         and (row.segments or not row.quantized)

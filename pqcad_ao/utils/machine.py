@@ -12,6 +12,8 @@ import psutil
 import torch
 from torch import Tensor
 
+from pqcad_ao.utils.checks import check_count
+
 PACKAGES = ("pqcad_ao", "torch", "torchao", "diffusers", "executorch", "openvino", "nncf", "numpy")
 
 # Instruction sets that decide how fast low-precision arithmetic can be, by their names in /proc/cpuinfo.
@@ -53,10 +55,7 @@ def check_threads(threads: int | None) -> int:
     """
     if threads is None:
         return available_cores()
-    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-        raise ValueError(
-            f"threads={threads!r}: allowed are whole numbers from 1, or None for the {available_cores()} here"
-        )
+    check_count("threads", threads, otherwise=f", or None for the {available_cores()} here")
     return threads
 
 
