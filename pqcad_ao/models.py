@@ -1,7 +1,6 @@
 """Finding a network and its scheduler, by name or in a folder of diffusers layout, and writing such a folder."""
 
 import json
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from pqcad_ao.diffusion.process import FAMILY, as_ddim
 from pqcad_ao.nn.state import quantized_state
 from pqcad_ao.utils.files import write_whole
 
-NAMES = ("demo", "ddpm-cifar10", "sd15")
-RANDOM = {"ddpm-cifar10": "cifar10.yaml", "sd15": "sd15.yaml"}  # published configurations, weights drawn
+ARCHITECTURES = ("ddpm-cifar10", "sd15")  # published ones, of which the assets hold the configuration
+NAMES = ("demo", *ARCHITECTURES)
 UNETS: dict[str, Any] = {kind.__name__: kind for kind in (UNet2DModel, UNet2DConditionModel)}
 SCHEDULERS: dict[str, Any] = {kind.__name__: kind for kind in FAMILY}
 
@@ -38,8 +37,8 @@ def load_model(name_or_dir: str | Path) -> tuple[nn.Module, DDIMScheduler]:
     Raises:
         ValueError: no such name or folder, not of that layout, or damaged.
     """
-    if name_or_dir in RANDOM:
-        return _random(RANDOM[str(name_or_dir)])
+    if name_or_dir in ARCHITECTURES:
+        return _random(str(name_or_dir))
     folder = assets_dir() / "fashion_mnist" if name_or_dir == "demo" else Path(name_or_dir)
     if not folder.is_dir():
         raise ValueError(
@@ -82,9 +81,27 @@ def _class_of(config: Path, allowed: dict[str, Any]) -> Any:
     return allowed[name]
 
 
-def _random(file: str) -> tuple[nn.Module, DDIMScheduler]:
-    text = (resources.files("pqcad_ao.recipes") / "configs" / file).read_text()
-    config: Any = OmegaConf.to_container(OmegaConf.create(text))
+def architecture(name: str) -> dict[str, Any]:
+    """The configuration of a published network: ``unet`` and ``scheduler`` as diffusers' classes take them.
+
+    Args:
+        name: of ``ARCHITECTURES``.
+
+    Returns:
+        also ``unet_class``, where it is not ``UNet2DModel``.
+
+    Raises:
+        ValueError: no such name.
+    """
+    if name not in ARCHITECTURES:
+        raise ValueError(f"no architecture {name!r}: allowed are {', '.join(map(repr, ARCHITECTURES))}")
+    config: Any = OmegaConf.to_container(OmegaConf.load(assets_dir() / "architectures" / f"{name}.yaml"))
+    return config
+
+
+def _random(name: str) -> tuple[nn.Module, DDIMScheduler]:
+    """A published network with seeded random weights."""
+    config = architecture(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         unet: Any = UNETS[config.get("unet_class", "UNet2DModel")](**config["unet"])

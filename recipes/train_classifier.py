@@ -17,8 +17,7 @@ from tqdm.auto import tqdm
 
 from pqcad_ao.data import load_images, to_unit
 from pqcad_ao.evaluate.features import FeatureClassifier, RealFeatures
-
-CONFIGS = Path(__file__).parent / "configs"
+from pqcad_ao.recipes.settings import load_settings
 
 
 def lr_at(step: int, steps: int, train: DictConfig) -> float:
@@ -88,8 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("overrides", nargs="*", help="such as train.epochs=1 train.bf16=false")
     args = parser.parse_args(argv)
-    path = Path(args.config) if args.config.endswith((".yaml", ".yml")) else CONFIGS / f"{args.config}.yaml"
-    config = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(args.overrides))
+    config = load_settings(args.config, args.overrides)
     sets = {}
     for split in ("train", "test"):
         images, labels = load_images(

@@ -20,8 +20,7 @@ from tqdm.auto import tqdm
 from pqcad_ao.data import load_images, to_uint8, to_unit
 from pqcad_ao.denoiser import predict
 from pqcad_ao.diffusion.sampling import sample
-
-CONFIGS = Path(__file__).parent / "configs"
+from pqcad_ao.recipes.settings import load_settings
 
 
 def target(scheduler: DDIMScheduler, x_0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -157,8 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("overrides", nargs="*", help="such as train.steps=100 train.bf16=false")
     args = parser.parse_args(argv)
-    path = Path(args.config) if args.config.endswith((".yaml", ".yml")) else CONFIGS / f"{args.config}.yaml"
-    config = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(args.overrides))
+    config = load_settings(args.config, args.overrides)
     images, _ = load_images(args.data, "train", image_size=config.data.image_size, channels=config.unet.in_channels)
     train(config, images, args.out, device=args.device)
 

@@ -16,6 +16,7 @@ from pqcad_ao.config import ROLES
 from pqcad_ao.denoiser import check_conditioning
 from pqcad_ao.graph.capture import capture
 from pqcad_ao.graph.plan import Plan, resolve
+from pqcad_ao.models import load_model
 
 
 @pytest.fixture(scope="module")
@@ -482,11 +483,7 @@ def test_a_network_that_cannot_be_exported_is_an_error_and_stays_as_it_was():
 @pytest.mark.slow
 def test_every_layer_of_the_published_cifar10_configuration():
     """35.7 M parameters of random values; export alone takes a minute."""
-    from omegaconf import OmegaConf
-
-    from pqcad_ao.recipes.train_teacher import CONFIGS
-
-    unet = UNet2DModel(**OmegaConf.to_container(OmegaConf.load(CONFIGS / "cifar10.yaml").unet))
+    unet, _ = load_model("ddpm-cifar10")
     rows = plan(unet)
     _check_complete(rows, unet)
     assert sum(p.numel() for p in unet.parameters()) == 35_746_307

@@ -51,7 +51,10 @@ MODULES = _modules()
 
 
 def _imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Line and module of every import of our own, inside functions and under ``TYPE_CHECKING``, too."""
+    """Line and module of every import of our own, inside functions and under ``TYPE_CHECKING``, too.
+
+    ``resources.files("pqcad_ao.room")``, which reads another room's data, counts as well.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -59,6 +62,9 @@ def _imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
             assert node.level == 0, f"line {node.lineno}: imports are written in full"
             paths = [f"{node.module}.{alias.name}" for alias in node.names]
             names = [path if path in MODULES else node.module or "" for path in paths]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("files", "resources.files"):
+            package = ast.literal_eval(node.args[0])
+            names = [package] if package != "pqcad_ao" else []  # the whole package's folder is no room
         else:
             continue
         yield from ((node.lineno, name) for name in names if name.split(".")[0] == "pqcad_ao")

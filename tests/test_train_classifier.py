@@ -6,19 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 
 from pqcad_ao.evaluate.features import RealFeatures, extract_features, load_classifier
 from pqcad_ao.recipes import train_classifier
+from pqcad_ao.recipes.settings import load_settings
 
 # ten steps in fp32, torch 2.13.0 on x86
 GOLDEN = [2.754577, 2.624662, 2.660607, 2.435675, 2.38837, 2.375971, 2.505437, 2.357609, 2.40061, 2.478584]
 
 
 def tiny_config(**options) -> DictConfig:
-    config = OmegaConf.load(train_classifier.CONFIGS / "classifier_fashion_mnist.yaml")
+    config = load_settings("classifier_fashion_mnist")
     config.network = {"in_channels": 1, "image_size": 8, "channels": [4, 8], "num_classes": 10}
     config.train.update({"epochs": 2, "batch_size": 32, "bf16": False} | options)
     return config

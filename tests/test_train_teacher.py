@@ -11,7 +11,8 @@ from PIL import Image
 
 from pqcad_ao.data import to_unit
 from pqcad_ao.recipes import train_teacher
-from pqcad_ao.recipes.train_teacher import CONFIGS, averaged_copy, lr_at, main, save_grid, target, train
+from pqcad_ao.recipes.settings import load_settings
+from pqcad_ao.recipes.train_teacher import averaged_copy, lr_at, main, save_grid, target, train
 
 
 def _config(**options):
@@ -228,7 +229,7 @@ def test_a_grid_of_images(tmp_path, channels):
 
 @pytest.mark.parametrize("name", ["fashion_mnist", "cifar10"])
 def test_shipped_configurations_build(name):
-    config = OmegaConf.load(CONFIGS / f"{name}.yaml")
+    config = load_settings(name)
     with torch.device("meta"):
         unet = UNet2DModel(**OmegaConf.to_container(config.unet))
     DDIMScheduler(**OmegaConf.to_container(config.scheduler))
@@ -238,6 +239,14 @@ def test_shipped_configurations_build(name):
         assert sum(p.numel() for p in unet.parameters()) <= 1_200_000
     else:
         assert sum(p.numel() for p in unet.parameters()) == 35_746_307
+
+
+def test_settings_stand_upon_the_architecture_that_they_name(tmp_path):
+    config = load_settings("cifar10", ["unet.dropout=0.2", "train.steps=7"])
+    assert (config.unet.dropout, config.unet.norm_num_groups, config.train.steps) == (0.2, 32, 7)
+    (tmp_path / "mine.yaml").write_text("architecture: ddpm-cifar100\n")
+    with pytest.raises(ValueError, match="'ddpm-cifar100': allowed are 'ddpm-cifar10', 'sd15'"):
+        load_settings(str(tmp_path / "mine.yaml"))
 
 
 def test_the_command_line(tmp_path):
