@@ -1,0 +1,88 @@
+"""The wheel: it holds what the library reads and no more, and it runs away from the checkout."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import pqcad_ao
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {"pqcad_ao": "pqcad_ao", **{name: f"pqcad_ao/{name}" for name in ("passes", "recipes", "bench")}}
+
+
+def _run(*command: object, **environment: str) -> str:
+    """Standard output of a command that must succeed."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        cwd=environment.get("PYTHONPATH"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what is built: setuptools leaves ``build/`` where it builds, and packs what an earlier build left."""
+    folder = tmp_path_factory.mktemp("source")
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built by the setuptools that is installed: an isolated build would fetch its own, and a test needs no network."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
+    _run(*pip, "--wheel-dir", folder, source)
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("installed")
+    _run(sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", folder, wheel)
+    return folder
+
+
+def test_the_wheel_holds_every_module_and_what_they_read(source: Path, wheel: Path):
+    expected = {
+        f"{inside}/{path.relative_to(source / name).as_posix()}"
+        for name, inside in FOLDERS.items()
+        for path in (source / name).rglob("*")
+        if path.suffix in (".py", ".yaml") or (name == "pqcad_ao" and path.is_file())
+    }
+    with zipfile.ZipFile(wheel) as file:
+        names = {name for name in file.namelist() if ".dist-info/" not in name}
+    assert names == expected
+    assert wheel.stat().st_size < 6_000_000  # the teacher is 4.1 MB of it, the feature network and its statistics 1.9
+
+
+def test_the_wheel_has_the_version_of_the_package(wheel: Path):
+    assert wheel.name.split("-")[1] == pqcad_ao.__version__
+
+
+def test_the_wheel_runs_away_from_the_checkout(installed: Path):
+    code = (
+        "import sys; import pqcad_ao.passes, pqcad_ao.recipes.demo; from pqcad_ao.models import load_model\n"
+        "load_model('demo')[0], load_model('ddpm-cifar10')[0]\n"  # one reads the weights, the other a recipe's YAML
+        "for name, module in sys.modules.items():\n"
+        "    if name.split('.')[0] == 'pqcad_ao': print(module.__spec__.origin or list(module.__path__)[0])"
+    )
+    files = _run(sys.executable, "-c", code, PYTHONPATH=str(installed)).splitlines()
+    assert len(files) > 40
+    assert [file for file in files if not Path(file).is_relative_to(installed)] == []
+
+
+def test_the_command_runs_away_from_the_checkout(installed: Path):
+    assert "compress" in _run(sys.executable, installed / "bin" / "pqcad", "--help", PYTHONPATH=str(installed))
