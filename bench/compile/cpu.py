@@ -11,8 +11,8 @@ import importlib.util
 import json
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,10 +44,11 @@ def check_rows(rows: Sequence[str] | None) -> list[str]:
 
 def check_counts(name: str, values: Sequence[int]) -> list[int]:
     """The values as a list; raises ValueError: none, or one that is no whole number from 1."""
-    values = list(values)
-    for value in values or [values]:
+    counts = list(values)
+    check_count(name, counts[0] if counts else counts)
+    for value in counts[1:]:
         check_count(name, value)
-    return values
+    return counts
 
 
 def missing_packages(name: str) -> list[str]:
@@ -130,66 +131,97 @@ def _measure(
     spec: dict[str, Any], names: list[str], rounds: int, iterations: int, bar: tqdm
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One batch size: build all, then go round; the roofline's facts and the rows."""
-    rows = {name: {"name": name, "batch": spec["batch"]} for name in names}
-    turns: dict[str, list[list[float]]] = {name: [] for name in names}
     peaks: list[dict[str, float]] = []
-    with ExitStack() as stack:
-
-        def start(name: str) -> tuple[Worker, dict[str, Any]]:
-            worker = stack.enter_context(Worker(spec | {"name": name}))
-            facts = worker.receive()
-            time.sleep(PAUSE)
-            return worker, facts
-
-        def skip(name: str, why: str) -> None:
-            rows[name] = {"name": name, "batch": spec["batch"], "skipped": why}
-            if name == REFERENCE:
-                raise RuntimeError(f"{REFERENCE}, to which all others are compared, failed: {why}")
-
+    with ExitStack() as workers:
+        batch = _Batch(spec, names, workers, bar)
         try:
-            machine, facts = start(MACHINE)
+            machine, facts = batch.start(MACHINE)
         except Failed as error:
             raise RuntimeError(f"the network's inputs could not be made: {error}") from error
-        workers: dict[str, Worker] = {}
-        for name in names:
-            bar.set_postfix_str(f"batch {spec['batch']}, building {name}")
-            missing = missing_packages(name)
-            try:
-                if missing:
-                    raise Failed(f"not installed: {', '.join(missing)} (pip install 'pqcad_ao[bench]')")
-                workers[name], found = start(name)
-                rows[name] |= found
-            except Failed as error:
-                skip(name, str(error))
-            bar.update()
+        batch.build()
         for turn in range(rounds):
             peaks.append(machine.ask({"run": 1})["peaks"])
             time.sleep(PAUSE)
-            for name in names:
-                bar.set_postfix_str(f"batch {spec['batch']}, round {turn + 1}, {name}")
-                bar.update()
-                if "skipped" in rows[name]:
-                    continue
-                try:
-                    turns[name].append(workers[name].ask({"run": iterations})["ms"])
-                except Failed as error:
-                    skip(name, str(error))
-                time.sleep(PAUSE)
-        for name in names:
-            if "skipped" not in rows[name]:
-                try:
-                    rows[name] |= workers[name].ask({"stop": True})
-                except Failed as error:
-                    skip(name, str(error))
-    roofline = {"batch": spec["batch"], **facts}
+            batch.go_round(turn, iterations)
+        batch.stop()
+    for name in batch.running:
+        batch.rows[name] |= _statistics(batch.turns[name], batch.turns[REFERENCE], facts["gmac"])
+    return {"batch": spec["batch"], **facts} | _roofline(peaks, facts["gmac"]), list(batch.rows.values())
+
+
+class _Batch:
+    """The workers of one batch size, and what they measured.
+
+    Attributes:
+        rows: by name; a row that could not be measured says why in ``skipped``.
+        turns: by name, the milliseconds of each turn's steps.
+    """
+
+    def __init__(self, spec: dict[str, Any], names: list[str], workers: ExitStack, bar: tqdm) -> None:
+        self.spec, self.names, self.bar = spec, names, bar
+        self.rows = {name: {"name": name, "batch": spec["batch"]} for name in names}
+        self.turns: dict[str, list[list[float]]] = {name: [] for name in names}
+        self._ends, self._workers = workers, dict[str, Worker]()
+
+    @property
+    def running(self) -> list[str]:
+        return [name for name in self.names if "skipped" not in self.rows[name]]
+
+    def start(self, name: str) -> tuple[Worker, dict[str, Any]]:
+        """A worker, which ends with the stack of workers, and what it says of itself."""
+        worker = self._ends.enter_context(Worker(self.spec | {"name": name}))
+        facts = worker.receive()
+        time.sleep(PAUSE)
+        return worker, facts
+
+    def build(self) -> None:
+        """Start a worker for every row."""
+        for name in self.names:
+            self.bar.set_postfix_str(f"batch {self.spec['batch']}, building {name}")
+            missing = missing_packages(name)
+            with self._or_skip(name):
+                if missing:
+                    raise Failed(f"not installed: {', '.join(missing)} (pip install 'pqcad_ao[bench]')")
+                self._workers[name], facts = self.start(name)
+                self.rows[name] |= facts
+            self.bar.update()
+
+    def go_round(self, turn: int, iterations: int) -> None:
+        """Let every worker time its steps, one after another."""
+        for name in self.names:
+            self.bar.set_postfix_str(f"batch {self.spec['batch']}, round {turn + 1}, {name}")
+            self.bar.update()
+            if "skipped" in self.rows[name]:
+                continue
+            with self._or_skip(name):
+                self.turns[name].append(self._workers[name].ask({"run": iterations})["ms"])
+            time.sleep(PAUSE)
+
+    def stop(self) -> None:
+        """Ask every worker what it needed in all."""
+        for name in self.running:
+            with self._or_skip(name):
+                self.rows[name] |= self._workers[name].ask({"stop": True})
+
+    @contextmanager
+    def _or_skip(self, name: str) -> Iterator[None]:
+        """Let a worker's fault be a line of the table; the reference's is everybody's."""
+        try:
+            yield
+        except Failed as error:
+            self.rows[name] = {"name": name, "batch": self.spec["batch"], "skipped": str(error)}
+            if name == REFERENCE:
+                raise RuntimeError(f"{REFERENCE}, to which all others are compared, failed: {error}") from error
+
+
+def _roofline(peaks: list[dict[str, float]], gmac: float) -> dict[str, float | None]:
+    """The machine's best turn for each kind of number, and the time of a step at it."""
+    roofline: dict[str, float | None] = {}
     for kind in ("fp32", "bf16", "int8"):
         peak = max((measured[kind] for measured in peaks if kind in measured), default=None)
         roofline[f"peak_gmacs_{kind}"] = peak
-        roofline[f"ms_at_peak_{kind}"] = None if peak is None else facts["gmac"] / peak * 1e3
-    for name, row in rows.items():
-        if "skipped" not in row:
-            row |= _statistics(turns[name], turns[REFERENCE], facts["gmac"])
-    return roofline, list(rows.values())
+        roofline[f"ms_at_peak_{kind}"] = None if peak is None else gmac / peak * 1e3
+    return roofline
 
 
 def _statistics(turns: list[list[float]], reference: list[list[float]], gmac: float) -> dict[str, float]:

@@ -75,25 +75,14 @@ def bench_edge(
         made, paths = [], {}
         for name in rows:
             path = Path(folder) / f"{name}.pte"
-            row: dict[str, Any] = {"name": name, "title": ROWS[name].title}
-            try:
-                started = time.perf_counter()
-                row |= alone(_build, name, job, str(path))
-                row |= {"bytes": path.stat().st_size, "export_s": time.perf_counter() - started}
-                if ROWS[name].runs:
-                    row |= alone(_alone, str(path), job)
-                    paths[name] = str(path)
-            except Exception as error:  # a rival's fault is a line of the table
-                row["skipped"] = _reason(error)
+            row = _make(name, job, path)
+            if ROWS[name].runs and "skipped" not in row:
+                paths[name] = str(path)
             made.append(row)
         turns = alone(_race, paths, rounds, job) if paths else {}
         for row in made:
             if row["name"] in turns:
-                row["ms"] = median(turns[row["name"]])
-                row["ms_quartiles"] = _quartiles(turns[row["name"]])
-                rival = turns.get("xnnpack_int8")
-                if rival:
-                    row["over_int8"] = median(a / b for a, b in zip(turns[row["name"]], rival, strict=True))
+                row |= _times(turns[row["name"]], turns.get("xnnpack_int8"))
             if n and row["name"] in paths:
                 row["fid"] = alone(_fid, row["name"], paths[row["name"]], job, n)
         result["rows"] = made
@@ -103,6 +92,29 @@ def bench_edge(
     if target is not None:
         write_whole(target, json.dumps(result, indent=2).encode())
     return result
+
+
+def _make(name: str, job: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Write a row's file and measure what needs no turns; ``skipped`` says why one of both was not possible."""
+    row: dict[str, Any] = {"name": name, "title": ROWS[name].title}
+    try:
+        begin = time.perf_counter()
+        row |= alone(_build, name, job, str(path))
+        row |= {"bytes": path.stat().st_size, "export_s": time.perf_counter() - begin}
+        if ROWS[name].runs:
+            row |= alone(_alone, str(path), job)
+    except Exception as error:  # a rival's fault is a line of the table
+        row["skipped"] = _reason(error)
+    return row
+
+
+def _times(turns: list[float], rival: list[float] | None) -> dict[str, Any]:
+    """Median and quartiles of a row's calls, and the median ratio to the rival's call of the same turn."""
+    quartiles = torch.tensor(turns).quantile(torch.tensor([0.25, 0.75])).tolist()
+    times: dict[str, Any] = {"ms": median(turns), "ms_quartiles": quartiles}
+    if rival:
+        times["over_int8"] = median(a / b for a, b in zip(turns, rival, strict=True))
+    return times
 
 
 def _reason(error: Exception) -> str:
@@ -185,7 +197,3 @@ def _fid(kind: str, path: str, job: dict[str, Any], n: int) -> float:
         images = sample(predict_one, scheduler, noise, job["steps"], batch_size=1)  # type: ignore[arg-type]
     network, real = embedded_features()
     return fid_kid(images, network, real, seed=job["seed"], bootstrap=0)["fid"]
-
-
-def _quartiles(values: list[float]) -> list[float]:
-    return torch.tensor(values).quantile(torch.tensor([0.25, 0.75])).tolist()

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,33 @@ def bench_quality(
         ValueError: a row that does not exist, sizes out of range, or steps or a scheduler that cannot be distilled.
     """
     rows, seeds = rows or DEFAULT_ROWS, [0] if seeds is None else seeds
+    _check(rows, seeds, steps, n)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    network, real = features or embedded_features()
+    place = check_device(device)
+    teacher, scheduler = load_model(model)
+    bench = _Bench(teacher.to(place), scheduler, steps, Path(work), options or {}, cad_options or {}, progress)
+    sampling = _Sampling(n, compiled, network, real, progress)
+    for name in rows:
+        if (cad := bench.settings(name, seeds[0])[1]) is not None:  # before hours of work on other rows
+            check_distillation(teacher, scheduler, cad)
+    measured, panels = [], {}
+    for seed in seeds:
+        for name in rows:
+            result, drawn = sampling.result(bench, name, seed)
+            if seed == seeds[0]:
+                row, pictures = ROWS[name], load_file(drawn)["images"]
+                panels[f"{row.title}: {steps // row.part} steps, FID {result['fid']:.2f}"] = pictures
+            measured.append(result)
+            say(f"{name} seed {seed}: FID {result['fid']:.3f}, {result['n']} images, {result['steps']} steps")
+    if grid is not None:
+        save_samples(panels, grid, columns=4, side=2.4, across=5)
+    return {"rows": measured, "model": model, **describe(torch.get_num_threads())}
+
+
+def _check(rows: list[str], seeds: list[int], steps: int, n: int) -> None:
+    """Raises ValueError: rows or counts of :func:`bench_quality` that there are not."""
     unknown = [name for name in rows if name not in ROWS]
     if unknown:
         raise ValueError(f"rows {', '.join(unknown)}: allowed are {', '.join(ROWS)}")
@@ -93,50 +121,6 @@ def bench_quality(
     parts = max(ROWS[name].part for name in rows)
     if steps % parts:
         raise ValueError(f"steps={steps}: these rows take 1/{parts} of them, give a multiple of {parts}")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    network, real = features or embedded_features()
-    place = check_device(device)
-    teacher, scheduler = load_model(model)
-    bench = _Bench(teacher.to(place), scheduler, steps, Path(work), options or {}, cad_options or {}, progress)
-    measure = digest(network.state_dict(), real.mean, real.cov)[:8]
-    for name in rows:
-        if (cad := bench.settings(name, seeds[0])[1]) is not None:  # before hours of work on other rows
-            check_distillation(teacher, scheduler, cad)
-    found, panels = [], {}
-    for seed in seeds:
-        for name in rows:
-            row = ROWS[name]
-            kind = f"steps{steps // row.part}-n{n}{'-compiled' if compiled else ''}-{measure}"
-            file = bench.home(name, seed) / f"{kind}.json"
-            drawn = file.with_suffix(".safetensors")  # written first
-            if file.is_file():
-                result = json.loads(file.read_text())
-            else:
-                unet, sampler, made = bench.network(name, seed)
-                images, sqnr = images_of(teacher, unet, sampler, steps // row.part, n, seed, compiled, progress)
-                quality = image_quality(images, network, real, seed=seed, bootstrap=BOOTSTRAP)
-                result = {
-                    "name": name,
-                    "title": row.title,
-                    **quality,
-                    "steps": steps // row.part,
-                    "seed": seed,
-                    "sampled": "compiled" if compiled else "eager",
-                    "cpu": cpu()["name"],
-                    "threads": torch.get_num_threads(),
-                    "sqnr_db": sqnr if row.part == 1 else None,  # a distilled step is another function by design
-                    **made,
-                }
-                save_file({"images": to_uint8(images[:DRAWN])}, drawn)
-                write_json(file, result)
-            if seed == seeds[0]:
-                panels[f"{row.title}: {steps // row.part} steps, FID {result['fid']:.2f}"] = load_file(drawn)["images"]
-            found.append(result)
-            say(f"{name} seed {seed}: FID {result['fid']:.3f}, {result['n']} images, {result['steps']} steps")
-    if grid is not None:
-        save_samples(panels, grid, columns=4, side=2.4, across=5)
-    return {"rows": found, "model": model, **describe(torch.get_num_threads())}
 
 
 @dataclass
@@ -203,6 +187,55 @@ class _Bench:
         save_model(unet, sampler, home / "model")
         write_json(made, facts)
         return unet, sampler, facts
+
+
+@dataclass
+class _Sampling:
+    """How every row is sampled, and what its pictures are compared with."""
+
+    n: int
+    compiled: bool
+    network: nn.Module
+    real: RealFeatures
+    progress: bool
+
+    @cached_property
+    def key(self) -> str:
+        """What the features depend on, for the names of files."""
+        return digest(self.network.state_dict(), self.real.mean, self.real.cov)[:8]
+
+    def result(self, bench: _Bench, name: str, seed: int) -> tuple[dict[str, Any], Path]:
+        """A row of the result and the file of its first pictures, as they were left in its folder or made now."""
+        steps = bench.steps // ROWS[name].part
+        kind = f"steps{steps}-n{self.n}{'-compiled' if self.compiled else ''}-{self.key}"
+        file = bench.home(name, seed) / f"{kind}.json"
+        drawn = file.with_suffix(".safetensors")  # written first
+        if file.is_file():
+            return json.loads(file.read_text()), drawn
+        result, images = self.measure(bench, name, seed, steps)
+        save_file({"images": to_uint8(images[:DRAWN])}, drawn)
+        write_json(file, result)
+        return result, drawn
+
+    def measure(self, bench: _Bench, name: str, seed: int, steps: int) -> tuple[dict[str, Any], Tensor]:
+        """Make a row's network and sample it; the row of the result and all images."""
+        row = ROWS[name]
+        unet, scheduler, made = bench.network(name, seed)
+        images, sqnr = images_of(bench.teacher, unet, scheduler, steps, self.n, seed, self.compiled, self.progress)
+        quality = image_quality(images, self.network, self.real, seed=seed, bootstrap=BOOTSTRAP)
+        result = {
+            "name": name,
+            "title": row.title,
+            **quality,
+            "steps": steps,
+            "seed": seed,
+            "sampled": "compiled" if self.compiled else "eager",
+            "cpu": cpu()["name"],
+            "threads": torch.get_num_threads(),
+            "sqnr_db": sqnr if row.part == 1 else None,  # a distilled step is another function by design
+            **made,
+        }
+        return result, images
 
 
 def images_of(
