@@ -11,17 +11,13 @@ from torch import nn
 
 from pqcad_ao.diffusion.process import FAMILY, as_ddim
 from pqcad_ao.nn.state import quantized_state
+from pqcad_ao.utils.assets import asset_path
 from pqcad_ao.utils.files import write_whole
 
 ARCHITECTURES = ("ddpm-cifar10", "sd15")  # published ones, of which the assets hold the configuration
 NAMES = ("demo", *ARCHITECTURES)
 UNETS: dict[str, Any] = {kind.__name__: kind for kind in (UNet2DModel, UNet2DConditionModel)}
 SCHEDULERS: dict[str, Any] = {kind.__name__: kind for kind in FAMILY}
-
-
-def assets_dir() -> Path:
-    """The folder of data files that are part of this package."""
-    return Path(__file__).parent / "assets"
 
 
 def load_model(name_or_dir: str | Path) -> tuple[nn.Module, DDIMScheduler]:
@@ -39,7 +35,7 @@ def load_model(name_or_dir: str | Path) -> tuple[nn.Module, DDIMScheduler]:
     """
     if name_or_dir in ARCHITECTURES:
         return _random(str(name_or_dir))
-    folder = assets_dir() / "fashion_mnist" if name_or_dir == "demo" else Path(name_or_dir)
+    folder = asset_path("fashion_mnist") if name_or_dir == "demo" else Path(name_or_dir)
     if not folder.is_dir():
         raise ValueError(
             f"no model {str(name_or_dir)!r}: allowed are {', '.join(map(repr, NAMES))} or a folder that holds unet/ "
@@ -95,7 +91,7 @@ def architecture(name: str) -> dict[str, Any]:
     """
     if name not in ARCHITECTURES:
         raise ValueError(f"no architecture {name!r}: allowed are {', '.join(map(repr, ARCHITECTURES))}")
-    config: Any = OmegaConf.to_container(OmegaConf.load(assets_dir() / "architectures" / f"{name}.yaml"))
+    config: Any = OmegaConf.to_container(OmegaConf.load(asset_path("architectures", f"{name}.yaml")))
     return config
 
 

@@ -14,6 +14,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from pqcad_ao.data import to_uint8
+from pqcad_ao.utils.files import write_whole
 
 ROW_NAMES = {
     "fp_full": "full precision (fp32)",
@@ -74,7 +75,7 @@ def write_json(path: str | Path, values: dict[str, Any]) -> None:
     """Write strict JSON (infinities become null), making the folder if it is not there."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(finite(values), indent=2, allow_nan=False) + "\n")
+    write_whole(path, (json.dumps(finite(values), indent=2, allow_nan=False) + "\n").encode())
 
 
 def grid(images: Tensor, columns: int) -> Tensor:

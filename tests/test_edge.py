@@ -22,9 +22,10 @@ from pqcad_ao.edge.export import PTEReport, export_fp32_pte, export_pte
 from pqcad_ao.edge.lower import layers_of_calls
 from pqcad_ao.edge.parity import ParityError
 from pqcad_ao.edge.sampler import PTESampler
-from pqcad_ao.models import assets_dir, load_model
+from pqcad_ao.models import load_model
 from pqcad_ao.nn.state import quantized_state
 from pqcad_ao.utils import files
+from pqcad_ao.utils.assets import asset_path
 from pqcad_ao.utils.files import write_whole
 
 pytest.importorskip("executorch.exir", reason="executorch is not installed: pip install pqcad_ao[edge]")
@@ -471,7 +472,7 @@ def test_conditional_diffusers_unet(tmp_path):
 
 @pytest.mark.slow
 def test_embedded_teacher(tmp_path):
-    if not (assets_dir() / "fashion_mnist" / "unet").is_dir():
+    if not (asset_path("fashion_mnist", "unet")).is_dir():
         pytest.skip("the teacher is not in pqcad_ao/assets yet")
     unet, scheduler = load_model("demo")
     fp32 = export_fp32_pte(unet, tmp_path / "fp32.pte")

@@ -324,7 +324,7 @@ def test_another_runs_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is of another run"):
         learned(Small(seed=1), config(), folder=tmp_path)
     (tmp_path / "checkpoint.safetensors").write_bytes(b"half a file")
-    with pytest.raises(ValueError, match="is no checkpoint of this project, or is damaged"):
+    with pytest.raises(ValueError, match="no safetensors file or is damaged"):
         learned(Small(), config(), folder=tmp_path)
 
 

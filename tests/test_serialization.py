@@ -334,8 +334,8 @@ def _resave(change):
 FILE_DAMAGE = {
     "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-50]), "is no safetensors file"),
     "no safetensors": (lambda p: p.write_bytes(b"hello"), "is no safetensors file"),
-    "foreign": (_resave(lambda m, t: m.pop("pqcad")), "was not written by pqcad_ao.save_quantized"),
-    "no json": (_resave(lambda m, t: m.update(pqcad="{")), "quantization config is damaged"),
+    "foreign": (_resave(lambda m, t: m.pop("pqcad")), "holds no pqcad: its header names format"),
+    "no json": (_resave(lambda m, t: m.update(pqcad="{")), "is damaged: its header is no JSON"),
     "newer": (_resave(lambda m, t: m.update(pqcad=json.dumps({"format": 7}))), "is of format 7"),
     "missing": (_resave(lambda m, t: t.pop("norm.weight")), "does not fit this Small: .* norm.weight"),
     "missing grid": (_resave(lambda m, t: t.pop("join.input_low")), "does not fit this Small: .* join.input_low"),

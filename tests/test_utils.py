@@ -1,8 +1,14 @@
 """What every room may use: checks of numbers, files written whole, tensor files read back, assets."""
 
-import pytest
+from pathlib import Path
 
+import pytest
+import torch
+
+from pqcad_ao.utils.assets import asset_path
 from pqcad_ao.utils.checks import check_count, check_counts, is_whole
+from pqcad_ao.utils.files import whole_file, write_whole
+from pqcad_ao.utils.tensor_files import read_tensors, write_tensors
 
 
 @pytest.mark.parametrize("value", [True, 1.0, "1", None, 0, 64])
@@ -22,3 +28,56 @@ def test_the_first_count_that_is_wrong_is_named():
     check_counts(steps=1, rounds=2**70)
     with pytest.raises(ValueError, match=r"^rounds=0: allowed are whole numbers from 1$"):
         check_counts(steps=1, rounds=0, batch_size=-1)
+
+
+def _write_half(path: Path) -> None:
+    with whole_file(path) as unfinished:
+        unfinished.write_bytes(b"half of it")
+        raise RuntimeError("killed")
+
+
+def test_a_file_is_written_whole_or_stays_what_it_was(tmp_path: Path):
+    path = tmp_path / "a.bin"
+    write_whole(path, b"older")
+    with pytest.raises(RuntimeError, match="killed"):
+        _write_half(path)
+    assert path.read_bytes() == b"older"
+    write_whole(path, b"newer")
+    assert path.read_bytes() == b"newer"
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_a_tensor_file_gives_back_what_was_written(tmp_path: Path):
+    tensors = {"a": torch.arange(3), "b": torch.ones(2, 2, dtype=torch.bfloat16)}
+    write_tensors(tmp_path / "a.safetensors", tensors, {"kind": '{"n": 3}', "format": "pt"})
+    read, header = read_tensors(tmp_path / "a.safetensors", "kind")
+    assert header == {"n": 3}
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], value) for name, value in tensors.items())
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "content", "message"),
+    [
+        ({"kind": "1"}, 50, "no safetensors file or is damaged"),
+        ({"other": "1", "another": "2"}, None, "holds no kind: its header names another, other"),
+        (None, None, "holds no kind: its header names nothing"),
+        ({"kind": "{"}, None, "is damaged: its header is no JSON"),
+    ],
+)
+def test_a_tensor_file_that_is_damaged_or_of_another_kind_is_refused(tmp_path: Path, metadata, content, message):
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, {"a": torch.zeros(3)}, metadata)
+    path.write_bytes(path.read_bytes()[:content])
+    with pytest.raises(ValueError, match=rf"a\.safetensors.*{message}"):
+        read_tensors(path, "kind")
+
+
+def test_a_tensor_file_that_is_not_there_is_said_to_be_missing(tmp_path: Path):
+    with pytest.raises(FileNotFoundError):
+        read_tensors(tmp_path / "a.safetensors", "kind")
+
+
+def test_the_embedded_assets_are_there():
+    assert asset_path("fashion_mnist", "classifier.safetensors").is_file()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pqcad_ao.bench.quality.rows import DEFAULT_ROWS, ROWS
@@ -35,6 +35,7 @@ from pqcad_ao.report import save_samples, write_json
 from pqcad_ao.utils.checks import check_count
 from pqcad_ao.utils.files import digest
 from pqcad_ao.utils.machine import check_device, cpu, describe, peak_rss_bytes, reset_peak_rss
+from pqcad_ao.utils.tensor_files import write_tensors
 
 BATCH = 32  # more do not stay in the cache, and take longer for each image
 TRAJECTORIES = 16  # images whose trajectories carry the SQNR
@@ -213,7 +214,7 @@ class _Sampling:
         if file.is_file():
             return json.loads(file.read_text()), drawn
         result, images = self.measure(bench, name, seed, steps)
-        save_file({"images": to_uint8(images[:DRAWN])}, drawn)
+        write_tensors(drawn, {"images": to_uint8(images[:DRAWN])})
         write_json(file, result)
         return result, drawn
 

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch import distributed as dist
 from tqdm.auto import tqdm
@@ -18,6 +16,7 @@ from pqcad_ao.denoiser import conditioning_rows, evaluation_mode, placement, tak
 from pqcad_ao.diffusion.process import as_ddim, check_signal, settings_of
 from pqcad_ao.diffusion.sampling import overflow, sample
 from pqcad_ao.utils.files import digest
+from pqcad_ao.utils.tensor_files import read_tensors, write_tensors
 
 SAVE_EVERY_S = 30.0
 
@@ -191,15 +190,13 @@ def _read(file: Path, points: CalibrationSet) -> int:
     if not file.is_file():
         return 0
     try:
-        with safe_open(file, "pt") as stored:
-            points.x_t.copy_(stored.get_tensor("x_t"))
-            return int(stored.metadata()["walked"])
-    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        tensors, walked = read_tensors(file, "walked")
+        points.x_t.copy_(tensors["x_t"])
+        return int(walked)
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{file} is damaged ({error}): delete it, and it is made again") from error
 
 
 def _write(file: Path, points: CalibrationSet, walked: int) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(".tmp")
-    save_file({"x_t": points.x_t.cpu()}, unfinished, {"walked": str(walked)})
-    unfinished.replace(file)
+    write_tensors(file, {"x_t": points.x_t.cpu()}, {"walked": str(walked)})

@@ -26,7 +26,7 @@ from pqcad_ao.denoiser import (
 from pqcad_ao.diffusion.ddim import Walk
 from pqcad_ao.diffusion.process import settings_of
 from pqcad_ao.diffusion.sampling import overflow, sample
-from pqcad_ao.utils.files import digest, write_whole
+from pqcad_ao.utils.files import digest, whole_file, write_whole
 from pqcad_ao.utils.processes import rank_and_world, wait_for_all
 
 CHECKED = 64  # pictures behind the denoising check
@@ -101,9 +101,8 @@ def clean_images(
         if rank == 0 and not file.is_file():
             for old in place.glob(f"c_dc-{key}.*.json"):
                 old.unlink()
-            unfinished = file.with_suffix(".tmp")
-            np.lib.format.open_memmap(unfinished, "w+", np.float32, (count, *shape)).flush()
-            unfinished.replace(file)
+            with whole_file(file) as unfinished:
+                np.lib.format.open_memmap(unfinished, "w+", np.float32, (count, *shape)).flush()
         wait_for_all()
         drawn = _mapped(file)
     starts = list(range(0, count, size))[rank::world]

@@ -3,18 +3,18 @@
 import json
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 
 from tabulate import tabulate
 from torch.fx import GraphModule, Node
 
 from pqcad_ao.passes.to_xnnpack import CONV, LINEAR, can_pack, layer_name
+from pqcad_ao.utils.assets import asset_path
 from pqcad_ao.utils.checks import check_count
 
 OBJECTIVES = ("speed", "size")
 # Under objective="speed" two weights go into a byte where that costs at most this part of the layer's own time.
 CHEAP = 0.5
-COSTS = Path(__file__).parents[1] / "assets" / "xnnpack_costs.json"
+COSTS = asset_path("xnnpack_costs.json")
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,15 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pqcad_ao.data import to_uint8, to_unit
+from pqcad_ao.utils.assets import asset_path
+from pqcad_ao.utils.tensor_files import read_tensors, write_tensors
 
 CLASSIFIER_FORMAT = "pqcad_ao.FeatureClassifier"
 FEATURES_FORMAT = "pqcad_ao.RealFeatures"
@@ -90,26 +89,15 @@ class FeatureClassifier(nn.Module):
 def _write_safetensors(path: str | Path, tensors: dict[str, Tensor], kind: str, header: dict[str, Any]) -> None:
     """Write tensors with ``header`` as one JSON entry named ``kind``: several entries would come in random order."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, path, {kind: json.dumps(header, sort_keys=True)})
+    write_tensors(path, contiguous, {kind: json.dumps(header, sort_keys=True)})
 
 
 def _read_safetensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and header of a file written as ``kind``; ValueError if it is anything else."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file or is damaged ({error})") from error
-    if kind not in metadata:
-        raise ValueError(f"{path} holds no {kind}: its header names {', '.join(sorted(metadata)) or 'nothing'}")
+    """Tensors and header of a file written as ``kind``; ValueError if it is anything else, or not finite."""
+    tensors, header = read_tensors(path, kind)
     broken = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise ValueError(f"{path} is damaged: {', '.join(broken)} holds values that are not finite")
-    try:
-        header = json.loads(metadata[kind])
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged: its header is no JSON ({error})") from error
     return tensors, header
 
 
@@ -187,12 +175,8 @@ class RealFeatures:
 
 def embedded_features() -> tuple[nn.Module, RealFeatures]:
     """The Fashion-MNIST feature network that is part of this package, and its statistics of the 10,000 test images."""
-    folder = resources.files("pqcad_ao") / "assets" / "fashion_mnist"
-    with (
-        resources.as_file(folder / "classifier.safetensors") as classifier,
-        resources.as_file(folder / "features_test.safetensors") as features,
-    ):
-        return load_classifier(classifier), RealFeatures.load(features)
+    folder = asset_path("fashion_mnist")
+    return load_classifier(folder / "classifier.safetensors"), RealFeatures.load(folder / "features_test.safetensors")
 
 
 def _check_images(images: Tensor) -> None:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from tqdm.auto import tqdm
 
+from pqcad_ao.utils.files import whole_file
+from pqcad_ao.utils.tensor_files import read_tensors, write_tensors
+
+KIND = "pqcad_learning"  # of the checkpoints, as their metadata names it
 CHECKPOINT_EVERY = 50  # updates
 WARMUP = 0.05  # part of the updates over which the learning rates rise
 LARGEST_GRADIENT = 1.0  # norm to which all gradients together are clipped
@@ -86,7 +88,7 @@ class Learner:
                 group["scale"].clamp_(min=SMALLEST_SCALE)
 
     def save(self, path: Path, header: dict[str, Any]) -> None:
-        """Write graph, moments and header, first beside ``path`` and then in its place."""
+        """Write graph, moments and header, whole or not at all."""
         tensors: dict[str, Tensor] = {}
         for name, value in self.graph.state_dict().items():  # cloned: a module may be there under two names
             tensors[f"graph.{name}"] = value.detach().clone(memory_format=torch.contiguous_format)
@@ -94,9 +96,7 @@ class Learner:
         for parameter, state in self.optimizer.state.items():
             for entry, value in state.items():
                 tensors[f"adam.{entry}.{names[parameter]}"] = value.contiguous()
-        unfinished = path.with_suffix(".tmp")
-        save_file(tensors, unfinished, {"pqcad_learning": json.dumps(header)})
-        unfinished.replace(path)
+        write_tensors(path, tensors, {KIND: json.dumps(header)})
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over what :func:`read_checkpoint` found."""
@@ -116,12 +116,7 @@ def read_checkpoint(path: Path, key: str) -> tuple[dict[str, Any], dict[str, Ten
     Raises:
         ValueError: the file is damaged, or of another run than the one that ``key`` names.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {})["pqcad_learning"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no checkpoint of this project, or is damaged ({error})") from error
+    tensors, header = read_tensors(path, KIND)
     if header["key"] != key:
         raise ValueError(
             f"{path} is of another run (another network, configuration or calibration set): give another folder, "
@@ -184,8 +179,8 @@ def drive(
                 log_file.write(json.dumps(asdict(update)) + "\n")
                 log_file.flush()
                 if len(run.log) % CHECKPOINT_EVERY == 0 or len(run.log) >= iterations:
-                    shutil.copyfile(checkpoint, before.with_suffix(".tmp"))
-                    before.with_suffix(".tmp").replace(before)
+                    with whole_file(before) as unfinished:
+                        shutil.copyfile(checkpoint, unfinished)
                     run.save(checkpoint)
                     saved = len(run.log)
             if callback is not None:

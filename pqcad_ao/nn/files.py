@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from pqcad_ao.nn.diffusers_plugin import attach
 from pqcad_ao.nn.state import insert_layers, make_layers, quantized_state, state_from_dict
+from pqcad_ao.utils.tensor_files import read_tensors, write_tensors
+
+KIND = "pqcad"  # of the file, as its metadata names it
 
 
 def save_quantized(model: nn.Module, path: str | Path) -> None:
@@ -27,7 +28,7 @@ def save_quantized(model: nn.Module, path: str | Path) -> None:
     tensors = {
         name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in model.state_dict().items()
     }
-    save_file(tensors, path, metadata={"format": "pt", "pqcad": json.dumps(state.to_dict())})
+    write_tensors(path, tensors, {"format": "pt", KIND: json.dumps(state.to_dict())})
 
 
 def load_quantized(model: nn.Module, path: str | Path) -> nn.Module:
@@ -42,18 +43,8 @@ def load_quantized(model: nn.Module, path: str | Path) -> nn.Module:
         raise ValueError(
             f"this {type(model).__name__} is quantized already; load_quantized takes the full-precision one"
         )
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file: {error}") from error
-    if "pqcad" not in metadata:
-        raise ValueError(f"{path} was not written by pqcad_ao.save_quantized (its metadata has no 'pqcad')")
-    try:
-        state = state_from_dict(json.loads(metadata["pqcad"]))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: the checkpoint's quantization config is damaged: {error}") from error
+    tensors, header = read_tensors(path, KIND)
+    state = state_from_dict(header)
     layers = make_layers(model, state)
     expected = {name: value for name, value in model.state_dict().items() if name.rpartition(".")[0] not in layers}
     for fqn, layer in layers.items():

@@ -3,6 +3,8 @@
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +30,25 @@ def check_writable(path: str | Path) -> Path:
     return path
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write the whole file or none: under another name first, then moved."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Another name to write a file under; on leaving it is moved to ``path``, or deleted if anything was raised."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    unfinished = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        yield unfinished
+        unfinished.chmod(0o644)
+        unfinished.replace(path)
     except BaseException:
-        os.unlink(temporary)
+        unfinished.unlink(missing_ok=True)
         raise
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write the whole file or none."""
+    with whole_file(path) as unfinished:
+        unfinished.write_bytes(content)
 
 
 def digest(*values: Any) -> str:
