@@ -23,7 +23,7 @@ from pqcad_ao.evaluate.features import (
     load_classifier,
 )
 from pqcad_ao.evaluate.fid import _frechet_to, fid_kid, image_quality, precision_recall
-from pqcad_ao.evaluate.sqnr import sqnr_db, trajectory_sqnr
+from pqcad_ao.evaluate.sqnr import decibels, sqnr_db, trajectory_sqnr
 
 DATA = Path(os.environ.get("PQCAD_DATA", Path(__file__).parents[1] / ".." / "shared" / "data")) / "fashion_mnist"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no Fashion-MNIST in {DATA}; set PQCAD_DATA")
@@ -418,6 +418,22 @@ def test_sqnr_by_hand():
         sqnr_db(torch.zeros(3), torch.zeros(1))
     with pytest.raises(ValueError, match="NaN"):
         sqnr_db(torch.zeros(3), torch.tensor([0.0, math.nan, 0.0]))
+
+
+@pytest.mark.parametrize(
+    ("signal", "noise", "expected"),
+    [
+        (100.0, 1.0, 20.0),
+        (1.0, 100.0, -20.0),
+        (1.0, 0.0, math.inf),
+        (0.0, 0.0, math.inf),
+        (0.0, 1.0, -math.inf),
+        (1.0, math.nan, -math.inf),
+        (1.0, math.inf, -math.inf),
+    ],
+)
+def test_decibels_of_two_powers_zero_power_included(signal: float, noise: float, expected: float):
+    assert decibels(signal, noise) == pytest.approx(expected)
 
 
 class Ramp(nn.Module):

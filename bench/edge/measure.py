@@ -22,6 +22,7 @@ from pqcad_ao.bench.edge.contenders import ROWS, TRAJECTORIES, compressed_networ
 from pqcad_ao.bench.edge.runtime import WARM_UP, Program, alone, take_turns
 from pqcad_ao.denoiser import predict, sample_shape
 from pqcad_ao.diffusion.sampling import sample
+from pqcad_ao.evaluate.sqnr import decibels, row_powers
 from pqcad_ao.models import load_model, save_model
 from pqcad_ao.nn.state import quantized_state
 from pqcad_ao.utils import machine
@@ -160,14 +161,13 @@ def _alone(path: str, job: dict[str, Any]) -> dict[str, Any]:
     signal = noise = 0.0
     for x_t, t, reference in zip(met["x_t"], met["timesteps"], met["predictions"], strict=True):
         for x, expected in zip(x_t, reference, strict=True):
-            signal += float(expected.double().square().sum())
-            noise += float((program.predict(x[None], t)[0].double() - expected.double()).square().sum())
-    sqnr_db = 10 * float(torch.tensor(signal / noise).log10()) if noise else float("inf")
+            powers = row_powers(expected[None], program.predict(x[None], t))
+            signal, noise = signal + powers[0].item(), noise + powers[1].item()
     return {
         "load_ms": program.load_ms,
         "peak_rss_bytes": peak,
         "peak_rss_above_start_bytes": peak - before,
-        "sqnr_db": sqnr_db,
+        "sqnr_db": decibels(signal, noise),
     }
 
 

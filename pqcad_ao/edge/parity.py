@@ -1,7 +1,6 @@
 """The parity guard: a lowered program against the network it was made from, on the network's own trajectories."""
 
 import copy
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pqcad_ao.denoiser import predict, take_rows
 from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.edge.lower import lower
 from pqcad_ao.edge.sampler import rows_of, tensors_of
+from pqcad_ao.evaluate.sqnr import decibels, row_powers
 from pqcad_ao.nn.layers import QuantizedLayer
 from pqcad_ao.passes.to_xnnpack import LAYER
 
@@ -121,7 +121,8 @@ def check_parity(
         prediction = network.execute([inputs[0], timesteps[record.index].view(1), *inputs[1:]])[0].clone()
         stepped = step.execute([inputs[0], torch.tensor([record.index]), *inputs[1:]])[0]
         expected = scheduler.step(prediction, timesteps[record.index], inputs[0]).prev_sample
-        if not _decibels(float(expected.square().sum()), float((stepped - expected).square().sum())) > STEP_DB:
+        signal, noise = row_powers(expected[None], stepped[None])
+        if not decibels(signal.item(), noise.item()) > STEP_DB:
             raise ParityError(
                 f"the program's step does not do what the scheduler does at timestep {timesteps[record.index]}. "
                 "Nothing was written"
@@ -189,9 +190,9 @@ def first_departure(
     method = Runtime.get().load_program(program).load_method("forward")
     found = method.execute([given[0], torch.tensor([record.index]), *given[1:]])
     for fqn, value in zip(results, found, strict=True):
-        reference = expected[fqn].double()
-        noise = value[: len(reference)].double().reshape(reference.shape) - reference
-        reached = _decibels(float(reference.square().sum()), float(noise.square().sum()))
+        reference = expected[fqn]
+        signal, noise = row_powers(reference[None], value[: len(reference)].reshape(reference.shape)[None])
+        reached = decibels(signal.item(), noise.item())
         if reached < bound_db:
             return f"first at layer {fqn}, {reached:.1f} dB"
     return "after the last quantized layer"
@@ -205,18 +206,9 @@ def _sqnr_db(run: Callable[[Record], Tensor], records: list[Record], steps: int)
     """For each step, the median image's signal-to-noise ratio in dB and that of all images together."""
     pairs: list[list[tuple[float, float]]] = [[] for _ in range(steps)]
     for record in records:
-        reference = record.prediction.double().flatten(1)
-        noise = run(record).double().flatten(1) - reference
-        pairs[record.index] += zip(reference.square().sum(1).tolist(), noise.square().sum(1).tolist(), strict=True)
-    return [
-        (median(_decibels(*pair) for pair in step), _decibels(*map(sum, zip(*step, strict=True)))) for step in pairs
-    ]
-
-
-def _decibels(signal: float, noise: float) -> float:
-    if not math.isfinite(noise):
-        return -math.inf
-    return 10 * math.log10(signal / noise) if noise > 0 else math.inf
+        signal, noise = row_powers(record.prediction, run(record))
+        pairs[record.index] += zip(signal.tolist(), noise.tolist(), strict=True)
+    return [(median(decibels(*pair) for pair in step), decibels(*map(sum, zip(*step, strict=True)))) for step in pairs]
 
 
 @contextmanager
