@@ -1,6 +1,6 @@
 """How a network is called: its signature, sample shape, conditioning, device and type."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ def in_type(values: Any, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def predict(
-    unet: torch.nn.Module, x_t: Tensor, timestep: Tensor | int, conditioning: dict[str, Any] | None = None
+    unet: Callable[..., Any], x_t: Tensor, timestep: Tensor | int, conditioning: dict[str, Any] | None = None
 ) -> Tensor:
     """The network's raw prediction as a tensor, whatever wrapping its output has.
 

@@ -27,6 +27,7 @@ from pqcad_ao.bench.compile.workload import Step
 from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.denoiser import sample_shape
 from pqcad_ao.diffusion.images import checked_images
+from pqcad_ao.diffusion.recording import Recorder
 from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.distill import check_distillation, distill_
 from pqcad_ao.evaluate.features import RealFeatures, embedded_features, extract_features
@@ -163,28 +164,23 @@ def run(
     resolved = learned.plan
     say(f"           {resolved.summary()}")
 
-    visited: list[tuple[Tensor, Tensor]] = []
-
-    def keep(first: int, step: int, timestep: Tensor, x_t: Tensor) -> None:
-        if first == 0:
-            visited.append((x_t[:TRAJECTORY_ROWS].clone(), timestep))
-
+    recorder = Recorder(teacher, most=steps)  # the first batch of images
     drawn: dict[str, Tensor] = {}
     for row, (unet, length) in rows.items():
         with stages(f"sample {images} images in {lengths[length]} steps: {ROW_NAMES[row]}"):
             drawn[row] = sample(
-                unet,
+                recorder if row == "fp_full" else unet,
                 sampler_of[row],
                 noise,
                 lengths[length],
                 batch_size=batch_size,
-                callback=keep if row == "fp_full" else None,
                 progress=progress,
             )
     with stages("evaluate: FID, SQNR"):
         fid = {row: fid_kid(pixels, network, real, seed=seed)["fid"] for row, pixels in drawn.items()}
+        points = [(call.x_t[:TRAJECTORY_ROWS], call.timesteps[:TRAJECTORY_ROWS]) for call in recorder.calls]
         sqnr = {
-            row.replace("full", "step"): trajectory_sqnr(teacher, unet, visited)["sqnr_db"]
+            row.replace("full", "step"): trajectory_sqnr(teacher, unet, points)["sqnr_db"]
             for row, unet in networks.items()
             if row != "fp_full"
         }
@@ -194,7 +190,7 @@ def run(
         with stages("save both models"):
             fp32_checkpoint = save_model(teacher, scheduler, Path(scratch) / "model").stat().st_size
             checkpoint = save_model(compressed, sampler_of[name], out / "model").stat().st_size
-        x_t, timestep = noise[:1], visited[0][1]
+        x_t, timestep = noise[:1], recorder.calls[0].timesteps[0]
         compiled = {
             "fp32_compile": lambda: partial(frozen(Step(copy.deepcopy(teacher)), (x_t, timestep)), x_t, timestep),
             "compressed_compile": lambda: partial(

@@ -8,7 +8,9 @@ from networks import SHAPE
 from torch import nn
 
 from pqcad_ao.denoiser import evaluation_mode, predict, take_rows
+from pqcad_ao.diffusion.recording import Recorder, record_calls
 from pqcad_ao.diffusion.sampling import sample
+from pqcad_ao.diffusion.schedule import timesteps_of
 
 
 def _noise(count: int) -> torch.Tensor:
@@ -131,3 +133,36 @@ def test_evaluation_mode_puts_every_flag_back(tiny_unet):
         fail()
     assert [module.training for module in tiny_unet.modules()] == before
     assert isinstance(tiny_unet, UNet2DModel)
+
+
+def test_a_recorder_keeps_every_call_in_order(tiny_unet, scheduler):
+    noise = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    calls = record_calls(tiny_unet, scheduler, noise, 3, batch_size=2)
+    visited = timesteps_of(scheduler, 3)
+    assert [call.timesteps.tolist() for call in calls] == [[t] * rows for rows in (2, 2, 1) for t in visited]
+    assert torch.equal(torch.cat([call.x_t for call in calls[::3]]), noise)
+    for call in calls:
+        assert torch.equal(call.prediction, tiny_unet(call.x_t, call.timesteps).sample)
+
+
+def test_a_recorder_answers_as_its_network_and_keeps_as_many_calls_as_asked(tiny_unet, scheduler):
+    noise = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    recorder = Recorder(tiny_unet, most=3)
+    assert torch.equal(
+        sample(recorder, scheduler, noise, 3, batch_size=2), sample(tiny_unet, scheduler, noise, 3, batch_size=2)
+    )
+    assert [len(call.x_t) for call in recorder.calls] == [2, 2, 2]
+    assert torch.equal(recorder.calls[0].x_t, noise[:2])
+
+
+def test_a_recorder_keeps_the_conditioning_of_each_call(scheduler):
+    labels = torch.arange(3)
+    calls = record_calls(
+        lambda x_t, timesteps, labels: x_t * labels.view(-1, 1, 1, 1),
+        scheduler,
+        torch.zeros(3, 1, 2, 2),
+        2,
+        conditioning={"labels": labels},
+        batch_size=2,
+    )
+    assert [call.conditioning["labels"].tolist() for call in calls] == [[0, 1], [0, 1], [2], [2]]

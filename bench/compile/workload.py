@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pqcad_ao.denoiser import predict, sample_shape
-from pqcad_ao.diffusion.sampling import sample
+from pqcad_ao.diffusion.recording import record_calls
 from pqcad_ao.models import load_model
 from pqcad_ao.nn.state import quantized_state
 
@@ -102,14 +102,8 @@ def trajectory_inputs(unet: nn.Module, scheduler: DDIMScheduler, batch: int, see
     def walk(trajectories: int) -> list[tuple[Tensor, ...]]:
         noise = torch.randn(trajectories * batch, *shape, generator=generator)
         given = random_conditioning(unet, len(noise), generator)
-        met: list[tuple[Tensor, ...]] = []
-
-        def keep(first: int, step: int, timestep: Tensor, x_t: Tensor) -> None:
-            values = (value[first : first + batch] for value in given.values())
-            met.append((x_t.clone(), torch.full((batch,), int(timestep)), *values))
-
-        sample(unet, scheduler, noise, TRAJECTORY_STEPS, conditioning=given, batch_size=batch, callback=keep)
-        return met
+        calls = record_calls(unet, scheduler, noise, TRAJECTORY_STEPS, conditioning=given, batch_size=batch)
+        return [(call.x_t, call.timesteps, *call.conditioning.values()) for call in calls]
 
     def evenly(batches: list[tuple[Tensor, ...]], count: int) -> list[tuple[Tensor, ...]]:
         return [batches[(2 * index + 1) * len(batches) // (2 * count)] for index in range(count)]

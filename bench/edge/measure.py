@@ -14,13 +14,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 
 from pqcad_ao.bench.compile.contenders import quantize_fixed
 from pqcad_ao.bench.edge.contenders import ROWS, TRAJECTORIES, compressed_network, unconditional_network
 from pqcad_ao.bench.edge.runtime import WARM_UP, Program, alone, take_turns
-from pqcad_ao.denoiser import predict, sample_shape
+from pqcad_ao.denoiser import sample_shape
+from pqcad_ao.diffusion.recording import record_calls
 from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.evaluate.sqnr import decibels, row_powers
 from pqcad_ao.models import load_model, save_model
@@ -28,6 +28,7 @@ from pqcad_ao.nn.state import quantized_state
 from pqcad_ao.utils import machine
 from pqcad_ao.utils.checks import check_count
 from pqcad_ao.utils.files import check_writable, write_whole
+from pqcad_ao.utils.tensor_files import write_tensors
 
 
 def bench_edge(
@@ -128,16 +129,13 @@ def _prepare(job: dict[str, Any], quantize: bool) -> None:
     unet, scheduler = unconditional_network(job["model"])
     shape = sample_shape(unet)
     noise = torch.randn(TRAJECTORIES, *shape, generator=torch.Generator().manual_seed(job["seed"]))
-    met: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def recorded(x_t: Tensor, timesteps: Tensor) -> Tensor:
-        prediction = predict(unet, x_t, timesteps, {})
-        met.append((x_t.contiguous().clone(), timesteps[0].clone(), prediction.contiguous().clone()))
-        return prediction
-
-    sample(recorded, scheduler, noise, job["steps"])  # type: ignore[arg-type]
-    x_t, timesteps, predictions = (torch.stack(column) for column in zip(*met, strict=True))
-    save_file({"x_t": x_t, "timesteps": timesteps, "predictions": predictions}, job["records"])
+    calls = record_calls(unet, scheduler, noise, job["steps"])
+    records = {
+        "x_t": torch.stack([call.x_t.contiguous() for call in calls]),
+        "timesteps": torch.stack([call.timesteps[0] for call in calls]),
+        "predictions": torch.stack([call.prediction.contiguous() for call in calls]),
+    }
+    write_tensors(job["records"], records)
     if quantize:
         quantize_fixed(unet, scheduler, {})
         save_model(unet, scheduler, job["compressed"])
@@ -194,6 +192,6 @@ def _fid(kind: str, path: str, job: dict[str, Any], n: int) -> float:
         images = sample(unet, scheduler, noise, job["steps"])
     else:
         predict_one = Program(path, job["threads"]).predict
-        images = sample(predict_one, scheduler, noise, job["steps"], batch_size=1)  # type: ignore[arg-type]
+        images = sample(predict_one, scheduler, noise, job["steps"], batch_size=1)
     network, real = embedded_features()
     return fid_kid(images, network, real, seed=job["seed"], bootstrap=0)["fid"]

@@ -22,6 +22,7 @@ from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.data import to_uint8
 from pqcad_ao.denoiser import placement, sample_shape
 from pqcad_ao.diffusion.process import settings_of
+from pqcad_ao.diffusion.recording import record_calls
 from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.distill import check_distillation, distill_
 from pqcad_ao.evaluate.features import RealFeatures, embedded_features
@@ -253,12 +254,6 @@ def images_of(
     images = sample(runs, scheduler, noise, steps, batch_size=BATCH, progress=progress).cpu()
     if unet is teacher:
         return images, None
-    visited: list[tuple[Tensor, Tensor]] = []
-    sample(
-        teacher,
-        scheduler,
-        noise[:TRAJECTORIES],
-        steps,
-        callback=lambda first, step, t, x_t: visited.append((x_t.clone(), t.to(device))),
-    )
-    return images, float(trajectory_sqnr(teacher, unet, visited)["sqnr_db"])  # type: ignore[arg-type]
+    calls = record_calls(teacher, scheduler, noise[:TRAJECTORIES], steps)
+    points = [(call.x_t, call.timesteps) for call in calls]
+    return images, float(trajectory_sqnr(teacher, unet, points)["sqnr_db"])  # type: ignore[arg-type]

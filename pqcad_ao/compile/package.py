@@ -226,7 +226,7 @@ class PT2UNet:
         if self.batch_size is not None and len(noise) % self.batch_size:
             raise ValueError(f"{len(noise)} images: this package takes {self.batch_size} a call, give a multiple of it")
         options.setdefault("batch_size", self.batch_size or MAX_BATCH)
-        return sample(self, self.scheduler, noise, steps, **options)  # type: ignore[arg-type]
+        return sample(self, self.scheduler, noise, steps, **options)
 
 
 def load_pt2(path: str | Path) -> PT2UNet:

@@ -24,7 +24,7 @@ def overflow(doing: str, dtype: torch.dtype, scheduler) -> FloatingPointError:
 
 @torch.no_grad()
 def sample(
-    unet: torch.nn.Module,
+    unet: Callable[..., Any],
     scheduler,
     noise: Tensor,
     num_inference_steps: int,

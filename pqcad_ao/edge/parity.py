@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 
 from pqcad_ao.denoiser import predict, take_rows
-from pqcad_ao.diffusion.sampling import sample
+from pqcad_ao.diffusion.recording import record_calls
 from pqcad_ao.edge.lower import lower
 from pqcad_ao.edge.sampler import rows_of, tensors_of
 from pqcad_ao.evaluate.sqnr import decibels, row_powers
@@ -55,29 +55,16 @@ def record(
     Returns:
         calls of ``batch_size`` images, or what is left of them.
     """
-    records: list[Record] = []
-    index = start = 0
-
-    def follow(first: int, step: int, timestep: Tensor, x_t: Tensor) -> None:
-        nonlocal index, start
-        index, start = step, first
-
-    def keep(x_t: Tensor, timestep: Tensor, chosen: dict[str, Any]) -> Tensor:
-        prediction = predict(unet, x_t, timestep, chosen)
-        records.append(Record(index, x_t.clone(), chosen, prediction.clone()))
-        return prediction
-
-    def recorded(x_t: Tensor, timestep: Tensor, **chosen: Any) -> Tensor:
-        if start == 0:
-            keep(OUTSIDE * x_t, timestep, chosen)
-        return keep(x_t, timestep, chosen)
-
     tensors, _ = tensors_of(conditioning)
     length = next((len(value) for value in tensors.values()), 1)
     chosen = take_rows(conditioning, torch.arange(len(noise)) % length)
-    options = {"conditioning": chosen, "batch_size": batch_size, "callback": follow, "progress": progress}
-    sample(recorded, scheduler, noise, steps, **options)
-    return records
+    calls = record_calls(unet, scheduler, noise, steps, conditioning=chosen, batch_size=batch_size, progress=progress)
+    records = [Record(k % steps, call.x_t, call.conditioning, call.prediction) for k, call in enumerate(calls)]
+    outside = []
+    for index, call in enumerate(calls[:steps]):
+        x_t = OUTSIDE * call.x_t
+        outside.append(Record(index, x_t, call.conditioning, predict(unet, x_t, call.timesteps, call.conditioning)))
+    return outside + records
 
 
 def check_parity(
