@@ -46,14 +46,18 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 
 
 class Denoiser(nn.Module):
-    """``f(x_t, timesteps, conditioning) -> prediction`` around a network that may wrap its output."""
+    """``f(x_t, timesteps, *conditioning) -> prediction`` around a network that may wrap its output.
 
-    def __init__(self, unet: nn.Module) -> None:
+    Args:
+        to_kwargs: makes keyword arguments of ``unet.forward`` of the conditioning; by default that is one dictionary.
+    """
+
+    def __init__(self, unet: nn.Module, to_kwargs: Callable[..., dict[str, Any]] = dict) -> None:
         super().__init__()
-        self.unet = unet
+        self.unet, self.to_kwargs = unet, to_kwargs
 
-    def forward(self, x_t: Tensor, timesteps: Tensor, conditioning: dict[str, Any]) -> Tensor:
-        return predict(self.unet, x_t, timesteps, conditioning)
+    def forward(self, x_t: Tensor, timesteps: Tensor, *conditioning: Any) -> Tensor:
+        return predict(self.unet, x_t, timesteps, self.to_kwargs(*conditioning))
 
 
 def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -7,20 +7,20 @@ exponential moving average of the weights, and checkpoints from which a killed r
 import argparse
 import copy
 import math
-import os
 from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pqcad_ao.data import load_images, to_uint8, to_unit
+from pqcad_ao.data import load_images, to_unit
 from pqcad_ao.denoiser import predict
 from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.recipes.settings import load_settings
+from pqcad_ao.report import save_grid
+from pqcad_ao.utils.files import whole_file
 
 
 def target(scheduler: DDIMScheduler, x_0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -38,14 +38,6 @@ def lr_at(step: int, train: DictConfig) -> float:
     if step < train.warmup:
         return train.lr * (step + 1) / train.warmup
     return train.lr * 0.5 * (1 + math.cos(math.pi * (step - train.warmup) / max(1, train.steps - train.warmup)))
-
-
-def save_grid(images: Tensor, path: Path, columns: int = 8) -> None:
-    """Write (N, C, H, W) images in [-1, 1] as one PNG, row by row."""
-    rows = [torch.cat(list(row), -1) for row in to_uint8(images).cpu().split(columns)]
-    picture = torch.cat([row for row in rows if row.shape[-1] == rows[0].shape[-1]], -2)
-    array = picture[0].numpy() if picture.shape[0] == 1 else picture.permute(1, 2, 0).contiguous().numpy()
-    Image.fromarray(array).save(path)
 
 
 def averaged_copy(unet: UNet2DModel, ema: list[Tensor]) -> UNet2DModel:
@@ -103,8 +95,8 @@ def train(
         state |= {"generator": generator.get_state(), "rng": torch.get_rng_state()}
         if torch.device(device).type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(device)
-        torch.save(state, out / "checkpoint.tmp")
-        os.replace(out / "checkpoint.tmp", checkpoint)  # a kill in mid-write leaves the last one whole
+        with whole_file(checkpoint) as unfinished:  # a kill in mid-write leaves the last one whole
+            torch.save(state, unfinished)
 
     losses: list[Tensor] = []
     last = options.steps if stop_after is None else min(stop_after, options.steps)

@@ -9,10 +9,9 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from omegaconf import OmegaConf
 from PIL import Image
 
-from pqcad_ao.data import to_unit
 from pqcad_ao.recipes import train_teacher
 from pqcad_ao.recipes.settings import load_settings
-from pqcad_ao.recipes.train_teacher import averaged_copy, lr_at, main, save_grid, target, train
+from pqcad_ao.recipes.train_teacher import averaged_copy, lr_at, main, target, train
 
 
 def _config(**options):
@@ -213,18 +212,6 @@ def test_the_average_is_a_copy_and_draws_nothing(tiny_unet):
     assert torch.equal(tiny_unet.conv_in.weight, before)
     assert tiny_unet.training
     assert not averaged.training
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_a_grid_of_images(tmp_path, channels):
-    pixels = torch.randint(0, 256, (8, channels, 4, 4), dtype=torch.uint8)
-    save_grid(to_unit(pixels), tmp_path / "grid.png", columns=4)
-    with Image.open(tmp_path / "grid.png") as picture:
-        array = np.array(picture).reshape(8, 16, channels)
-    for k in range(8):
-        top, left = 4 * (k // 4), 4 * (k % 4)
-        expected = pixels[k].permute(1, 2, 0).numpy()
-        assert np.array_equal(array[top : top + 4, left : left + 4], expected)
 
 
 @pytest.mark.parametrize("name", ["fashion_mnist", "cifar10"])

@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pqcad_ao.denoiser import predict, sample_shape
+from pqcad_ao.denoiser import Denoiser, sample_shape
 from pqcad_ao.diffusion.recording import record_calls
 from pqcad_ao.models import load_model
 from pqcad_ao.nn.state import quantized_state
@@ -57,15 +57,11 @@ def random_conditioning(unet: nn.Module, batch: int, generator: torch.Generator)
     return values
 
 
-class Step(nn.Module):
+class Step(Denoiser):
     """A UNet as a function of tensors, ``f(x_t, timesteps, *conditioning)``, which is the form that exporters take."""
 
     def __init__(self, unet: nn.Module, names: Sequence[str] = ()) -> None:
-        super().__init__()
-        self.unet, self.names = unet, tuple(names)
-
-    def forward(self, x_t: Tensor, timesteps: Tensor, *values: Tensor) -> Tensor:
-        return predict(self.unet, x_t, timesteps, dict(zip(self.names, values, strict=True)))
+        super().__init__(unet, lambda *values: dict(zip(names, values, strict=True)))
 
 
 @dataclass

@@ -3,7 +3,7 @@
 import copy
 import json
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from tqdm.auto import tqdm
 
-from pqcad_ao.denoiser import check_conditioning, evaluation_mode, predict
+from pqcad_ao.denoiser import Denoiser, check_conditioning, evaluation_mode
 from pqcad_ao.denoiser import sample_shape as find_sample_shape
 from pqcad_ao.diffusion.process import matching_ddim
 from pqcad_ao.diffusion.schedule import signal_power, steps_to_bind, timesteps_of
@@ -78,17 +78,6 @@ class PTEReport:
         for text, count in Counter(self.arithmetic.values()).most_common():
             rows.append((f"{count} layer{'s' if count > 1 else ''}", text))
         return "\n\n".join([tabulate(rows, tablefmt="plain"), *([str(self.plan)] if self.plan.layers else [])])
-
-
-class _Step(nn.Module):
-    """``f(x_t, timesteps, tensors) -> prediction``, where tensors are the leaves of the conditioning."""
-
-    def __init__(self, unet: nn.Module, rebuild: Callable[[tuple[Tensor, ...]], dict[str, Any]]) -> None:
-        super().__init__()
-        self.unet, self.rebuild = unet, rebuild
-
-    def forward(self, x_t: Tensor, timesteps: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
-        return predict(self.unet, x_t, timesteps, self.rebuild(tensors))
 
 
 def export_pte(
@@ -273,12 +262,12 @@ def _check_float(unet: nn.Module) -> None:
 
 def _step(
     unet: nn.Module, shape: tuple[int, int, int], batch_size: int, conditioning: dict[str, Any]
-) -> tuple[_Step, tuple[Any, ...], list[str]]:
+) -> tuple[Denoiser, tuple[Any, ...], list[str]]:
     """The network as a function of tensors, inputs to export it with, and its conditioning's names."""
     tensors, rebuild = tensors_of(conditioning)
     tensors = {name: value[torch.arange(batch_size) % len(value)] for name, value in tensors.items()}
     inputs = (torch.zeros(batch_size, *shape), torch.ones(batch_size, dtype=torch.int64), tuple(tensors.values()))
-    return _Step(unet, rebuild), inputs, list(tensors)
+    return Denoiser(unet, rebuild), inputs, list(tensors)
 
 
 def _capture(

@@ -10,7 +10,6 @@ from torch.utils._pytree import tree_map
 
 from pqcad_ao.config import MAX_BATCH
 from pqcad_ao.denoiser import Denoiser, conditioning_rows, evaluation_mode, placement, take_rows
-from pqcad_ao.graph.operators import GEMMS
 
 
 @dataclass
@@ -26,9 +25,6 @@ class Capture:
     x_t: Node
     timesteps: Node
 
-    def gemms(self) -> list[Node]:
-        return [node for node in self.graph.graph.nodes if node.target in GEMMS]
-
 
 def capture(model: nn.Module, shape: tuple[int, int, int], conditioning: dict[str, Any]) -> Capture:
     """Export ``model`` in evaluation mode with a dynamic batch (1 to 63) and one timestep for each sample.
@@ -43,7 +39,7 @@ def capture(model: nn.Module, shape: tuple[int, int, int], conditioning: dict[st
     timesteps = torch.tensor([1, 2, 3], device=device)
     example = take_rows(conditioning, torch.arange(3) % conditioning_rows(conditioning))
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
-    dynamic = tree_map(lambda value: {0: batch} if isinstance(value, Tensor) else None, (x_t, timesteps, example))
+    dynamic = tree_map(lambda value: {0: batch} if isinstance(value, Tensor) else None, (x_t, timesteps, (example,)))
     try:
         with evaluation_mode(model), torch.no_grad():
             exported = torch.export.export(Denoiser(model), (x_t, timesteps, example), dynamic_shapes=dynamic)
