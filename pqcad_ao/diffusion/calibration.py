@@ -64,7 +64,7 @@ def draw_timesteps(
 
 def calibration_set(
     model: nn.Module,
-    scheduler,
+    scheduler: Any,
     shape: tuple[int, int, int],
     config: PQCADConfig,
     conditioning: dict[str, Any] | None = None,
@@ -91,94 +91,154 @@ def calibration_set(
     Raises:
         FloatingPointError: a trajectory leaves the finite numbers. ValueError: as :func:`check_signal`.
     """
-    generator = torch.Generator().manual_seed(config.seed)
     scheduler = as_ddim(scheduler)
     scheduler.set_timesteps(config.calibration_steps)
-    visited = scheduler.timesteps
-    check_signal(scheduler, visited)
-    count = config.learning_points if config.learns else config.calibration_points
+    check_signal(scheduler, scheduler.timesteps)
+    device, dtype = placement(model)
+    drawn = _draw(scheduler, shape, config, conditioning or {}, device, dtype)
+    points = CalibrationSet(
+        torch.zeros(len(drawn.step), *shape, dtype=dtype, device=device),
+        scheduler.timesteps[drawn.step].to(device),
+        take_rows(drawn.conditioning, drawn.trajectory),
+    )
+    size, trajectories, (rank, world) = config.calibration_batch_size, len(drawn.noise), share
+    whole = part = None
+    walked = 0  # trajectories that are in the file already
+    if folder is not None:
+        whole = part = _file(folder, model, scheduler, config, drawn)
+        walked = _read(whole, points)
+        if walked == trajectories:
+            return points
+        if world > 1:
+            part = whole.with_suffix(f".{size}-{world}-{rank}.safetensors")
+            points.x_t.zero_()
+            walked = _read(part, points)
+    starts = [*range(walked, trajectories, size)]
+    if world > 1:
+        starts = [start for start in range(0, trajectories, size)[rank::world] if start >= walked]
+    _walk(model, scheduler, config, drawn, points, starts, part, callback=callback, progress=progress)
+    if world > 1:
+        _gather(points, whole, rank, trajectories)
+    return points
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Where each point of a set is taken.
+
+    Attributes:
+        step, trajectory: (N,) int64, of each point: the sampler's step at which, and the trajectory from which.
+        noise: (trajectories, C, H, W) where they begin. conditioning: with a row for each of them.
+    """
+
+    step: Tensor
+    trajectory: Tensor
+    noise: Tensor
+    conditioning: dict[str, Any]
+
+
+def _draw(
+    scheduler: Any,
+    shape: tuple[int, int, int],
+    config: PQCADConfig,
+    conditioning: dict[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> _Draw:
+    """Draw the points' timesteps by the law, and give each a trajectory of its own among those at its step."""
+    generator = torch.Generator().manual_seed(config.seed)
     drawn = draw_timesteps(
-        count,
+        config.learning_points if config.learns else config.calibration_points,
         scheduler.config.num_train_timesteps,
         config.calibration_timesteps,
         mean=config.calibration_mean,
         std=config.calibration_std,
         generator=generator,
     )
-    step_of_point = (drawn[:, None] - visited[None]).abs().argmin(1)
-    trajectories = int(torch.bincount(step_of_point).max())
-    device, dtype = placement(model)
+    step = (drawn[:, None] - scheduler.timesteps[None]).abs().argmin(1)
+    trajectories = int(torch.bincount(step).max())
     noise = torch.randn(trajectories, *shape, generator=generator).to(device, dtype)
-    conditioning = conditioning or {}
-    chosen = take_rows(conditioning, torch.arange(trajectories) % conditioning_rows(conditioning))
-    # the k-th point at a step takes the k-th trajectory
-    rank = torch.zeros(len(drawn), dtype=torch.int64)
-    for step in step_of_point.unique():
-        here = step_of_point == step
-        rank[here] = torch.randperm(trajectories, generator=generator)[: int(here.sum())]
-    points = CalibrationSet(
-        torch.zeros(len(drawn), *shape, dtype=dtype, device=device),
-        visited[step_of_point].to(device),
-        take_rows(chosen, rank),
-    )
-    size, (own, world) = config.calibration_batch_size, share
-    starts = [*range(0, trajectories, size)][own::world]  # of this process's batches
-    whole = part = None
-    if folder is not None:
-        law = (config.calibration_timesteps, config.calibration_mean, config.calibration_std)
-        key = digest(
-            model.state_dict(), settings_of(scheduler), law, config.calibration_steps, noise, rank, visited, chosen
-        )
-        whole = Path(folder) / f"c_qc-{key}.safetensors"
-        found = _read(whole, points)
-        if found == trajectories:
-            return points
-        if world == 1:
-            part, starts = whole, [*range(found, trajectories, size)]
-        else:
-            part = whole.with_suffix(f".{size}-{world}-{own}.safetensors")
-            points.x_t.zero_()
-            found = _read(part, points)
-            starts = [start for start in starts if start >= found]
-    remaining = sum(min(size, trajectories - begin) for begin in starts)
+    trajectory = torch.zeros(len(drawn), dtype=torch.int64)
+    for index in step.unique():
+        here = step == index
+        trajectory[here] = torch.randperm(trajectories, generator=generator)[: int(here.sum())]
+    rows = torch.arange(trajectories) % conditioning_rows(conditioning)
+    return _Draw(step, trajectory, noise, take_rows(conditioning, rows))
+
+
+def _walk(
+    model: nn.Module,
+    scheduler: Any,
+    config: PQCADConfig,
+    drawn: _Draw,
+    points: CalibrationSet,
+    starts: list[int],
+    file: Path | None,
+    *,
+    callback: Callable[[str, int, int], None] | None,
+    progress: bool,
+) -> None:
+    """Walk the batches of trajectories that begin at ``starts`` and fill in their points, which ``file`` keeps."""
+    size, trajectories = config.calibration_batch_size, len(drawn.noise)
+    device, dtype = placement(model)
+    remaining = sum(min(size, trajectories - start) for start in starts)
     bar = tqdm(total=remaining, desc="trajectories", disable=not progress, leave=False)
     saved = time.monotonic()
     with evaluation_mode(model), bar:
-        for begin in starts:
-            rows = slice(begin, begin + size)
+        for start in starts:
+            rows = slice(start, start + size)
 
-            def keep(first: int, step: int, timestep: Tensor, state: Tensor, begin: int = begin) -> None:
-                here = (step_of_point == step) & (rank >= begin) & (rank < begin + len(state))
-                points.x_t[here.to(device)] = state[(rank[here] - begin).to(device)]
+            def keep(first: int, step: int, timestep: Tensor, x_t: Tensor, start: int = start) -> None:
+                here = (drawn.step == step) & (drawn.trajectory >= start) & (drawn.trajectory < start + len(x_t))
+                points.x_t[here.to(device)] = x_t[(drawn.trajectory[here] - start).to(device)]
 
             final = sample(
                 model,
                 scheduler,
-                noise[rows],
+                drawn.noise[rows],
                 config.calibration_steps,
-                conditioning=take_rows(chosen, rows),
+                conditioning=take_rows(drawn.conditioning, rows),
                 batch_size=size,
                 callback=keep,
             )
             if not final.isfinite().all() or not points.x_t.isfinite().all():
                 raise overflow("calibrating", dtype, scheduler)
-            walked = min(begin + size, trajectories)
+            walked = min(start + size, trajectories)
             bar.update(len(final))
             if callback is not None:
                 callback("trajectories", walked, trajectories)
-            if part is not None and (begin == starts[-1] or time.monotonic() - saved > SAVE_EVERY_S):
-                _write(part, points, walked)
+            if file is not None and (start == starts[-1] or time.monotonic() - saved > SAVE_EVERY_S):
+                _write(file, points, walked)
                 saved = time.monotonic()
-    if world > 1:
-        dist.all_reduce(points.x_t)  # each point is one process's, and zero in the others
-        if whole is not None:
-            if own == 0:
-                _write(whole, points, trajectories)
-            dist.barrier()
-            if own == 0:
-                for left in whole.parent.glob(f"{whole.stem}.*-*-*.safetensors"):  # of another number of processes, too
-                    left.unlink()
-    return points
+
+
+def _gather(points: CalibrationSet, whole: Path | None, rank: int, trajectories: int) -> None:
+    """Give every process all points, and put the whole set in the place of the files of its parts."""
+    dist.all_reduce(points.x_t)  # each point is one process's, and zero in the others
+    if whole is None:
+        return
+    if rank == 0:
+        _write(whole, points, trajectories)
+    dist.barrier()
+    if rank == 0:
+        for left in whole.parent.glob(f"{whole.stem}.*-*-*.safetensors"):  # of another number of processes, too
+            left.unlink()
+
+
+def _file(folder: str | Path, model: nn.Module, scheduler: Any, config: PQCADConfig, drawn: _Draw) -> Path:
+    """The file of a calibration set, named by all that its points depend on."""
+    law = (config.calibration_timesteps, config.calibration_mean, config.calibration_std)
+    key = digest(
+        model.state_dict(),
+        settings_of(scheduler),
+        law,
+        config.calibration_steps,
+        drawn.noise,
+        drawn.trajectory,
+        scheduler.timesteps,
+        drawn.conditioning,
+    )
+    return Path(folder) / f"c_qc-{key}.safetensors"
 
 
 def _read(file: Path, points: CalibrationSet) -> int:
