@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,49 +83,26 @@ def clean_images(
             damaged file.
     """
     rank, world = rank_and_world()
-    device, dtype = placement(reference)
     count, size = config.points, config.generation_batch_size
+    starts = list(range(0, count, size))[rank::world]
     if folder is None:
         if world > 1:
             raise ValueError("several processes share C_DC in a file: give a folder")
-        drawn: Any = np.zeros((count, *shape), np.float32)
-        marks = whole = None
+        store = _Store(np.zeros((count, *shape), np.float32))
     else:
-        place = Path(folder)
-        place.mkdir(parents=True, exist_ok=True)
         key = digest(
             reference.state_dict(), settings_of(scheduler), config.steps, config.seed, count, shape, conditioning
         )
-        file = place / f"c_dc-{key}.npy"
-        marks = place / f"c_dc-{key}.{size}-{world}-{rank}.json"  # how many batches of this process are in the file
-        whole = place / f"c_dc-{key}.whole.json"  # all are, however they were shared
-        if rank == 0 and not file.is_file():
-            for old in place.glob(f"c_dc-{key}.*.json"):
-                old.unlink()
-            with whole_file(file) as unfinished:
-                np.lib.format.open_memmap(unfinished, "w+", np.float32, (count, *shape)).flush()
-        wait_for_all()
-        drawn = _mapped(file)
-    starts = list(range(0, count, size))[rank::world]
-    done = json.loads(marks.read_text()) if marks is not None and marks.is_file() else 0
-    if whole is not None and whole.is_file():
-        done = len(starts)
-    found = CleanImages(drawn, conditioning, images)
+        store = _Store.open(Path(folder), key, (count, *shape), size)
+    done = store.batches_done(len(starts))
+    pictures = CleanImages(store.images, conditioning, images)
     bar = tqdm(total=len(starts), initial=done, desc="pictures", disable=not progress, leave=False)
 
     def draw(numbers: range) -> None:
         """These of this process's batches."""
         for number in numbers:
             rows = torch.arange(starts[number], min(starts[number] + size, count))
-            noise = torch.stack([noise_of(shape, config.seed, int(row)) for row in rows]).to(device, dtype)
-            chosen = in_type(take_rows(conditioning, rows % conditioning_rows(conditioning)), dtype)
-            pictures = sample(reference, scheduler, noise, config.steps, conditioning=chosen, batch_size=size)
-            if not pictures.isfinite().all():
-                raise overflow("drawing C_DC", dtype, scheduler)
-            drawn[rows.numpy()] = pictures.float().cpu().numpy()
-            if marks is not None:
-                drawn.flush()
-                write_whole(marks, json.dumps(number + 1).encode())
+            store.put(rows, _batch(reference, scheduler, shape, config, conditioning, rows), number)
             bar.update()
             if callback is not None:
                 callback("pictures", number + 1, len(starts))
@@ -134,12 +112,80 @@ def clean_images(
         if check is not None:
             first = min(math.ceil(min(CHECKED, count) / (size * world)), len(starts))
             draw(range(done, first))
-            check(found)
+            check(pictures)
             done = max(done, first)
         draw(range(done, len(starts)))
-    if whole is not None and rank == 0:
-        write_whole(whole, b"true")
-    return found
+    if rank == 0:
+        store.finish()
+    return pictures
+
+
+def _batch(
+    reference: nn.Module,
+    scheduler: DDIMScheduler,
+    shape: tuple[int, int, int],
+    config: CADConfig,
+    conditioning: dict[str, Any],
+    rows: Tensor,
+) -> Tensor:
+    """The pictures of these numbers, (B, C, H, W). Raises FloatingPointError: one leaves the finite numbers."""
+    device, dtype = placement(reference)
+    noise = torch.stack([noise_of(shape, config.seed, int(row)) for row in rows]).to(device, dtype)
+    chosen = in_type(take_rows(conditioning, rows % conditioning_rows(conditioning)), dtype)
+    pictures = sample(
+        reference, scheduler, noise, config.steps, conditioning=chosen, batch_size=config.generation_batch_size
+    )
+    if not pictures.isfinite().all():
+        raise overflow("drawing C_DC", dtype, scheduler)
+    return pictures
+
+
+@dataclass
+class _Store:
+    """Where pictures are kept while they are drawn: memory, or a file and marks of what is in it.
+
+    Attributes:
+        images: (N, C, H, W) float32 array, of a file mapped rather than read.
+        marks: file with the number of this process's batches that are there. whole: file that says that all are,
+            however they were shared. None in memory.
+    """
+
+    images: Any
+    marks: Path | None = None
+    whole: Path | None = None
+
+    @classmethod
+    def open(cls, folder: Path, key: str, shape: tuple[int, ...], batch_size: int) -> "_Store":
+        """The file of these pictures, made by the first process if it is not there."""
+        rank, world = rank_and_world()
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"c_dc-{key}.npy"
+        if rank == 0 and not file.is_file():
+            for old in folder.glob(f"c_dc-{key}.*.json"):
+                old.unlink()
+            with whole_file(file) as unfinished:
+                np.lib.format.open_memmap(unfinished, "w+", np.float32, shape).flush()
+        wait_for_all()
+        marks = folder / f"c_dc-{key}.{batch_size}-{world}-{rank}.json"
+        return cls(_mapped(file), marks, folder / f"c_dc-{key}.whole.json")
+
+    def batches_done(self, of: int) -> int:
+        """How many of this process's batches are there."""
+        if self.whole is not None and self.whole.is_file():
+            return of
+        return json.loads(self.marks.read_text()) if self.marks is not None and self.marks.is_file() else 0
+
+    def put(self, rows: Tensor, pictures: Tensor, number: int) -> None:
+        """Keep the ``number``-th batch of this process."""
+        self.images[rows.numpy()] = pictures.float().cpu().numpy()
+        if self.marks is not None:
+            self.images.flush()
+            write_whole(self.marks, json.dumps(number + 1).encode())
+
+    def finish(self) -> None:
+        """Remember that all are there."""
+        if self.whole is not None:
+            write_whole(self.whole, b"true")
 
 
 def _mapped(file: Path) -> Any:
