@@ -1,7 +1,8 @@
 """``quantize_``: a full-precision UNet becomes a quantized one, in place, from its own sampling trajectories."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from pqcad_ao.denoiser import check_conditioning, in_type, placement
 from pqcad_ao.denoiser import sample_shape as find_sample_shape
 from pqcad_ao.diffusion.calibration import CalibrationSet, calibration_set
 from pqcad_ao.diffusion.process import as_ddim, find_scheduler
+from pqcad_ao.graph.capture import Capture
+from pqcad_ao.graph.plan import Plan
 from pqcad_ao.learn.progressive import Learned, learn
 from pqcad_ao.learn.ptq import calibrate, prepare
 from pqcad_ao.learn.sensitivity import sensitive
@@ -37,7 +40,7 @@ def quantize_(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     device: torch.device | str | None = None,
     *,
-    scheduler=None,
+    scheduler: Any = None,
     sample_shape: tuple[int, int, int] | None = None,
     conditioning: dict[str, Any] | None = None,
     folder: str | Path | None = None,
@@ -78,35 +81,64 @@ def quantize_(
     _check_model(model)
     scheduler = _scheduler(model, scheduler)
     shape = find_sample_shape(model, sample_shape)
+    num_train_timesteps = scheduler.config.num_train_timesteps
+    with _moved(model, device):
+        conditioning = check_conditioning(model, conditioning)
+        captured, resolved = planned(model, config, filter_fn, shape, conditioning)
+        points = calibration_set(
+            model, scheduler, shape, config, conditioning, folder=folder, callback=callback, progress=progress
+        )
+        resolved, learned = _learn(
+            captured, resolved, points, config, num_train_timesteps, folder=folder, callback=callback, progress=progress
+        )
+        timestep = Timestep(config.timestep_groups, num_train_timesteps)
+        layers = fold(learned.graph, model, resolved, timestep)
+        attach(model, QuantizedState(config, resolved, timestep, learned.transitions, learned.log))
+    # nothing above touched the model's layers; nothing below can fail
+    adopt(model, learned.graph if config.learns else None, layers)
+    install_timestep(model, timestep)
+
+
+def _learn(
+    captured: Capture,
+    resolved: Plan,
+    points: CalibrationSet,
+    config: PQCADConfig,
+    num_train_timesteps: int,
+    *,
+    folder: str | Path | None,
+    callback: Callable[[str, int, int], None] | None,
+    progress: bool,
+) -> tuple[Plan, Learned]:
+    """The plan with what was measured on the calibration set, and the graph with every grid fitted or learned."""
+    if config.learns:
+        points = CalibrationSet(points.x_t.float(), points.timesteps, in_type(points.conditioning))
+    if config.learns or config.target_bits is not None:
+        resolved = sensitive(
+            captured, resolved, points, config, num_train_timesteps, callback=callback, progress=progress
+        )
+    if config.learns:
+        graph = insert_fake_quantizers(captured.graph, PQCADQuantizer(resolved, "weights"))
+        return resolved, learn(
+            graph, resolved, points, config, num_train_timesteps, folder=folder, callback=callback, progress=progress
+        )
+    graph = prepare(captured, resolved, config, num_train_timesteps)
+    calibrate(graph, resolved, points, config, callback=callback, progress=progress)
+    return resolved, Learned(graph)
+
+
+@contextmanager
+def _moved(model: nn.Module, device: torch.device | str | None) -> Iterator[None]:
+    """Move a network to ``device``, and back where it was if anything is raised."""
     home, _ = placement(model)
     try:
         if device is not None:
             model.to(device)
-        conditioning = check_conditioning(model, conditioning)
-        captured, resolved = planned(model, config, filter_fn, shape, conditioning)
-        num_train_timesteps = scheduler.config.num_train_timesteps
-        keeps = {"callback": callback, "progress": progress}
-        points = calibration_set(model, scheduler, shape, config, conditioning, folder=folder, **keeps)
-        if config.learns:
-            points = CalibrationSet(points.x_t.float(), points.timesteps, in_type(points.conditioning))
-        if config.learns or config.target_bits is not None:
-            resolved = sensitive(captured, resolved, points, config, num_train_timesteps, **keeps)
-        if config.learns:
-            graph = insert_fake_quantizers(captured.graph, PQCADQuantizer(resolved, "weights"))
-            learned = learn(graph, resolved, points, config, num_train_timesteps, folder=folder, **keeps)
-        else:
-            learned = Learned(prepare(captured, resolved, config, num_train_timesteps))
-            calibrate(learned.graph, resolved, points, config, **keeps)
-        timestep = Timestep(config.timestep_groups, num_train_timesteps)
-        layers = fold(learned.graph, model, resolved, timestep)
-        attach(model, QuantizedState(config, resolved, timestep, learned.transitions, learned.log))
+        yield
     except BaseException:
         if device is not None:
             model.to(home)
         raise
-    # nothing above touched the model's layers; nothing below can fail
-    adopt(model, learned.graph if config.learns else None, layers)
-    install_timestep(model, timestep)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -127,18 +159,17 @@ def _check_model(model: nn.Module) -> None:
             raise FloatingPointError(f"{name} holds NaN or infinity; load sound weights first")
 
 
-def _scheduler(model: nn.Module, scheduler) -> DDIMScheduler:
-    if scheduler is not None:
-        return as_ddim(scheduler)
-    found = find_scheduler(model)
-    if found is None:
-        found = DDIMScheduler()
+def _scheduler(model: nn.Module, given: Any) -> DDIMScheduler:
+    """The DDIM sampler of the scheduler that was given, or of the one saved beside the network, or diffusers' own."""
+    scheduler = find_scheduler(model) if given is None else as_ddim(given)
+    if scheduler is None:
+        scheduler = DDIMScheduler()
         warnings.warn(
             "no scheduler was given and none is saved beside the network: calibrating on DDIMScheduler()'s noise "
             "process (linear betas, epsilon prediction). Pass scheduler=... if the network was trained on another",
             stacklevel=3,
         )
-    return found
+    return scheduler
 
 
 @register_quantize_module_handler(PQCADConfig)
