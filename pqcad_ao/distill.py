@@ -9,9 +9,9 @@ from typing import Any
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
+from pqcad_ao import denoiser
 from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.denoiser import check_conditioning
-from pqcad_ao.denoiser import sample_shape as find_sample_shape
 from pqcad_ao.diffusion.images import checked_images
 from pqcad_ao.diffusion.process import find_scheduler
 from pqcad_ao.diffusion.schedule import teachable
@@ -48,7 +48,7 @@ def check_distillation(
     if config.batch_size % world:
         raise ValueError(f"batch_size={config.batch_size} cannot be shared by {world} processes: give a multiple")
     ddim = teachable(scheduler, config.steps, config.halvings)
-    shape = find_sample_shape(reference, sample_shape)
+    shape = denoiser.sample_shape(reference, sample_shape)
     if images is None:
         return ddim, shape
     if conditioning:

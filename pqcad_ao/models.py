@@ -124,6 +124,6 @@ def save_model(unet: nn.Module, scheduler: DDIMScheduler, folder: str | Path) ->
     if state is None:
         facts.unlink(missing_ok=True)  # of another network that was here
     else:
-        found = {"average_bits": state.plan.average_bits, "summary": state.plan.summary()}
-        write_whole(facts, json.dumps({**found, "timesteps": state.timestep.schedule}, indent=2).encode())
+        contents = {"average_bits": state.plan.average_bits, "summary": state.plan.summary()}
+        write_whole(facts, json.dumps({**contents, "timesteps": state.timestep.schedule}, indent=2).encode())
     return folder / "unet" / "diffusion_pytorch_model.safetensors"

@@ -9,8 +9,7 @@ from typing import Any
 from torch import nn
 
 from pqcad_ao.config import PQCADConfig
-from pqcad_ao.denoiser import check_conditioning, in_type
-from pqcad_ao.denoiser import sample_shape as find_sample_shape
+from pqcad_ao.denoiser import check_conditioning, in_type, sample_shape
 from pqcad_ao.graph.capture import Capture, capture
 from pqcad_ao.graph.plan import Plan, resolve
 from pqcad_ao.learn.progressive import policies
@@ -75,7 +74,7 @@ def _resolve(
 
 
 def _capture(model: nn.Module, shape: tuple[int, int, int] | None, conditioning: dict[str, Any] | None) -> Capture:
-    return capture(model, find_sample_shape(model, shape), check_conditioning(model, conditioning))
+    return capture(model, sample_shape(model, shape), check_conditioning(model, conditioning))
 
 
 class _CalledAsItsFunction(ModuleType):

@@ -11,9 +11,9 @@ from diffusers import DDIMScheduler
 from torch import nn
 from torchao.quantization.transform_module import register_quantize_module_handler
 
+from pqcad_ao import denoiser
 from pqcad_ao.config import PQCADConfig
 from pqcad_ao.denoiser import check_conditioning, in_type, placement
-from pqcad_ao.denoiser import sample_shape as find_sample_shape
 from pqcad_ao.diffusion.calibration import CalibrationSet, calibration_set
 from pqcad_ao.diffusion.process import as_ddim, find_scheduler
 from pqcad_ao.graph.capture import Capture
@@ -80,7 +80,7 @@ def quantize_(
         )
     _check_model(model)
     scheduler = _scheduler(model, scheduler)
-    shape = find_sample_shape(model, sample_shape)
+    shape = denoiser.sample_shape(model, sample_shape)
     num_train_timesteps = scheduler.config.num_train_timesteps
     with _moved(model, device):
         conditioning = check_conditioning(model, conditioning)

@@ -14,7 +14,7 @@ from torch import nn
 from pqcad_ao import CADConfig, PQCADConfig, compress, distill_, plan, quantize_
 from pqcad_ao.denoiser import in_own_type
 from pqcad_ao.diffusion import images
-from pqcad_ao.diffusion.ddim import Walk
+from pqcad_ao.diffusion.ddim import DDIMSchedule
 from pqcad_ao.diffusion.images import clean_images
 from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.diffusion.schedule import teachable, timesteps_of
@@ -122,7 +122,7 @@ def halving(reference: nn.Module, scheduler=None, student=None, number=0, **opti
     return engine._Halving(
         copy.deepcopy(reference) if student is None else student,
         reference,
-        Walk.of(scheduler, settings.steps),
+        DDIMSchedule.of(scheduler, settings.steps),
         scheduler,
         settings.steps // 2**number,
         clean_images(reference, scheduler, SHAPE, settings, {}),
@@ -138,9 +138,9 @@ def loss_of_an_error(run: engine._Halving, step: int, error: float = 0.1) -> flo
     steps = torch.full_like(steps, step)
     run._batch = lambda number: (x_t, steps, {})
     v = run._target(partial(in_own_type, run.reference), run.exact, x_t, steps, 2, {})
-    alpha, sigma = run.walk.at(steps, x_t)
+    alpha, sigma = run.schedule.alpha_sigma(steps, x_t)
     x_0, noise = alpha * x_t - sigma * v, alpha * v + sigma * x_t
-    right = {"epsilon": noise, "sample": x_0, "v_prediction": v}[run.walk.prediction_type]
+    right = {"epsilon": noise, "sample": x_0, "v_prediction": v}[run.schedule.prediction_type]
     graph = run.graph
     run.forward = lambda *given: 0 * graph(*given) + right + error
     run.first = None
@@ -155,14 +155,14 @@ def test_no_timestep_is_all_that_an_epsilon_network_learns():
     errors = [loss_of_an_error(run, step) for step in range(0, 20, 2)]
     assert max(errors) < 0.4 * sum(errors)
     assert min(errors) > 0
-    alpha = run.walk.alpha[0:20:2]
+    alpha = run.schedule.alphas[0:20:2]
     assert float(1 / alpha[0] ** 2 / (1 / alpha**2).sum()) > 0.8  # what it would be of v's plain error
 
 
 def test_x_space_weighs_by_the_truncated_signal_to_noise_ratio():
     v, x = (halving(Small(), steps=10, space=space) for space in ("v", "x"))
     for step in range(0, 10, 2):
-        alpha, sigma = float(v.walk.alpha[step]), float(v.walk.sigma[step])
+        alpha, sigma = float(v.schedule.alphas[step]), float(v.schedule.sigmas[step])
         error = loss_of_an_error(v, step)
         assert error == pytest.approx(0.01, rel=1e-3)
         # of x_0: sigma times v's, weighed by max(SNR, 1)
@@ -173,9 +173,9 @@ def test_the_second_halving_aims_where_all_the_exact_steps_lead(monkeypatch):
     reference, scheduler, found = Small(), cosine_scheduler(), {}
     run, original = halving(reference, number=1, steps=8, teacher_weight=0.5), engine._Halving._target
 
-    def target(self, network, walk, x_t, step, stride, conditioning):
-        v = original(self, network, walk, x_t, step, stride, conditioning)
-        found[len(walk.timesteps) - 1] = (x_t, step if walk is self.walk else step // 2, v)
+    def target(self, network, schedule, x_t, step, stride, conditioning):
+        v = original(self, network, schedule, x_t, step, stride, conditioning)
+        found[len(schedule.timesteps) - 1] = (x_t, step if schedule is self.schedule else step // 2, v)
         return v
 
     monkeypatch.setattr(engine._Halving, "_target", target)
@@ -190,7 +190,7 @@ def test_the_second_halving_aims_where_all_the_exact_steps_lead(monkeypatch):
                     said = network(row, t.reshape(1)) if steps == 8 else network(row, t.reshape(1), {})
                 row = scheduler.step(said, t, row).prev_sample
             ends.append(row)
-        torch.testing.assert_close(run.walk.jump(v, x_t, step, 2), torch.cat(ends), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(run.schedule.ddim_step(v, x_t, step, 2), torch.cat(ends), rtol=1e-3, atol=1e-4)
 
 
 def test_starting_points_of_its_own_are_what_the_student_meets():
@@ -230,17 +230,17 @@ def test_every_step_is_learned_equally_often(batch_size):
 def test_the_target_is_where_the_full_precision_jumps_end(prediction_type):
     """A student that is the reference itself, asked for one jump, misses by what a longer step misses alone."""
     reference, scheduler = Small(), sampler_of(prediction_type)
-    walk, velocities = Walk.of(scheduler, 4), Walk.of(sampler_of("v_prediction"), 4)
+    schedule, velocities = DDIMSchedule.of(scheduler, 4), DDIMSchedule.of(sampler_of("v_prediction"), 4)
     run = halving(reference, scheduler)
     x_t, step, _ = run._batch(3)
     assert step.tolist().count(0) == step.tolist().count(2) == 2  # balanced over the student's two steps
     with torch.no_grad():
-        target = run._target(partial(in_own_type, reference), walk, x_t, step, 2, {})
-        middle = walk.jump(reference(x_t, walk.timesteps[step]), x_t, step)
-        end = walk.jump(reference(middle, walk.timesteps[step + 1]), middle, step + 1)
-        x_0 = x_t * walk.at(step, x_t)[0] - target * walk.at(step, x_t)[1]
-        torch.testing.assert_close(velocities.jump(target, x_t, step, 2), end, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(walk.image_behind(end, x_t, step, 2), x_0, rtol=1e-3, atol=1e-4)
+        target = run._target(partial(in_own_type, reference), schedule, x_t, step, 2, {})
+        middle = schedule.ddim_step(reference(x_t, schedule.timesteps[step]), x_t, step)
+        end = schedule.ddim_step(reference(middle, schedule.timesteps[step + 1]), middle, step + 1)
+        x_0 = x_t * schedule.alpha_sigma(step, x_t)[0] - target * schedule.alpha_sigma(step, x_t)[1]
+        torch.testing.assert_close(velocities.ddim_step(target, x_t, step, 2), end, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(schedule.target_x_0(end, x_t, step, 2), x_0, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -274,13 +274,13 @@ def test_a_full_precision_student_is_distilled_as_it_is(tiny_unet):
     distill(student, tiny_unet, config(learning_rate=1e-3))
     assert quantized_state(student) is None
     assert not same_weights(student, tiny_unet)
-    walk, missed = Walk.of(cosine_scheduler(), 4), []
+    schedule, missed = DDIMSchedule.of(cosine_scheduler(), 4), []
     x_t, step = torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 2] * 4)
     with torch.no_grad():
         for unet in (tiny_unet, student):  # one jump of each against two of the teacher's
-            x, at = walk.jump(tiny_unet(x_t, walk.timesteps[step]).sample, x_t, step), step + 1
-            end = walk.jump(tiny_unet(x, walk.timesteps[at]).sample, x, at)
-            one = walk.jump(unet(x_t, walk.timesteps[step]).sample, x_t, step, 2)
+            x, at = schedule.ddim_step(tiny_unet(x_t, schedule.timesteps[step]).sample, x_t, step), step + 1
+            end = schedule.ddim_step(tiny_unet(x, schedule.timesteps[at]).sample, x, at)
+            one = schedule.ddim_step(unet(x_t, schedule.timesteps[step]).sample, x_t, step, 2)
             missed.append(float((one - end).square().mean()))
     assert missed[1] < 0.9 * missed[0]
 

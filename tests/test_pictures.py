@@ -11,7 +11,7 @@ from torch import nn
 
 from pqcad_ao import CADConfig
 from pqcad_ao.diffusion import images
-from pqcad_ao.diffusion.ddim import Walk
+from pqcad_ao.diffusion.ddim import DDIMSchedule
 from pqcad_ao.diffusion.images import check_denoising, checked_images, clean_images
 from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.models import load_model
@@ -141,7 +141,7 @@ def test_a_network_that_says_nan_is_found_out(monkeypatch):
     broken = Small()
     nn.init.constant_(broken.last.weight, float("nan"))
     with pytest.raises(ValueError, match="nan % off"):
-        check_denoising(broken, Walk.of(cosine_scheduler(), 4), clean)
+        check_denoising(broken, DDIMSchedule.of(cosine_scheduler(), 4), clean)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 3, 65])
@@ -156,7 +156,7 @@ def test_no_picture_is_checked_with_the_noise_it_was_drawn_from(seed, monkeypatc
 
     clean = clean_images(Small(), cosine_scheduler(), SHAPE, settings, {})
     monkeypatch.setattr(images, "noise_of", noise_of)
-    check_denoising(Small(), Walk.of(cosine_scheduler(), 4), clean)
+    check_denoising(Small(), DDIMSchedule.of(cosine_scheduler(), 4), clean)
     steps = len(asked) // 12
     assert steps == 3
     for at, noise in enumerate(asked):
@@ -177,7 +177,7 @@ def test_other_betas_than_the_networks_are_found_out():
     clean = clean_images(teacher, scheduler, (1, 32, 32), CADConfig(points=24, generation_batch_size=24), {})
 
     def check(candidate: DDIMScheduler) -> None:
-        check_denoising(teacher, Walk.of(candidate, 20), clean)
+        check_denoising(teacher, DDIMSchedule.of(candidate, 20), clean)
 
     check(scheduler)
     for offset in (0, 1):  # leading timesteps end where there is next to no noise to be found

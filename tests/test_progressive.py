@@ -346,7 +346,7 @@ def test_a_diverging_run_stops_and_keeps_its_checkpoint(tmp_path, monkeypatch):
 
 
 class Steps:
-    """A run for `drive` whose updates do nothing, and fail where they are told to."""
+    """A run for `train_loop` whose updates do nothing, and fail where they are told to."""
 
     def __init__(self, fails_at: int) -> None:
         self.log: list[engine.Update] = []
@@ -368,7 +368,7 @@ class Steps:
 
 def drive(run: Steps, folder) -> None:
     with torch.no_grad():
-        training.drive(run, 8, folder=folder, describe=lambda update: {}, title="steps")
+        training.train_loop(run, 8, folder=folder, describe=lambda update: {}, title="steps")
 
 
 def test_the_checkpoint_that_stays_is_the_last_that_an_update_succeeded_with(tmp_path, monkeypatch):

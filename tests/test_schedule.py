@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pqcad_ao.diffusion.ddim import Walk
+from pqcad_ao.diffusion.ddim import DDIMSchedule
 from pqcad_ao.diffusion.schedule import default_steps, steps_to_bind, teachable, timesteps_of
 
 STEPS = [n for n in range(2, 251, 2) if 1000 % n == 0]
@@ -45,49 +45,51 @@ def test_a_jump_is_diffusers_step(steps, spacing, kind, betas, clip, to_one, see
     scheduler = ddim(
         timestep_spacing=spacing, prediction_type=kind, beta_schedule=betas, clip_sample=clip, set_alpha_to_one=to_one
     )
-    walk = Walk.of(scheduler, steps)
+    schedule = DDIMSchedule.of(scheduler, steps)
     scheduler.set_timesteps(steps)
     generator = torch.Generator().manual_seed(seed)
     step = int(torch.randint(steps, (1,), generator=generator))
     x_t, prediction = (torch.randn(3, 1, 2, 2, generator=generator) for _ in range(2))
     expected = scheduler.step(prediction, scheduler.timesteps[step], x_t).prev_sample
-    found = walk.jump(prediction, x_t, torch.full((3,), step))
+    found = schedule.ddim_step(prediction, x_t, torch.full((3,), step))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
 @given(st.sampled_from(STEPS), st.sampled_from(["trailing", "leading"]), st.integers(0, 2**31))
-def test_the_image_behind_a_jump_leads_there(steps, spacing, seed):
-    walk = Walk.of(ddim(timestep_spacing=spacing, prediction_type="sample", beta_schedule="squaredcos_cap_v2"), steps)
+def test_a_step_to_the_target_x_0_leads_there(steps, spacing, seed):
+    schedule = DDIMSchedule.of(
+        ddim(timestep_spacing=spacing, prediction_type="sample", beta_schedule="squaredcos_cap_v2"), steps
+    )
     generator = torch.Generator().manual_seed(seed)
     step = 2 * torch.randint(steps // 2, (4,), generator=generator)
     x_t, x_0 = (torch.randn(4, 1, 2, 2, generator=generator) for _ in range(2))
-    x_next = walk.jump(x_0, x_t, step, 2)
-    torch.testing.assert_close(walk.image_behind(x_next, x_t, step, 2), x_0, rtol=1e-2, atol=1e-2)
+    x_next = schedule.ddim_step(x_0, x_t, step, 2)
+    torch.testing.assert_close(schedule.target_x_0(x_next, x_t, step, 2), x_0, rtol=1e-2, atol=1e-2)
 
 
 @given(st.sampled_from(STEPS), st.integers(0, 2**31))
 def test_an_error_of_v_reaches_as_far_as_it_says(steps, seed):
-    walk = Walk.of(ddim(prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2"), steps)
+    schedule = DDIMSchedule.of(ddim(prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2"), steps)
     generator = torch.Generator().manual_seed(seed)
     step = 2 * torch.randint(steps // 2, (4,), generator=generator)
     x_t, v, error = (torch.randn(4, 1, 2, 2, generator=generator) for _ in range(3))
-    moved = walk.jump(v + error, x_t, step, 2) - walk.jump(v, x_t, step, 2)
-    torch.testing.assert_close(moved, -walk.reach(step, 2).view(-1, 1, 1, 1) * error, rtol=1e-3, atol=1e-5)
+    moved = schedule.ddim_step(v + error, x_t, step, 2) - schedule.ddim_step(v, x_t, step, 2)
+    torch.testing.assert_close(moved, -schedule.error_gain(step, 2).view(-1, 1, 1, 1) * error, rtol=1e-3, atol=1e-5)
 
 
 @given(st.sampled_from(KINDS), st.integers(0, 2**31))
 def test_every_kind_of_prediction_means_the_same(kind, seed):
-    walk = Walk.of(ddim(prediction_type=kind), 20)
+    schedule = DDIMSchedule.of(ddim(prediction_type=kind), 20)
     generator = torch.Generator().manual_seed(seed)
     step = torch.randint(20, (4,), generator=generator)
     x_0, noise = (torch.randn(4, 1, 2, 2, generator=generator) for _ in range(2))
-    x_t = walk.noised(x_0, noise, step)
-    alpha, sigma = walk.at(step, x_t)
+    x_t = schedule.add_noise(x_0, noise, step)
+    alpha, sigma = schedule.alpha_sigma(step, x_t)
     prediction = {"epsilon": noise, "sample": x_0, "v_prediction": alpha * noise - sigma * x_0}[kind]
-    found, found_noise = walk.clean(prediction, x_t, step)
+    found, found_noise = schedule.x_0_and_noise(prediction, x_t, step)
     torch.testing.assert_close(found, x_0, rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(found_noise, noise, rtol=1e-2, atol=1e-3)
-    torch.testing.assert_close(walk.velocity(x_0, x_t, step), alpha * noise - sigma * x_0, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(schedule.velocity(x_0, x_t, step), alpha * noise - sigma * x_0, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -108,9 +110,9 @@ def test_what_cannot_be_halved_is_an_error(scheduler, steps, halvings, message):
 
 def test_zero_signal_is_fine_where_v_is_predicted():
     scheduler = teachable(ddim(rescale_betas_zero_snr=True, prediction_type="v_prediction"), 20, 1)
-    walk = Walk.of(scheduler, 20)
+    schedule = DDIMSchedule.of(scheduler, 20)
     x_t, step = torch.randn(2, 1, 2, 2), torch.tensor([0, 0])
-    assert walk.velocity(walk.image_behind(torch.randn(2, 1, 2, 2), x_t, step, 2), x_t, step).isfinite().all()
+    assert schedule.velocity(schedule.target_x_0(torch.randn(2, 1, 2, 2), x_t, step, 2), x_t, step).isfinite().all()
 
 
 @given(st.sampled_from(STEPS), st.permutations(["trailing", "leading"]))

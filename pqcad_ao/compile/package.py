@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_map
 
+from pqcad_ao import denoiser
 from pqcad_ao.compile.backend import fuse
 from pqcad_ao.config import MAX_BATCH
 from pqcad_ao.denoiser import (
@@ -22,7 +23,6 @@ from pqcad_ao.denoiser import (
     predict,
     take_rows,
 )
-from pqcad_ao.denoiser import sample_shape as find_sample_shape
 from pqcad_ao.diffusion.process import matching_ddim
 from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.diffusion.schedule import steps_to_bind
@@ -97,7 +97,7 @@ def export_pt2(
         check_count("batch_size", batch_size, most=MAX_BATCH)
     path = check_writable(path)
     conditioning = check_conditioning(unet, conditioning)
-    shape = find_sample_shape(unet, sample_shape)
+    shape = denoiser.sample_shape(unet, sample_shape)
     generator = torch.Generator().manual_seed(seed)
     count = 4 if num_inference_steps is None else batch_size or 1
     x_t = torch.randn(count, *shape, generator=generator).to(dtype)

@@ -24,7 +24,7 @@ from pqcad_ao.denoiser import (
     placement,
     take_rows,
 )
-from pqcad_ao.diffusion.ddim import Walk
+from pqcad_ao.diffusion.ddim import DDIMSchedule
 from pqcad_ao.diffusion.process import settings_of
 from pqcad_ao.diffusion.sampling import overflow, sample
 from pqcad_ao.utils.files import digest, whole_file, write_whole
@@ -51,11 +51,11 @@ class CleanImages:
     def rows(self, index: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Pictures (B, C, H, W) of these numbers, on the CPU, and their conditioning."""
         own = index % len(self.drawn)
-        found = torch.from_numpy(np.array(self.drawn[own.numpy()]))
+        images = torch.from_numpy(np.array(self.drawn[own.numpy()]))
         if self.extra is not None:
             real = index >= len(self.drawn)
-            found[real] = self.extra[index[real] - len(self.drawn)].to(found.dtype)
-        return found, take_rows(self.conditioning, own % conditioning_rows(self.conditioning))
+            images[real] = self.extra[index[real] - len(self.drawn)].to(images.dtype)
+        return images, take_rows(self.conditioning, own % conditioning_rows(self.conditioning))
 
 
 def clean_images(
@@ -207,11 +207,11 @@ def noise_of(shape: tuple[int, ...], seed: int, row: int) -> Tensor:
 
 
 @torch.no_grad()
-def check_denoising(reference: nn.Module, walk: Walk, images: CleanImages) -> None:
+def check_denoising(reference: nn.Module, schedule: DDIMSchedule, images: CleanImages) -> None:
     """Look whether the network finds the noise that the scheduler says it put into the network's own pictures.
 
     What a trained denoiser gets wrong is orthogonal to what it says (its estimate is a conditional mean), however hard
-    its pictures are: E[found²] = E[found·noise]. With other betas it is not.
+    its pictures are: E[predicted²] = E[predicted·noise]. With other betas it is not.
 
     Raises:
         ValueError: the scheduler's betas or prediction type are not those that the network was trained with.
@@ -219,21 +219,23 @@ def check_denoising(reference: nn.Module, walk: Walk, images: CleanImages) -> No
     device, _ = placement(reference)
     x_0, conditioning = images.rows(torch.arange(min(CHECKED, len(images.drawn))))
     x_0 = x_0.to(device)
-    steps = len(walk.timesteps) - 1
+    steps = len(schedule.timesteps) - 1
     for step in range(steps // 4, steps, max(1, steps // 8)):
-        if float(walk.sigma[step]) ** 2 < LEAST_NOISE:
+        if float(schedule.sigmas[step]) ** 2 < LEAST_NOISE:
             continue
         at = torch.full((len(x_0),), step, device=device)
         # of other rows than there are: a picture and the noise that it was drawn from are not independent
         noise = torch.stack([noise_of(tuple(x_0.shape[1:]), step, CHECKED + row) for row in range(len(x_0))]).to(x_0)
-        x_t = walk.noised(x_0, noise, at)
-        _, found = walk.clean(in_own_type(reference, x_t, walk.timesteps[at], conditioning), x_t, at)
-        departure = abs(float(found.square().sum() / (found * noise).sum()) - 1)
+        x_t = schedule.add_noise(x_0, noise, at)
+        prediction = in_own_type(reference, x_t, schedule.timesteps[at], conditioning)
+        _, predicted = schedule.x_0_and_noise(prediction, x_t, at)
+        departure = abs(float(predicted.square().sum() / (predicted * noise).sum()) - 1)
         if not departure <= FARTHEST:
             raise ValueError(
-                f"at timestep {int(walk.timesteps[step])} the noise that the network finds is {100 * departure:.0f} % "
-                "off that which the scheduler put in: it has other betas or another prediction_type than the network "
-                "was trained with. If you are sure that it has not, write CADConfig(check_betas=False)"
+                f"at timestep {int(schedule.timesteps[step])} the noise that the network finds is "
+                f"{100 * departure:.0f} % off that which the scheduler put in: it has other betas or another "
+                "prediction_type than the network was trained with. If you are sure that it has not, write "
+                "CADConfig(check_betas=False)"
             )
 
 
@@ -251,7 +253,7 @@ def checked_images(
 ) -> CleanImages:
     """C_DC, of a scheduler that :func:`check_denoising` finds to fit; as :func:`clean_images`."""
     rank, _ = rank_and_world()
-    walk = Walk.of(ddim, config.steps, placement(reference)[0])
+    schedule = DDIMSchedule.of(ddim, config.steps, placement(reference)[0])
     return clean_images(
         reference,
         ddim,
@@ -260,7 +262,7 @@ def checked_images(
         in_type(check_conditioning(reference, conditioning)),
         images=images,
         folder=folder,
-        check=partial(check_denoising, reference, walk) if config.check_betas else None,
+        check=partial(check_denoising, reference, schedule) if config.check_betas else None,
         callback=callback,
         progress=progress and rank == 0,
     )

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from tqdm.auto import tqdm
 
+from pqcad_ao import denoiser
 from pqcad_ao.denoiser import Denoiser, check_conditioning, evaluation_mode
-from pqcad_ao.denoiser import sample_shape as find_sample_shape
 from pqcad_ao.diffusion.process import matching_ddim
 from pqcad_ao.diffusion.schedule import signal_power, steps_to_bind, timesteps_of
 from pqcad_ao.edge.lower import lower, lower_sampler
@@ -141,7 +141,7 @@ def export_pte(
     check_counts(batch_size=batch_size, trajectories=trajectories)
     check_objective(objective, max_bytes)
     conditioning = check_conditioning(unet, conditioning)
-    shape = find_sample_shape(unet, sample_shape)
+    shape = denoiser.sample_shape(unet, sample_shape)
     path = check_writable(path)
     unet = _contiguous(unet)
     stages = tqdm(total=4, desc="recording trajectories", disable=not progress, leave=False)
@@ -226,7 +226,7 @@ def export_fp32_pte(
     _check_float(unet)
     check_counts(batch_size=batch_size)
     conditioning = check_conditioning(unet, conditioning)
-    shape = find_sample_shape(unet, sample_shape)
+    shape = denoiser.sample_shape(unet, sample_shape)
     path = check_writable(path)
     unet = _contiguous(unet)
     with evaluation_mode(unet), torch.no_grad():

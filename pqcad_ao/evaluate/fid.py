@@ -157,7 +157,7 @@ def image_quality(
     ``precision`` and ``recall`` are None where ``real`` holds no features, as ``kid`` is, or there are too few images.
     """
     features = extract_features(images, network)
-    found = _fid_kid(features, real, seed, bootstrap)
+    quality = _fid_kid(features, real, seed, bootstrap)
     if real.features is None or min(len(features), len(real.features)) <= NEIGHBOURS:
-        return {**found, "precision": None, "recall": None}
-    return {**found, **precision_recall(real.features, features)}
+        return {**quality, "precision": None, "recall": None}
+    return {**quality, **precision_recall(real.features, features)}

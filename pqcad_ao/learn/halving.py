@@ -16,12 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pqcad_ao.config import CADConfig
 from pqcad_ao.denoiser import conditioning_rows, evaluation_mode, in_own_type, placement, take_rows
-from pqcad_ao.diffusion.ddim import Walk
+from pqcad_ao.diffusion.ddim import DDIMSchedule
 from pqcad_ao.diffusion.images import CleanImages, noise_of
 from pqcad_ao.diffusion.process import settings_of
 from pqcad_ao.diffusion.schedule import timesteps_of
 from pqcad_ao.graph.capture import capture
-from pqcad_ao.learn.training import Learner, drive, read_checkpoint, to_learn
+from pqcad_ao.learn.training import Learner, read_checkpoint, to_learn, train_loop
 from pqcad_ao.learn.unfold import unfold
 from pqcad_ao.nn.diffusers_plugin import attach
 from pqcad_ao.nn.state import quantized_state
@@ -64,7 +64,7 @@ def teach(
 ) -> DDIMScheduler:
     """Every halving in turn; returns the last one's sampler."""
     rank, _ = rank_and_world()
-    exact = Walk.of(ddim, config.steps, placement(reference)[0])
+    exact = DDIMSchedule.of(ddim, config.steps, placement(reference)[0])
     # the network that is taught once more, while the caller's is as it was
     taught = student if config.halvings == 1 else copy.deepcopy(student)
 
@@ -75,7 +75,7 @@ def teach(
         steps = config.steps // 2**number
         run = _Halving(taught, reference, exact, ddim, steps, pictures, config, number, shape)
         with evaluation_mode(reference):
-            drive(
+            train_loop(
                 run,
                 config.iterations,
                 folder=None if folder is None else Path(folder) / f"halving-{number + 1}",
@@ -96,7 +96,7 @@ class _Halving:
         self,
         student: nn.Module,
         reference: nn.Module,
-        exact: Walk,
+        exact: DDIMSchedule,
         scheduler: DDIMScheduler,
         steps: int,
         images: CleanImages,
@@ -107,8 +107,8 @@ class _Halving:
         self.student, self.reference, self.exact, self.images, self.config = student, reference, exact, images, config
         self.steps, self.number, self.scheduler = steps, number, scheduler
         self.device, _ = placement(reference)
-        self.walk = Walk.of(scheduler, steps, self.device)  # two of its steps are one of the student's
-        self.reach = self.walk.reach(torch.arange(0, steps, 2, device=self.device), 2)
+        self.schedule = DDIMSchedule.of(scheduler, steps, self.device)  # two of its steps are one of the student's
+        self.error_gain = self.schedule.error_gain(torch.arange(0, steps, 2, device=self.device), 2)
         self.log: list[DistillUpdate] = []
         self.first: float | None = None
         conditioning = images.conditioning
@@ -126,7 +126,7 @@ class _Halving:
             images.extra,
             images.conditioning,
             config,
-            self.walk.timesteps,
+            self.schedule.timesteps,
             number,
         )
         self.own = self._own_trajectories(conditioning) if config.own_share else None
@@ -154,12 +154,12 @@ class _Halving:
             for step in range(0, self.steps, 2):
                 met.append(x_t)
                 at = torch.full((len(x_t),), step, device=self.device)
-                x_t = self.walk.jump(self.graph(x_t, self.walk.timesteps[at], chosen), x_t, at, 2)
+                x_t = self.schedule.ddim_step(self.graph(x_t, self.schedule.timesteps[at], chosen), x_t, at, 2)
             parts.append(torch.stack(met, 1))
         return torch.cat(parts)
 
     def _batch(self, number: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """This process's share of an update's x_t, the step of each in ``walk``, and conditioning."""
+        """This process's share of an update's x_t, the step of each in ``schedule``, and conditioning."""
         config, size = self.config, self.config.batch_size
         seed = (config.seed * 1_000_003 + self.number * 500_009 + number) % 2**63
         generator = torch.Generator().manual_seed(seed)
@@ -173,7 +173,7 @@ class _Halving:
         mine = slice(self.rank, None, self.world)
         x_0, conditioning = self.images.rows(index[mine])
         step = step[mine].to(self.device)
-        x_t = self.walk.noised(x_0.to(self.device), noise[mine].to(self.device), step)
+        x_t = self.schedule.add_noise(x_0.to(self.device), noise[mine].to(self.device), step)
         if self.own is not None:
             # the first of the batch, whose steps are in random order
             count = math.ceil(config.own_share * size)
@@ -189,37 +189,44 @@ class _Halving:
 
     @torch.no_grad()
     def _target(
-        self, network: Callable[..., Tensor], walk: Walk, x_t: Tensor, step: Tensor, stride: int, conditioning: Any
+        self,
+        network: Callable[..., Tensor],
+        schedule: DDIMSchedule,
+        x_t: Tensor,
+        step: Tensor,
+        stride: int,
+        conditioning: Any,
     ) -> Tensor:
-        """The v with which one jump of the student's ends where ``stride`` jumps of ``network`` do."""
+        """The v with which one step of the student's ends where ``stride`` steps of ``network`` do."""
         x = x_t
         for taken in range(stride):
             at = step + taken
-            x = walk.jump(network(x, walk.timesteps[at], conditioning), x, at)
-        return walk.velocity(walk.image_behind(x, x_t, step, stride), x_t, step)
+            x = schedule.ddim_step(network(x, schedule.timesteps[at], conditioning), x, at)
+        return schedule.velocity(schedule.target_x_0(x, x_t, step, stride), x_t, step)
 
     def update(self) -> DistillUpdate:
         """One training update."""
         number, config = len(self.log), self.config
         x_t, step, conditioning = self._batch(number)
-        stride = self.config.steps // self.steps  # exact steps in one of the walk's
+        stride = self.config.steps // self.steps  # exact steps in one of the schedule's
         targets: dict[str, Tensor] = {}
         if config.reference_weight:
             exact = (self.exact, x_t, stride * step, 2 * stride, conditioning)
             targets["reference"] = self._target(partial(in_own_type, self.reference), *exact)
         if self.teacher is not None:
-            targets["teacher"] = self._target(self.teacher, self.walk, x_t, step, 2, conditioning)
+            targets["teacher"] = self._target(self.teacher, self.schedule, x_t, step, 2, conditioning)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            prediction = self.forward(x_t, self.walk.timesteps[step], conditioning)
-        found = self.walk.velocity(self.walk.clean(prediction.float(), x_t, step)[0], x_t, step)
-        weight = torch.ones_like(found[:, :1, :1, :1])
+            prediction = self.forward(x_t, self.schedule.timesteps[step], conditioning)
+        x_0, _ = self.schedule.x_0_and_noise(prediction.float(), x_t, step)
+        v = self.schedule.velocity(x_0, x_t, step)
+        weight = torch.ones_like(v[:, :1, :1, :1])
         if config.space == "x":  # max(SNR, 1)·σ² of v's error, which is x_0's over σ
-            alpha, sigma = self.walk.at(step, found)
-            weight = torch.maximum(alpha.square(), sigma.square())
-        elif self.walk.prediction_type == "epsilon":
+            alpha_t, sigma_t = self.schedule.alpha_sigma(step, v)
+            weight = torch.maximum(alpha_t.square(), sigma_t.square())
+        elif self.schedule.prediction_type == "epsilon":
             # as v, an error of epsilon counts 1/alpha² times: the first timestep would be all that is learned
-            weight = self.reach[step // 2].square().view_as(weight) / self.reach.square().mean()
-        parts = {name: (weight * (found - target).square()).mean() for name, target in targets.items()}
+            weight = self.error_gain[step // 2].square().view_as(weight) / self.error_gain.square().mean()
+        parts = {name: (weight * (v - target).square()).mean() for name, target in targets.items()}
         weights = {"reference": config.reference_weight, "teacher": config.teacher_weight}
         loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
         values = torch.stack([loss, *parts.values()]).detach()

@@ -15,7 +15,7 @@ from pqcad_ao.config import PQCADConfig
 from pqcad_ao.diffusion.calibration import CalibrationSet
 from pqcad_ao.graph.plan import Plan
 from pqcad_ao.learn.sensitivity import perturbation_loss
-from pqcad_ao.learn.training import Learner, drive, read_checkpoint
+from pqcad_ao.learn.training import Learner, read_checkpoint, train_loop
 from pqcad_ao.learn.transition import MomentumTransition
 from pqcad_ao.passes.insert_activations import insert_activations
 from pqcad_ao.prepare.annotate import PQCADQuantizer
@@ -121,7 +121,7 @@ def learn(
         graph: with the weights' fake quantizers in it; trained in place, so its parameters must be its own.
         points: C_QC.
         num_train_timesteps: T of the noise process.
-        folder, callback, progress: as for :func:`~pqcad_ao.learn.training.drive`.
+        folder, callback, progress: as for :func:`~pqcad_ao.learn.training.train_loop`.
 
     Raises:
         FloatingPointError: the loss left the finite numbers or exploded; says at which stage and width. The last
@@ -135,7 +135,7 @@ def learn(
         return {"stage": update.stage, "bits": update.bits, "loss": f"{update.loss:.4f}", "momentum": shown}
 
     keeps = {"folder": folder, "callback": callback, "progress": progress}
-    drive(run, config.iterations, describe=describe, title=config.mode, **keeps)
+    train_loop(run, config.iterations, describe=describe, title=config.mode, **keeps)
     return Learned(run.graph, run.log, run.transitions)
 
 

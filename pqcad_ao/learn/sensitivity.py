@@ -56,10 +56,10 @@ def layer_sensitivity(
     for module in quantizers:
         module.disable_fake_quant()
     reference = graph(*batch)
-    found: dict[str, dict[int, float]] = {}
+    losses: dict[str, dict[int, float]] = {}
     layers = resolved.quantized
     for done, row in enumerate(tqdm(layers, desc="sensitivity", disable=not progress, leave=False), start=1):
-        found[row.fqn] = {}
+        losses[row.fqn] = {}
         for bits in [row.weight_bits, *(rung for rung in RUNGS if rungs and rung > row.weight_bits)]:
             tried = raised(row, bits) if bits != row.weight_bits else row
             module, weight = weights[row.fqn]
@@ -68,7 +68,7 @@ def layer_sensitivity(
             if tried.activation_bits is not None:
                 activations[row.fqn].fit(tried.activation_bits)
                 activations[row.fqn].enable_fake_quant()
-            found[row.fqn][bits] = perturbation_loss(graph(*batch), reference).item()
+            losses[row.fqn][bits] = perturbation_loss(graph(*batch), reference).item()
             for used in (module, activations.get(row.fqn)):
                 if used is not None:
                     used.disable_fake_quant()
@@ -76,7 +76,7 @@ def layer_sensitivity(
             callback("sensitivity", done, len(layers))
     for module in quantizers:
         module.enable_fake_quant()
-    return found
+    return losses
 
 
 def spare_bits(resolved: Plan, target_bits: float) -> float:
@@ -142,5 +142,5 @@ def sensitive(
     with weights_in_full_precision(graph):
         observe(graph, head, config.calibration_batch_size)
     shown: dict[str, Any] = {"callback": callback, "progress": progress}
-    found = layer_sensitivity(graph, resolved, head, rungs=config.target_bits is not None, **shown)
-    return spend_bits(resolved, found, config.target_bits)
+    losses = layer_sensitivity(graph, resolved, head, rungs=config.target_bits is not None, **shown)
+    return spend_bits(resolved, losses, config.target_bits)

@@ -125,7 +125,7 @@ def read_checkpoint(path: Path, key: str) -> tuple[dict[str, Any], dict[str, Ten
     return header, tensors
 
 
-def drive(
+def train_loop(
     run: Any,
     iterations: int,
     *,

@@ -114,8 +114,8 @@ def make_layers(model: nn.Module, state: QuantizedState) -> dict[str, QuantizedL
             ) from error
         kind = QuantizedConv2d if isinstance(original, nn.Conv2d) else QuantizedLinear
         if not isinstance(original, (nn.Conv2d, nn.Linear)) or list(original.weight.shape) != row.shape:
-            found = f"{type(original).__name__} {list(getattr(original, 'weight', torch.empty(0)).shape)}"
-            raise ValueError(f"the checkpoint has {row.fqn} as {row.kind} {row.shape}; the network has a {found}")
+            present = f"{type(original).__name__} {list(getattr(original, 'weight', torch.empty(0)).shape)}"
+            raise ValueError(f"the checkpoint has {row.fqn} as {row.kind} {row.shape}; the network has a {present}")
         channels = original.in_channels if isinstance(original, nn.Conv2d) else original.in_features
         if sum(row.segments) != channels:
             raise ValueError(

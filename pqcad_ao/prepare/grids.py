@@ -48,9 +48,9 @@ def fit_weight_scale(weight: Tensor, bits: int) -> Tensor:
         error = squared_error(weight, best, low, high)
         for part in parts:
             scale = (top * part / (high + 0.5)).clamp_min(_TINY)
-            found = squared_error(weight, scale, low, high)
-            better = found < error
-            best, error = torch.where(better, scale, best), torch.where(better, found, error)
+            tried_error = squared_error(weight, scale, low, high)
+            better = tried_error < error
+            best, error = torch.where(better, scale, best), torch.where(better, tried_error, error)
     return best
 
 
@@ -94,8 +94,8 @@ def fit_activation_grid(values: Tensor, bits: int, weights: Tensor | None = None
             reach = torch.maximum(largest / (start + size - 0.5), -smallest / (0.5 - start))
             for part in parts:
                 tried = (reach * part).clamp_min(_TINY)
-                found = squared_error(values, tried, start, start + size - 1, weights)
-                better = found < error
-                scale, error = torch.where(better, tried, scale), torch.where(better, found, error)
+                tried_error = squared_error(values, tried, start, start + size - 1, weights)
+                better = tried_error < error
+                scale, error = torch.where(better, tried, scale), torch.where(better, tried_error, error)
                 low = torch.where(better, start, low)
     return scale, low

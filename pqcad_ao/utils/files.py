@@ -53,11 +53,11 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def digest(*values: Any) -> str:
     """A short name for everything that a cached result depends on: tensors (nested, too) by content, others by repr."""
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     for leaf in tree_leaves(values):
         if isinstance(leaf, Tensor):
-            found.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
-            found.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            sha.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
+            sha.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         else:
-            found.update(repr(leaf).encode())
-    return found.hexdigest()[:16]
+            sha.update(repr(leaf).encode())
+    return sha.hexdigest()[:16]

@@ -33,13 +33,13 @@ FEATURES = (
 
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:
     """Python's and the packages' versions; None for a package that is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
+    installed: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
     for package in packages:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
-    return found
+            installed[package] = None
+    return installed
 
 
 def available_cores() -> int:
