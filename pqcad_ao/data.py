@@ -83,7 +83,9 @@ def _load_folder(folder: Path, image_size: int, channels: int) -> tuple[Tensor, 
             raise ValueError(f"{path} is no readable image: {error}") from error
         scale = image_size / min(picture.size)
         if scale < 1:  # shrink the short side, then cut the centre: never enlarge
-            picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.LANCZOS)
+            picture = picture.resize(
+                (round(picture.width * scale), round(picture.height * scale)), Image.Resampling.LANCZOS
+            )
         left, top = max(0, picture.width - image_size) // 2, max(0, picture.height - image_size) // 2
         picture = picture.crop(
             (left, top, left + min(image_size, picture.width), top + min(image_size, picture.height))

@@ -81,16 +81,17 @@ def sample_shape(model: nn.Module, given: tuple[int, ...] | None = None) -> tupl
     if given is not None:
         if len(given) != 3:
             raise ValueError(f"sample_shape={tuple(given)}: write (channels, height, width)")
-        return tuple(given)
+        channels, height, width = given
+        return channels, height, width
     config = getattr(model, "config", None)
-    channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
-    if channels is None or size is None:
+    in_channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
+    if in_channels is None or size is None:
         raise ValueError(
             f"{type(model).__name__} does not say what it denoises (no config with in_channels and sample_size): "
             "pass sample_shape=(channels, height, width)"
         )
     height, width = (size, size) if isinstance(size, int) else size
-    return channels, height, width
+    return in_channels, height, width
 
 
 def check_conditioning(model: nn.Module, conditioning: dict[str, Any] | None) -> dict[str, Any]:

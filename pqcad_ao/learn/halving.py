@@ -131,8 +131,9 @@ class _Halving:
         )
         self.own = self._own_trajectories(conditioning) if config.own_share else None
         parameters = [p for name, p in self.graph.named_parameters() if name.startswith("unet.")]
-        rates = (config.learning_rate, config.scale_learning_rate, config.iterations)
-        self.learner = Learner(self.graph, parameters, *rates)
+        self.learner = Learner(
+            self.graph, parameters, config.learning_rate, config.scale_learning_rate, config.iterations
+        )
         quantizers = [module for module, _ in weight_quantizers(self.graph).values()]
         self.learner.add_scales([*quantizers, *activation_quantizers(self.graph).values()])
         self.rank, self.world = rank_and_world()

@@ -94,12 +94,14 @@ def policies(config: PQCADConfig, resolved: Plan) -> dict[str, MomentumTransitio
         ValueError: too few iterations for the ladders.
     """
     rungs = ladders(config, resolved)
-    options = {"beta": config.beta, "tau": config.tau, "window": config.window, "patience": config.patience}
+    beta, patience = config.beta, config.patience
     if config.transitions == "schedule":
         # no progress is ever waited for, and α arrives within two updates
-        options |= {"beta": 1e-9, "patience": config.iterations + 1}
+        beta, patience = 1e-9, config.iterations + 1
     return {
-        stage: MomentumTransition(rungs[stage], budget, **options)
+        stage: MomentumTransition(
+            rungs[stage], budget, beta=beta, tau=config.tau, window=config.window, patience=patience
+        )
         for stage, budget in budgets(config, [*rungs]).items()
     }
 
@@ -134,8 +136,15 @@ def learn(
         shown = "–" if update.momentum is None else f"{update.momentum:.4f}"
         return {"stage": update.stage, "bits": update.bits, "loss": f"{update.loss:.4f}", "momentum": shown}
 
-    keeps = {"folder": folder, "callback": callback, "progress": progress}
-    train_loop(run, config.iterations, describe=describe, title=config.mode, **keeps)
+    train_loop(
+        run,
+        config.iterations,
+        folder=folder,
+        describe=describe,
+        title=config.mode,
+        callback=callback,
+        progress=progress,
+    )
     return Learned(run.graph, run.log, run.transitions)
 
 
@@ -173,8 +182,7 @@ class _Run:
             for name, parameter in graph.named_parameters()
             if name.startswith("unet.") and name.removeprefix("unet.").rpartition(".")[0] not in left_alone
         ]
-        rates = (config.learning_rate, config.scale_learning_rate, config.iterations)
-        self.learner = Learner(graph, parameters, *rates)
+        self.learner = Learner(graph, parameters, config.learning_rate, config.scale_learning_rate, config.iterations)
         self.quantizers: list[Any] = [module for module, _ in weight_quantizers(graph).values()]  # of the stage
         self.learner.add_scales(self.quantizers)
         self.stage = next(iter(self.policies))

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,10 +59,11 @@ def layer_sensitivity(
     layers = resolved.quantized
     for done, row in enumerate(tqdm(layers, desc="sensitivity", disable=not progress, leave=False), start=1):
         losses[row.fqn] = {}
-        for bits in [row.weight_bits, *(rung for rung in RUNGS if rungs and rung > row.weight_bits)]:
-            tried = raised(row, bits) if bits != row.weight_bits else row
+        planned = row.weight_bits or 0
+        for bits in [planned, *(rung for rung in RUNGS if rungs and rung > planned)]:
+            tried = raised(row, bits) if bits != planned else row
             module, weight = weights[row.fqn]
-            module.fit(weight, tried.weight_bits)
+            module.fit(weight, bits)
             module.enable_fake_quant()
             if tried.activation_bits is not None:
                 activations[row.fqn].fit(tried.activation_bits)
@@ -110,9 +110,10 @@ def spend_bits(resolved: Plan, sensitivity: dict[str, dict[int, float]], target_
                 row = rows[fqn]
                 if row.reason.startswith("overrides["):
                     continue
-                for bits in (b for b in losses if b > row.weight_bits):
-                    cost = (bits - row.weight_bits) * row.parameters
-                    worth = (losses[row.weight_bits] - losses[bits]) / cost
+                width = row.weight_bits or 0
+                for bits in (b for b in losses if b > width):
+                    cost = (bits - width) * row.parameters
+                    worth = (losses[width] - losses[bits]) / cost
                     if cost <= spare and worth > gain:
                         best, gain = (fqn, bits, cost), worth
             if best is None:
@@ -141,6 +142,7 @@ def sensitive(
     head = points[: config.calibration_points]
     with weights_in_full_precision(graph):
         observe(graph, head, config.calibration_batch_size)
-    shown: dict[str, Any] = {"callback": callback, "progress": progress}
-    losses = layer_sensitivity(graph, resolved, head, rungs=config.target_bits is not None, **shown)
+    losses = layer_sensitivity(
+        graph, resolved, head, rungs=config.target_bits is not None, callback=callback, progress=progress
+    )
     return spend_bits(resolved, losses, config.target_bits)

@@ -29,7 +29,8 @@ def to_learn(network: nn.Module) -> nn.Module:
     A network that is frozen as a whole, as teachers are, learns; single frozen parameters, such as fixed Fourier
     features, do not.
     """
-    copied = copy.deepcopy(network).float().to(memory_format=torch.channels_last)
+    copied = copy.deepcopy(network).float()
+    copied.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks this argument
     if not any(parameter.requires_grad for parameter in copied.parameters()):
         for parameter in copied.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
@@ -92,7 +93,7 @@ class Learner:
         tensors: dict[str, Tensor] = {}
         for name, value in self.graph.state_dict().items():  # cloned: a module may be there under two names
             tensors[f"graph.{name}"] = value.detach().clone(memory_format=torch.contiguous_format)
-        names = {parameter: name for name, parameter in self.graph.named_parameters()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.graph.named_parameters()}
         for parameter, state in self.optimizer.state.items():
             for entry, value in state.items():
                 tensors[f"adam.{entry}.{names[parameter]}"] = value.contiguous()
@@ -149,22 +150,7 @@ def train_loop(
         callback: called as ``callback(stage, done, total)``.
         write: whether this process writes to the folder; one that does not still reads from it.
     """
-    if folder is None:
-        checkpoint, before, log_file = None, None, None
-    else:
-        checkpoint = Path(folder) / "checkpoint.safetensors"
-        before = checkpoint.with_name("checkpoint-before.safetensors")
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        if checkpoint.is_file():
-            run.load(checkpoint)
-        elif write:
-            before.unlink(missing_ok=True)  # of a run whose checkpoint was deleted
-            run.save(checkpoint)
-        log_file = (Path(folder) / "log.jsonl").open("w") if write else None
-        if log_file is not None:
-            log_file.writelines(json.dumps(asdict(update)) + "\n" for update in run.log)
-    # updates behind the checkpoint that was written last, as long as the one before it is there
-    saved = len(run.log) if before is not None and before.is_file() else None
+    kept = None if folder is None else _Folder(Path(folder), run, write)
     bar = tqdm(total=iterations, initial=len(run.log), desc=title, disable=not progress)
     try:
         while len(run.log) < iterations:
@@ -172,24 +158,67 @@ def train_loop(
                 with torch.enable_grad():  # whatever the caller's mode
                     update = run.update()
             except FloatingPointError:
-                if write and before is not None and saved == len(run.log):
-                    before.replace(checkpoint)  # nothing has passed yet with what the newer one holds
+                if kept is not None:
+                    kept.step_back()
                 raise
-            if log_file is not None:
-                log_file.write(json.dumps(asdict(update)) + "\n")
-                log_file.flush()
-                if len(run.log) % CHECKPOINT_EVERY == 0 or len(run.log) >= iterations:
-                    with whole_file(before) as unfinished:
-                        shutil.copyfile(checkpoint, unfinished)
-                    run.save(checkpoint)
-                    saved = len(run.log)
+            if kept is not None:
+                kept.add(update, last=len(run.log) >= iterations)
             if callback is not None:
                 callback(update.stage, len(run.log), iterations)
             bar.set_postfix(**describe(update))
             bar.update()
-        if log_file is not None:
-            before.unlink(missing_ok=True)
+        if kept is not None:
+            kept.finish()
     finally:
         bar.close()
-        if log_file is not None:
-            log_file.close()
+        if kept is not None:
+            kept.close()
+
+
+class _Folder:
+    """What a run leaves in a folder: its log, its last checkpoint, and the one before that as long as it may be needed.
+
+    Args:
+        folder, run, write: of :func:`train_loop`. The run goes on from the checkpoint that it finds, or leaves one.
+    """
+
+    def __init__(self, folder: Path, run: Any, write: bool) -> None:
+        self.run = run
+        self.checkpoint = folder / "checkpoint.safetensors"
+        self.before = folder / "checkpoint-before.safetensors"
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.checkpoint.is_file():
+            run.load(self.checkpoint)
+        elif write:
+            self.before.unlink(missing_ok=True)  # of a run whose checkpoint was deleted
+            run.save(self.checkpoint)
+        # updates behind the checkpoint that was written last, as long as the one before it is there
+        self.saved = len(run.log) if self.before.is_file() else None
+        self.log = (folder / "log.jsonl").open("w") if write else None
+        if self.log is not None:
+            self.log.writelines(json.dumps(asdict(update)) + "\n" for update in run.log)
+
+    def add(self, update: Any, last: bool) -> None:
+        """Log an update that succeeded, and every so often write a checkpoint."""
+        if self.log is None:
+            return
+        self.log.write(json.dumps(asdict(update)) + "\n")
+        self.log.flush()
+        if len(self.run.log) % CHECKPOINT_EVERY == 0 or last:
+            with whole_file(self.before) as unfinished:
+                shutil.copyfile(self.checkpoint, unfinished)
+            self.run.save(self.checkpoint)
+            self.saved = len(self.run.log)
+
+    def step_back(self) -> None:
+        """After an update that failed, a checkpoint with which none has succeeded gives way to the one before."""
+        if self.log is not None and self.saved == len(self.run.log):
+            self.before.replace(self.checkpoint)
+
+    def finish(self) -> None:
+        if self.log is not None:
+            self.before.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        if self.log is not None:
+            self.log.close()

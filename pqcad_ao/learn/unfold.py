@@ -32,17 +32,17 @@ def unfold(
     state = quantized_state(model)
     if state is None:
         raise ValueError(f"this {type(model).__name__} is not quantized by pqcad_ao: call quantize_ first")
-    layers = {row.fqn: model.get_submodule(row.fqn) for row in state.plan.quantized}
+    layers: dict[str, Any] = {row.fqn: model.get_submodule(row.fqn) for row in state.plan.quantized}
     skeleton = to_learn(reference)
     skeleton.load_state_dict(dequantized_state(model, reference))
     captured = capture(skeleton, shape, in_type(conditioning))
     graph = prepare(captured, state.plan, state.config, state.timestep.num_train_timesteps)
     for fqn, (weights, _) in weight_quantizers(graph).items():
-        bits = state.plan[fqn].weight_bits
+        bits = state.plan[fqn].weight_bits or 0
         weights.move(bits, bits, 1.0)
         weights.scale.copy_(layers[fqn].weight_scale)
     for fqn, activations in activation_quantizers(graph).items():
-        bits = state.plan[fqn].activation_bits
+        bits = state.plan[fqn].activation_bits or 0
         activations.move(bits, bits, 1.0)
         activations.scale.copy_(layers[fqn].input_scale)
         activations.low.copy_(layers[fqn].input_low)
@@ -56,7 +56,8 @@ def dequantized_state(model: nn.Module, reference: nn.Module) -> dict[str, torch
     Raises:
         ValueError: the reference's state has other names or shapes.
     """
-    layers = {row.fqn: model.get_submodule(row.fqn) for row in quantized_state(model).plan.quantized}
+    plan = quantized_state(model).plan
+    layers: dict[str, Any] = {row.fqn: model.get_submodule(row.fqn) for row in plan.quantized}
     values = {name: v for name, v in model.state_dict().items() if name.rpartition(".")[0] not in layers}
     for fqn, layer in layers.items():
         values[f"{fqn}.weight"] = layer.dequantized_weight()

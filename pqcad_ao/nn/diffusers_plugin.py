@@ -10,7 +10,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from pqcad_ao.nn.layers import QuantizedLayer
-from pqcad_ao.nn.state import Method, QuantizedState, insert_layers, make_layers, state_from_dict
+from pqcad_ao.nn.state import ATTRIBUTE, Method, QuantizedState, insert_layers, make_layers, state_from_dict
 
 
 def attach(model: nn.Module, state: QuantizedState) -> None:
@@ -21,7 +21,7 @@ def attach(model: nn.Module, state: QuantizedState) -> None:
         model.hf_quantizer = PQCADDiffusersQuantizer(quantization_config, pre_quantized=True)
         # diffusers refuses .to(dtype) where this is set; our layers keep their grids in float32 through any cast
         model.is_quantized = False
-    model._pqcad_state = state
+    setattr(model, ATTRIBUTE, state)
 
 
 class PQCADQuantizationConfig(QuantizationConfigMixin):
@@ -99,6 +99,4 @@ class PQCADDiffusersQuantizer(DiffusersQuantizer):
 
 # diffusers 0.42 finds quantizers in these two dictionaries (quantizers/auto.py); packages add themselves on import.
 auto.AUTO_QUANTIZER_MAPPING[Method.PQCAD.value] = PQCADDiffusersQuantizer
-
-
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.PQCAD.value] = PQCADQuantizationConfig

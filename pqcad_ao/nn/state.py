@@ -17,6 +17,7 @@ from pqcad_ao.utils.checks import is_whole
 FORMAT = 1
 FIELDS = {"quant_method", "format", "config", "plan", "timestep_groups", "num_train_timesteps", "transitions"}
 OPTIONAL = {"schedule"}
+ATTRIBUTE = "_pqcad_state"  # of a quantized network
 
 
 class Method(str, Enum):
@@ -94,7 +95,7 @@ def _check_row(row: PlanRow) -> None:
 
 def quantized_state(model: nn.Module) -> QuantizedState | None:
     """The state of a network that pqcad_ao quantized, or None."""
-    return getattr(model, "_pqcad_state", None)
+    return getattr(model, ATTRIBUTE, None)
 
 
 def make_layers(model: nn.Module, state: QuantizedState) -> dict[str, QuantizedLayer]:

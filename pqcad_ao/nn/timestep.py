@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+ATTRIBUTE = "_pqcad_timestep"  # of a quantized network
+
 
 class Timestep:
     """Which timestep group each sample of the running batch belongs to.
@@ -76,7 +78,7 @@ def _call_argument(module: nn.Module, args: tuple, kwargs: dict[str, Any], posit
     return kwargs[name]
 
 
-def bind_timestep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def bind_timestep(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of a quantized network: a scalar or per-sample timestep becomes a group for each sample."""
     sample = _call_argument(module, args, kwargs, 0)
     timesteps = _call_argument(module, args, kwargs, 1)
@@ -96,13 +98,13 @@ def bind_timestep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Non
     state.group = timestep_group(timesteps, state.groups, state.num_train_timesteps)
 
 
-def release_timestep(module: nn.Module, args: tuple, output: Any) -> None:
+def release_timestep(module: Any, args: tuple, output: Any) -> None:
     """Forward hook: no group outlives the call that set it, a call that raised included."""
     module._pqcad_timestep.group = None
 
 
 def install_timestep(module: nn.Module, timestep: Timestep) -> None:
     """Make ``module`` hand its timestep to the quantized layers that hold ``timestep``."""
-    module._pqcad_timestep = timestep
+    setattr(module, ATTRIBUTE, timestep)
     module.register_forward_pre_hook(bind_timestep, with_kwargs=True)
     module.register_forward_hook(release_timestep, always_call=True)

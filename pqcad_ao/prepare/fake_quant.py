@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
 
 from pqcad_ao.ops.reference import per_channel
-from pqcad_ao.prepare.grids import fit_activation_grid, fit_weight_scale, weight_range
+from pqcad_ao.prepare.grids import Bound, fit_activation_grid, fit_weight_scale, weight_range
 
 _SAMPLES = 8  # observed samples that a timestep group's grid is fitted to
 # Values kept of each of them, layer and segment: those at either end one by one, for a handful decides how far a
@@ -13,7 +13,7 @@ _SAMPLES = 8  # observed samples that a timestep group's grid is fitted to
 _EXTREMES, _INNER = 24, 168
 
 
-def quantize(x: Tensor, scale: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
+def quantize(x: Tensor, scale: Tensor, low: Bound, high: Bound) -> Tensor:
     """The integers clamp(round(x / scale), low, high) as floating-point numbers; ties go to the even one.
 
     Divides by multiplying with the reciprocal, as every kernel here does.
@@ -47,9 +47,7 @@ class _FakeQuantize(torch.autograd.Function):
         return of_x, of_scale, None, None, None
 
 
-def fake_quantize(
-    x: Tensor, scale: Tensor, low: Tensor | int, high: Tensor | int, gradient_scale: float = 1.0
-) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, low: Bound, high: Bound, gradient_scale: float = 1.0) -> Tensor:
     """Quantize and return to x's range; differentiable in x and scale (LSQ, Esser et al. 2020, eqs. 2, 3 and 5).
 
     The gradient to x passes inside [low, high] and is zero outside; that to scale is round(v) - v inside and the bound
@@ -284,4 +282,4 @@ def expand_grid(
     if len(segments) == 1:
         return scale[group, 0].view(shape), low[group, 0].view(shape)
     shape[channel_dim] = sum(segments)
-    return tuple(per_channel(table[group], segments).view(shape) for table in (scale, low))
+    return per_channel(scale[group], segments).view(shape), per_channel(low[group], segments).view(shape)

@@ -1,8 +1,11 @@
 """Least-squares clipping: the grid of b-bit integers times a scale that lies closest to given values."""
 
+from typing import Any, TypeAlias
+
 import torch
 from torch import Tensor
 
+Bound: TypeAlias = Any  # a Tensor or an int; torch.clamp takes two of the one kind or two of the other
 _CANDIDATES = 48  # scales tried per width, as parts of the one that reaches the largest value
 _TINY = 1e-8  # the scale of a row that is all zero: everything is then the integer 0
 
@@ -12,9 +15,7 @@ def weight_range(bits: int) -> tuple[int, int]:
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
-def squared_error(
-    values: Tensor, scale: Tensor, low: Tensor | int, high: Tensor | int, weights: Tensor | None = None
-) -> Tensor:
+def squared_error(values: Tensor, scale: Tensor, low: Bound, high: Bound, weights: Tensor | None = None) -> Tensor:
     """Σ weights·(values - scale·clamp(round(values/scale), low, high))² over the last dimension.
 
     Shapes: values, weights (R, N); scale, low, high broadcastable to (..., R); returns (..., R).
