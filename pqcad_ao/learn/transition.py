@@ -99,11 +99,6 @@ class MomentumTransition:
         return self.ladder[self.rung]
 
     @property
-    def previous_bits(self) -> int:
-        """The width that is blending out; the same as ``bits`` when none is."""
-        return self.ladder[self.rung - 1] if self.alpha < 1 else self.bits
-
-    @property
     def momentum(self) -> float:
         """The bias-corrected momentum of the loss at this width; NaN before the first loss."""
         return self._history[-1] if self._history else math.nan

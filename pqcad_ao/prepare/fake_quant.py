@@ -109,9 +109,8 @@ class WeightFakeQuantize(_Blending):
         return weight_range(self.bits)[1]
 
     @torch.no_grad()
-    def fit(self, weight: Tensor, bits: int | None = None) -> None:
-        """Use ``bits`` bits from now on (as before if None), on the grid that lies closest to ``weight`` (O, ...)."""
-        bits = self.bits if bits is None else bits
+    def fit(self, weight: Tensor, bits: int) -> None:
+        """Use ``bits`` bits from now on, on the grid that lies closest to ``weight`` (O, ...)."""
         self.move(bits, bits, 1.0)
         self.scale.copy_(fit_weight_scale(weight.flatten(1), bits))
 
@@ -225,12 +224,8 @@ class ActivationFakeQuantize(_Blending):
         return scale.view(len(seen), -1)[nearest], low.view(len(seen), -1)[nearest]
 
     @torch.no_grad()
-    def fit(self, bits: int | None = None) -> None:
-        """Use ``bits`` bits from now on (as before if None), on grids fitted to what was observed.
-
-        Raises: as :meth:`fitted`.
-        """
-        bits = self.bits if bits is None else bits
+    def fit(self, bits: int) -> None:
+        """Use ``bits`` bits from now on, on grids fitted to what was observed. Raises as :meth:`fitted`."""
         scale, low = self.fitted(bits)
         self.move(bits, bits, 1.0)
         self.scale.copy_(scale)

@@ -146,7 +146,7 @@ def test_both_quantizers_scale_that_gradient_as_published():
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(shape, generator=generator) for shape in ((3, 5, 2, 2), (2, 6, 4, 4)))
     weights, activations = WeightFakeQuantize(4, 3), ActivationFakeQuantize(4, [6], groups=1, channel_dim=1)
-    weights.fit(weight)
+    weights.fit(weight, weights.bits)
     activations.scale.data.fill_(0.3)
     activations.low.fill_(-8)
     for module, inputs, grid, values, largest in (
@@ -274,10 +274,10 @@ def test_the_fit_finds_what_a_dense_search_finds(bits):
 @given(rows(), BITS)
 def test_weight_fake_quantizer_equals_channel_by_channel(weight, bits):
     together = WeightFakeQuantize(bits, len(weight))
-    together.fit(weight)
+    together.fit(weight, together.bits)
     for row in range(len(weight)):
         alone = WeightFakeQuantize(bits, 1)
-        alone.fit(weight[row : row + 1])
+        alone.fit(weight[row : row + 1], alone.bits)
         assert torch.equal(alone(weight[row : row + 1]), together(weight)[row : row + 1])
 
 
@@ -306,7 +306,7 @@ def _fitted(bits: int = 2, segments=(3, 2), groups: int = 4, **options) -> Activ
     for group in options.get("seen", range(groups)):
         x = torch.randn(6, sum(segments), 4, 4, generator=generator) * (1 + group)
         assert torch.equal(module(x, torch.full((6,), group)), x)  # while it observes it lets everything pass
-    module.fit()
+    module.fit(module.bits)
     module.enable_observer(False)
     module.enable_fake_quant()
     return module
@@ -333,7 +333,7 @@ def test_a_wide_grid_reaches_what_few_values_reach():
     module = ActivationFakeQuantize(8, [4], 1, 1)
     module.enable_observer()
     module(x, torch.zeros(8, dtype=torch.int64))
-    module.fit()
+    module.fit(module.bits)
     assert 127 * module.scale.item() > 10
     module.fit(2)
     assert module.scale.item() < 4  # and what few values reach is nothing to two bits
@@ -362,7 +362,7 @@ def test_segments_are_fitted_and_applied_separately():
     x = torch.cat([torch.randn(64, 3, 4, 4), torch.rand(64, 2, 4, 4) * 100], 1)
     module.enable_observer()
     module(x, torch.zeros(64, dtype=torch.int64))
-    module.fit()
+    module.fit(module.bits)
     assert module.scale[0, 1] > 10 * module.scale[0, 0]
     module.enable_observer(False)
     y = module(x, torch.zeros(64, dtype=torch.int64))
@@ -382,12 +382,12 @@ def test_a_group_that_saw_nothing_takes_its_nearest_neighbours_grid():
 def test_nan_and_nothing_are_errors():
     module = ActivationFakeQuantize(4, [2], 2, 1)
     with pytest.raises(RuntimeError, match="no activation was observed"):
-        module.fit()
+        module.fit(module.bits)
     module.enable_observer()
     module.disable_fake_quant()
     module(torch.full((1, 2, 2, 2), float("nan")), torch.zeros(1, dtype=torch.int64))
     with pytest.raises(FloatingPointError, match="NaN or infinite"):
-        module.fit()
+        module.fit(module.bits)
 
 
 # Timestep groups

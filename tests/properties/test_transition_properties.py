@@ -34,12 +34,17 @@ def policies(draw):
     )
 
 
+def previous_bits(policy):
+    """The width that is blending out; the same as ``bits`` when none is."""
+    return policy.ladder[policy.rung - 1] if policy.alpha < 1 else policy.bits
+
+
 def walk(policy, losses):
     """(bits, previous bits, alpha) after each update of the whole budget, the losses repeated as needed."""
     seen = []
     for step in range(policy.budget):
         policy.update(losses[step % len(losses)])
-        seen.append((policy.bits, policy.previous_bits, policy.alpha))
+        seen.append((policy.bits, previous_bits(policy), policy.alpha))
     return seen
 
 
@@ -96,7 +101,7 @@ def test_goes_on_from_its_state(policy, losses, stop):
     got = []
     for step in range(stop, policy.budget):
         resumed.update(losses[step % len(losses)])
-        got.append((resumed.bits, resumed.previous_bits, resumed.alpha))
+        got.append((resumed.bits, previous_bits(resumed), resumed.alpha))
     assert got == expected[stop:]
     assert resumed.transitions == whole.transitions
 
