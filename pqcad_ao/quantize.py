@@ -74,10 +74,7 @@ def quantize_(
         FloatingPointError: NaN or infinity in the weights or during calibration, or learning that diverged; says where.
         RuntimeError: ``torch.export`` cannot capture the network.
     """
-    if not isinstance(config, PQCADConfig):
-        raise TypeError(
-            f"config is a {type(config).__name__}: write PQCADConfig(); for other configs use torchao's quantize_"
-        )
+    _check_config(config)
     _check_model(model)
     scheduler = _scheduler(model, scheduler)
     shape = denoiser.sample_shape(model, sample_shape)
@@ -139,6 +136,13 @@ def _moved(model: nn.Module, device: torch.device | str | None) -> Iterator[None
         if device is not None:
             model.to(home)
         raise
+
+
+def _check_config(config: PQCADConfig) -> None:
+    if not isinstance(config, PQCADConfig):
+        raise TypeError(
+            f"config is a {type(config).__name__}: write PQCADConfig(); for other configs use torchao's quantize_"
+        )
 
 
 def _check_model(model: nn.Module) -> None:

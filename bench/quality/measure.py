@@ -256,4 +256,4 @@ def images_of(
         return images, None
     calls = record_calls(teacher, scheduler, noise[:TRAJECTORIES], steps)
     points = [(call.x_t, call.timesteps) for call in calls]
-    return images, float(trajectory_sqnr(teacher, unet, points)["sqnr_db"])  # type: ignore[arg-type]
+    return images, trajectory_sqnr(teacher, unet, points)["sqnr_db"]

@@ -44,27 +44,12 @@ class Recorder:
 
 
 def record_calls(
-    unet: Callable[..., Any],
-    scheduler,
-    noise: Tensor,
-    num_inference_steps: int,
-    *,
-    conditioning: dict[str, Any] | None = None,
-    batch_size: int = 100,
-    progress: bool = False,
+    unet: Callable[..., Any], scheduler: Any, noise: Tensor, num_inference_steps: int, **options: Any
 ) -> list[NetworkCall]:
-    """Every call of ``unet`` while :func:`~pqcad_ao.diffusion.sampling.sample` draws images from ``noise``.
+    """Every call of ``unet`` while :func:`~pqcad_ao.diffusion.sampling.sample`, with its options, draws images.
 
     The calls of the first ``batch_size`` images come first, from noise to image; then those of the next.
     """
     recorder = Recorder(unet)
-    sample(
-        recorder,
-        scheduler,
-        noise,
-        num_inference_steps,
-        conditioning=conditioning,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    sample(recorder, scheduler, noise, num_inference_steps, **options)
     return recorder.calls

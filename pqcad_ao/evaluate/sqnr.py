@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ def _check_finite(reference: Tensor, other: Tensor) -> None:
 @torch.no_grad()
 def trajectory_sqnr(
     reference_fn: nn.Module, other_fn: nn.Module, inputs: Sequence[tuple[Tensor, Tensor]]
-) -> dict[str, float | dict[float, float]]:
+) -> dict[str, Any]:
     """SQNR of one network's predictions against another's, on recorded points of sampling trajectories.
 
     Args:
