@@ -111,7 +111,6 @@ def save_samples(
     path: str | Path,
     *,
     columns: int = 8,
-    title: str = "",
     side: float = 4.2,
     across: int = 8,
 ) -> None:
@@ -137,8 +136,6 @@ def save_samples(
         array = picture.permute(1, 2, 0).numpy()
         axis.imshow(array.repeat(3, 2) if array.shape[2] == 1 else array, interpolation="nearest")
         axis.set_title(textwrap.fill(label, round(side * LETTERS)), fontsize=10)
-    if title:
-        figure.suptitle(title, fontsize=11)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.05)
 

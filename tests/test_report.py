@@ -74,7 +74,7 @@ def test_save_grid_writes_a_picture(tmp_path: Path, channels: int, mode: str):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_save_samples_draws_every_panel(tmp_path: Path, channels: int):
     light, dark = torch.ones(4, channels, 8, 8), -torch.ones(4, channels, 8, 8)
-    save_samples({"light": light, "dark": dark}, tmp_path / "samples.png", columns=2, title="both")
+    save_samples({"light": light, "dark": dark}, tmp_path / "samples.png", columns=2)
     with Image.open(tmp_path / "samples.png") as picture:
         pixels = torch.tensor(list(picture.convert("L").getdata())).view(picture.height, picture.width)
     half = picture.width // 2

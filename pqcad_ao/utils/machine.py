@@ -31,10 +31,10 @@ FEATURES = (
 )
 
 
-def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:
-    """Python's and the packages' versions; None for a package that is not installed."""
+def versions() -> dict[str, str | None]:
+    """Python's and the versions of ``PACKAGES``; None for one that is not installed."""
     installed: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in packages:
+    for package in PACKAGES:
         try:
             installed[package] = version(package)
         except PackageNotFoundError:
