@@ -1,6 +1,7 @@
 """The options of ``pqcad bench quality``, what they run, and its table."""
 
 import argparse
+import sys
 from math import hypot
 from pathlib import Path
 from statistics import mean, stdev
@@ -88,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the result there")
 
 
-def run(args: argparse.Namespace, progress: bool = False) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure what the parsed options ask for and print the table."""
     result = bench_quality(
         args.model,
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace, progress: bool = False) -> dict[str, Any]:
         threads=args.threads,
         compiled=args.compile,
         grid=args.grid,
-        progress=progress,
+        progress=sys.stderr.isatty(),
     )
     print(table(result))
     return result

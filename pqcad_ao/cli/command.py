@@ -51,105 +51,114 @@ def build_parser() -> argparse.ArgumentParser:
         added.add_argument("--seed", type=int, default=0, help="seed of every random draw (default: 0)")
         added.add_argument("--threads", type=positive, help="threads that PyTorch computes with (default: its own)")
         added.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
-        added.add_argument("--traceback", action="store_true", help="show an error's whole traceback")
+        _add_traceback(added)
         return added
 
-    demo = command(
-        "demo", run_demo, "compress the embedded teacher and measure everything on the spot", default_model="demo"
+    _add_demo_arguments(
+        command("demo", run_demo, "compress the embedded teacher and measure everything on the spot", "demo")
     )
-    demo.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="(default: demo-out)")
-    demo.add_argument("--images", type=positive, default=256, help="images behind each FID (default: 256)")
-    demo.add_argument("--steps", type=positive, default=20, help="sampling steps (default: 20)")
+    add_bits_arguments(command("plan", run_plan, "print what happens to each layer and why"))
+    _add_compress_arguments(command("compress", run_compress, "quantize a network and save it in diffusers layout"))
+    sampling = command("sample", run_sample, "draw images into one picture")
+    sampling.add_argument("--out", type=Path, required=True, metavar="FILE", help="a picture, such as grid.png")
+    add_sampling_arguments(sampling, images=16)
+    _add_eval_arguments(command("eval", run_eval, "FID, KID, precision and recall of sampled images"))
+    _add_export_arguments(command("export", run_export, "write a .pte for ExecuTorch, checked against the eager model"))
+    _add_benchmarks(commands.add_parser("bench", help="measure this project and its peers side by side"))
+    return parser
 
-    demo.add_argument(
+
+def _add_traceback(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--traceback", action="store_true", help="show an error's whole traceback")
+
+
+def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="(default: demo-out)")
+    parser.add_argument("--images", type=positive, default=256, help="images behind each FID (default: 256)")
+    parser.add_argument("--steps", type=positive, default=20, help="sampling steps (default: 20)")
+    parser.add_argument(
         "--progressive",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="a row that is learned progressively, about 60 seconds (default: yes)",
     )
-
-    demo.add_argument(
+    parser.add_argument(
         "--distill",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="distill to half the steps, about 30 seconds (default: yes)",
     )
 
-    add_bits_arguments(command("plan", run_plan, "print what happens to each layer and why"))
 
-    compress = command("compress", run_compress, "quantize a network and save it in diffusers layout")
-    compress.add_argument("--out", type=Path, required=True, metavar="DIR", help="receives unet/ and scheduler/")
-    compress.add_argument(
+def _add_compress_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="receives unet/ and scheduler/")
+    parser.add_argument(
         "--distill",
         type=positive,
         metavar="N",
         help="then teach it to sample in N / 2 steps what full precision samples in N (default: quantize only)",
     )
-    compress.add_argument("--halvings", type=positive, default=1, metavar="K", help="N / 2^K steps instead (1)")
-    compress.add_argument(
+    parser.add_argument("--halvings", type=positive, default=1, metavar="K", help="N / 2^K steps instead (1)")
+    parser.add_argument(
         "--data",
         type=Path,
         metavar="DIR",
         help="real pictures for up to half of what --distill learns from (default: what full precision draws)",
     )
-    compress.add_argument(
+    parser.add_argument(
         "--folder",
         type=Path,
         metavar="DIR",
         help="keeps checkpoints and a log; the same command with the same folder goes on where it was killed",
     )
-    add_device_argument(compress)
-    add_bits_arguments(compress)
-    add_learning_arguments(compress)
+    add_device_argument(parser)
+    add_bits_arguments(parser)
+    add_learning_arguments(parser)
 
-    sampling = command("sample", run_sample, "draw images into one picture")
-    sampling.add_argument("--out", type=Path, required=True, metavar="FILE", help="a picture, such as grid.png")
-    add_sampling_arguments(sampling, images=16)
 
-    evaluate = command("eval", run_eval, "FID, KID, precision and recall of sampled images")
-    add_sampling_arguments(evaluate, images=2000)
-    evaluate.add_argument(
+def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
+    add_sampling_arguments(parser, images=2000)
+    parser.add_argument(
         "--data", type=Path, metavar="DIR", help="real images to compare with (default: the embedded statistics)"
     )
-    evaluate.add_argument(
+    parser.add_argument(
         "--features",
         type=Path,
         metavar="FILE",
         help="feature network written by pqcad_ao.recipes.train_classifier (default: the embedded one); needs --data",
     )
-    evaluate.add_argument(
+    parser.add_argument(
         "--bootstrap", type=int, default=0, metavar="R", help="resamples behind a 95%% interval of FID (default: none)"
     )
 
-    export = command("export", run_export, "write a .pte for ExecuTorch, checked against the eager model")
-    export.add_argument("--out", type=Path, required=True, metavar="FILE", help="such as unet.pte")
-    add_steps_argument(export)
-    export.add_argument("--batch-size", type=positive, default=1, help="images a call (default: 1)")
-    export.add_argument("--objective", choices=OBJECTIVES, default="speed", help="what decides a layer's form (speed)")
-    export.add_argument("--max-bytes", type=positive, metavar="N", help="of the file; takes the objective's place")
-    export.add_argument(
+
+def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="such as unet.pte")
+    add_steps_argument(parser)
+    parser.add_argument("--batch-size", type=positive, default=1, help="images a call (default: 1)")
+    parser.add_argument("--objective", choices=OBJECTIVES, default="speed", help="what decides a layer's form (speed)")
+    parser.add_argument("--max-bytes", type=positive, metavar="N", help="of the file; takes the objective's place")
+    parser.add_argument(
         "--full-precision", action="store_true", help="write a network that is not quantized: the baseline in float32"
     )
 
+
+def _add_benchmarks(parser: argparse.ArgumentParser) -> None:
     from pqcad_ao.bench.compile import command as bench_compile
     from pqcad_ao.bench.edge import command as bench_edge
     from pqcad_ao.bench.quality import command as bench_quality
 
-    bench = commands.add_parser("bench", help="measure this project and its peers side by side")
-    kinds = bench.add_subparsers(dest="kind", required=True, metavar="KIND")
-    quality_parser = kinds.add_parser("quality", help="FID, KID, precision and recall of every way to quantize")
-    bench_quality.add_arguments(quality_parser)
-    quality_parser.add_argument("--traceback", action="store_true", help="show an error's whole traceback")
-    quality_parser.set_defaults(run=lambda args: bench_quality.run(args, sys.stderr.isatty()))
-    compile_parser = kinds.add_parser("compile", help="one UNet step under torch.compile and its peers")
-    bench_compile.add_arguments(compile_parser)
-    compile_parser.add_argument("--traceback", action="store_true", help="show an error's whole traceback")
-    compile_parser.set_defaults(run=bench_compile.run)
-    edge_parser = kinds.add_parser("edge", help="one sampling step as a .pte on ExecuTorch's stock runtime")
-    bench_edge.add_arguments(edge_parser)
-    edge_parser.add_argument("--traceback", action="store_true", help="show an error's whole traceback")
-    edge_parser.set_defaults(run=bench_edge.run)
-    return parser
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    benchmarks = (
+        ("quality", "FID, KID, precision and recall of every way to quantize", bench_quality),
+        ("compile", "one UNet step under torch.compile and its peers", bench_compile),
+        ("edge", "one sampling step as a .pte on ExecuTorch's stock runtime", bench_edge),
+    )
+    for kind, text, benchmark in benchmarks:
+        added = kinds.add_parser(kind, help=text)
+        benchmark.add_arguments(added)
+        _add_traceback(added)
+        added.set_defaults(run=benchmark.run)
 
 
 def quiet_dependencies() -> None:
