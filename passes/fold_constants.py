@@ -1,7 +1,7 @@
 """Compute once what depends on no input, and keep the values as buffers."""
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from pqcad_ao.passes.fold_timesteps import evaluate
 
@@ -13,7 +13,7 @@ def fold_constants(graph: GraphModule) -> GraphModule:
     Returns:
         the same GraphModule.
     """
-    variable = set()
+    variable: set[Node] = set()
     for node in graph.graph.nodes:
         if node.op in ("placeholder", "output") or variable.intersection(node.all_input_nodes):
             variable.add(node)

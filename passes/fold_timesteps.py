@@ -2,6 +2,7 @@
 
 import operator
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from pqcad_ao.passes.inline import writes
 
 aten = torch.ops.aten
 # Operators that spread one row over a batch by themselves.
-BROADCASTING = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor}
+BROADCASTING: set[Any] = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor}
 BROADCASTING |= {operator.add, operator.sub, operator.mul, operator.truediv}
 
 
@@ -69,7 +70,8 @@ def fold_timesteps(graph: GraphModule, timesteps: Node, schedule: Tensor) -> Gra
 
 def _depending_on(placeholder: Node) -> dict[Node, None]:
     """``placeholder`` and the nodes that depend on it and on no other placeholder, in order."""
-    others, alone = set(), {placeholder: None}
+    others: set[Node] = set()
+    alone: dict[Node, None] = {placeholder: None}
     for node in placeholder.graph.nodes:
         if node is placeholder or node.op == "get_attr":
             continue
@@ -97,7 +99,8 @@ def evaluate(graph: GraphModule, nodes: list[Node], feed: dict[Node, Tensor]) ->
         if node not in needed:
             needed.add(node)
             waiting += node.all_input_nodes
-    part, copies = Graph(), {}
+    part = Graph()
+    copies: dict[Node, Node] = {}
     for node in graph.graph.nodes:
         if node in needed:
             copies[node] = part.node_copy(node, copies.__getitem__)

@@ -93,7 +93,7 @@ class ShiftedConv:
         shifts, width, wanted = self.shifts(), self.places[1], self.output[1]
         if len(shifts) == 1 and shifts[0] == 0 and width == wanted:
             return results
-        total = None
+        total: Tensor | None = None
         for column, shift in enumerate(shifts):
             start, stop = max(shift, 0), min(shift + wanted, width)
             if start >= stop:
@@ -104,6 +104,8 @@ class ShiftedConv:
             if stop - start < wanted:
                 part = aten.constant_pad_nd.default(part, [start - shift, wanted - (stop - shift)])
             total = part if total is None else total + part
+        if total is None:
+            raise NotImplementedError(f"a {self.kernel_size} kernel that meets nothing but the padding of {self.image}")
         return total
 
 

@@ -93,7 +93,7 @@ def compress_on_all(
     # before anything is learned: it finds out whether the scheduler fits
     checked_images(teacher, ddim, shape, cad, None, images=images, **keeps)
     if unquantized and dist.is_initialized():
-        shared = {"folder": out / "work", "share": rank_and_world(), "progress": progress and rank == 0}
+        shared: dict[str, Any] = {"folder": out / "work", "share": rank_and_world(), "progress": progress and rank == 0}
         calibration_set(teacher, ddim, shape, settings, **shared)
     if unquantized and rank == 0:
         student = copy.deepcopy(teacher)
@@ -145,8 +145,10 @@ def main(argv: list[str] | None = None) -> int:
             images = None
             if args.data is not None:
                 images = some_images(args.data, sample_shape(teacher), cad.points, cad.seed)
-            options = {"rank": rank, "images": images, "progress": sys.stderr.isatty()}
-            student = compress_on_all(teacher.to(device), scheduler, pq, cad, args.out, **options)
+            teacher.to(device)
+            student = compress_on_all(
+                teacher, scheduler, pq, cad, args.out, rank=rank, images=images, progress=sys.stderr.isatty()
+            )
             if rank == 0:
                 state = quantized_state(student)
                 schedule = state.timestep.schedule if state else None

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -16,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from pqcad_ao.data import load_images, to_unit
-from pqcad_ao.evaluate.features import FeatureClassifier, RealFeatures
+from pqcad_ao.evaluate.features import FeatureClassifier, RealFeatures, extract_features
 from pqcad_ao.recipes.settings import load_settings
 
 
@@ -41,7 +42,9 @@ def train(
     """
     options = config.train
     torch.manual_seed(options.seed)
-    network = FeatureClassifier(**OmegaConf.to_container(config.network)).to(device, memory_format=torch.channels_last)
+    architecture: Any = OmegaConf.to_container(config.network)
+    network: Any = FeatureClassifier(**architecture)
+    network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), lr=options.lr, weight_decay=options.weight_decay, fused=True)
     batches = len(images) // options.batch_size  # of whole size: a small last one would upset the batch statistics
     if not batches:
@@ -103,10 +106,10 @@ def main(argv: list[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     measured = {}
     for split, (images, labels) in sets.items():
-        real = RealFeatures.from_images(images, network)
-        measured[f"{split}_accuracy"] = round(accuracy(network, real.features, labels), 4)
-        kept = real.features if split == "test" else real.features[: config.features.subset]
-        dataclasses.replace(real, features=kept.half()).save(
+        features = extract_features(images, network)
+        measured[f"{split}_accuracy"] = round(accuracy(network, features, labels), 4)
+        kept = features if split == "test" else features[: config.features.subset]
+        dataclasses.replace(RealFeatures.from_features(features), features=kept.half()).save(
             out / f"features_{split}.safetensors", {"accuracy": measured[f"{split}_accuracy"]}
         )
     network.save(out / "classifier.safetensors", measured | {"seed": config.train.seed})

@@ -42,7 +42,8 @@ def pqcad(graph: GraphModule, example_inputs: list[Any], *, options: dict[str, A
                 "Inductor compiles them as they are. Call pqcad_ao.quantize_(unet, PQCADConfig()) first",
                 stacklevel=2,
             )
-    return compile_fx(graph, example_inputs, config_patches=options, decompositions=decompositions)
+    compiled: Any = compile_fx(graph, example_inputs, config_patches=options, decompositions=decompositions)
+    return compiled
 
 
 def fuse(graph: GraphModule) -> int:
@@ -69,7 +70,7 @@ def for_gpu(graph: GraphModule) -> dict[Any, Callable]:
 
     gpu = gpu_kernels()
     to_triton(graph, None if gpu is None else gpu.faster_form)
-    plain = {
+    plain: dict[Any, Callable] = {
         torch.ops.pqcad.quantize.default: reference.quantize,
         torch.ops.pqcad.norm_silu_quantize.default: reference.norm_silu_quantize,
     }

@@ -138,7 +138,8 @@ def export_pt2(
 
 def _any_schedule(unet: nn.Module, x_t: Tensor, rows: dict[str, Any]) -> torch.export.ExportedProgram:
     """The fused network as ``f(x_t, timesteps, conditioning)`` with a dynamic batch."""
-    graph = capture(unet, tuple(x_t.shape[1:]), rows).graph
+    _, channels, height, width = x_t.shape
+    graph = capture(unet, (channels, height, width), rows).graph
     fuse(graph)
     inputs = (x_t, torch.arange(len(x_t)), rows)
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
