@@ -57,9 +57,9 @@ def add_sampling_step(graph: GraphModule, timesteps: Tensor, table: Tensor, clip
     known = buffer(graph, first, "timesteps", timesteps)
     places = buffer(graph, first, "places", torch.arange(len(timesteps)) - len(timesteps))
     with graph.graph.inserting_before(first):
-        found = graph.graph.call_function(aten._to_copy.default, (_call(graph, aten.eq.Tensor, known, timestep),))
-        found.kwargs = {"dtype": torch.int64}
-        index = _call(graph, aten.sum.dim_IntList, _call(graph, aten.mul.Tensor, found, places), [0], True)
+        is_it = graph.graph.call_function(aten._to_copy.default, (_call(graph, aten.eq.Tensor, known, timestep),))
+        is_it.kwargs = {"dtype": torch.int64}
+        index = _call(graph, aten.sum.dim_IntList, _call(graph, aten.mul.Tensor, is_it, places), [0], True)
         index = _call(graph, aten.add.Scalar, index, len(timesteps))
         chosen = _call(graph, aten.add.Tensor, step, index)
     step.replace_all_uses_with(chosen, lambda user: user is not chosen)

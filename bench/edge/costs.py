@@ -22,10 +22,10 @@ def measure_costs(json_path: str | Path, rounds: int = 25) -> dict[str, Any]:
     target = check_writable(json_path)
     shapes = [(64, 32), (128, 32), (256, 16), (256, 8)]
     with tempfile.TemporaryDirectory() as folder:
-        found = [alone(_stack_costs, channels, size, folder, rounds) for channels, size in shapes]
-    nanoseconds = {key: median(row[key] for row in found) for key in ("multiply_accumulate", "number")}
+        layers = [alone(_stack_costs, channels, size, folder, rounds) for channels, size in shapes]
+    nanoseconds = {key: median(row[key] for row in layers) for key in ("multiply_accumulate", "number")}
     threads = machine.available_cores()
-    result = {"nanoseconds": nanoseconds, "layers": found} | machine.describe(threads)
+    result = {"nanoseconds": nanoseconds, "layers": layers} | machine.describe(threads)
     write_whole(target, json.dumps(result, indent=2).encode())
     return result
 

@@ -161,12 +161,14 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
         pictures, _ = load_images(args.data, "test", image_size=shape[1], channels=shape[0])
         real = RealFeatures.from_images(pictures, network)
     extract_features(torch.zeros(2, *shape), network)  # images that do not fit are refused before sampling
-    found = image_quality(sampled(args, unet, scheduler), network, real, seed=args.seed, bootstrap=args.bootstrap)
-    interval = f" [{found['fid_ci'][0]:.2f}, {found['fid_ci'][1]:.2f}]" if "fid_ci" in found else ""
-    kid = "" if found["kid"] is None else f", KID {found['kid']:.5f} ± {found['kid_std']:.5f}"
-    covers = "" if found["recall"] is None else f", precision {found['precision']:.3f}, recall {found['recall']:.3f}"
-    print(f"FID {found['fid']:.3f}{interval}{kid}{covers} ({found['n']} images, {args.steps} steps)")
-    return {**found, "steps": args.steps, "seed": args.seed, "model": args.model}
+    quality = image_quality(sampled(args, unet, scheduler), network, real, seed=args.seed, bootstrap=args.bootstrap)
+    interval = f" [{quality['fid_ci'][0]:.2f}, {quality['fid_ci'][1]:.2f}]" if "fid_ci" in quality else ""
+    kid = "" if quality["kid"] is None else f", KID {quality['kid']:.5f} ± {quality['kid_std']:.5f}"
+    covers = ""
+    if quality["recall"] is not None:
+        covers = f", precision {quality['precision']:.3f}, recall {quality['recall']:.3f}"
+    print(f"FID {quality['fid']:.3f}{interval}{kid}{covers} ({quality['n']} images, {args.steps} steps)")
+    return {**quality, "steps": args.steps, "seed": args.seed, "model": args.model}
 
 
 def run_export(args: argparse.Namespace) -> dict[str, Any]:
@@ -191,5 +193,5 @@ def run_export(args: argparse.Namespace) -> dict[str, Any]:
             progress=sys.stderr.isatty(),
         )
     print(made)
-    found = {**dataclasses.asdict(made), "path": str(made.path), "batch_size": args.batch_size}
-    return found if args.full_precision else {**found, "steps": args.steps}
+    result = {**dataclasses.asdict(made), "path": str(made.path), "batch_size": args.batch_size}
+    return result if args.full_precision else {**result, "steps": args.steps}

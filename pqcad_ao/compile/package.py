@@ -82,19 +82,7 @@ def export_pt2(
     if device.type != "cpu":
         raise ValueError(f"the network is on {device}: export_pt2 compiles for the CPU, write unet.to('cpu')")
     trained = state.timestep.num_train_timesteps
-    if scheduler is not None:
-        scheduler = matching_ddim(scheduler, trained)
-    if num_inference_steps is not None:
-        if scheduler is None:
-            raise ValueError("num_inference_steps binds the package to a schedule: pass the scheduler as well")
-        steps_to_bind(scheduler, num_inference_steps, state.timestep.schedule)
-        scheduler.set_timesteps(num_inference_steps)
-    elif batch_size is not None:
-        raise ValueError(
-            f"batch_size={batch_size} without num_inference_steps: a package of any schedule takes any batch"
-        )
-    if batch_size is not None:
-        check_count("batch_size", batch_size, most=MAX_BATCH)
+    scheduler = _scheduler(scheduler, trained, state.timestep.schedule, num_inference_steps, batch_size)
     path = check_writable(path)
     conditioning = check_conditioning(unet, conditioning)
     shape = denoiser.sample_shape(unet, sample_shape)
@@ -112,28 +100,59 @@ def export_pt2(
     with torch.no_grad(), evaluation_mode(unet), tempfile.TemporaryDirectory() as folder:
         if num_inference_steps is None:
             program = _any_schedule(unet, x_t, rows)
-            checked = torch.tensor([0, trained // 3, 2 * trained // 3, trained - 1])[:, None]
+            checked = torch.tensor([0, trained // 3, 2 * trained // 3, trained - 1])
         else:
             program = _one_schedule(unet, x_t, rows, scheduler.timesteps)
             # upwards: a distilled network warns of a walk that leaves out timesteps
-            checked = scheduler.timesteps[:: max(1, num_inference_steps // 4)].flip(0)[:, None]
+            checked = scheduler.timesteps[:: max(1, num_inference_steps // 4)].flip(0)
         built = torch._inductor.aoti_compile_and_package(
             program,
             package_path=str(Path(folder) / "unet.pt2"),
             inductor_configs={"aot_inductor.metadata": {"pqcad": json.dumps(facts)}},
         )
-        package, reached = load_pt2(built), []
-        for timestep in checked:
-            expected, found = predict(unet, x_t, timestep.repeat(count), rows), package(x_t, timestep, **rows)
-            reached += [sqnr_db(a, b) for a, b in zip(expected.float(), found.float(), strict=True)]
-        median = sorted(reached)[len(reached) // 2]
-        if not median >= min_sqnr_db:
-            raise RuntimeError(
-                f"the package departs from the network: {median:.1f} dB SQNR on the median image, {min_sqnr_db} dB "
-                "are asked for. Nothing was written"
-            )
+        _check_parity(unet, load_pt2(built), x_t, checked, rows, min_sqnr_db)
         write_whole(path, Path(built).read_bytes())
     return path
+
+
+def _scheduler(
+    scheduler: Any, trained: int, distilled: list[int] | None, num_inference_steps: int | None, batch_size: int | None
+) -> Any:
+    """The DDIM sampler that travels along, or None; bound to its steps where there are ``num_inference_steps``.
+
+    Raises:
+        ValueError: as :func:`export_pt2` for a scheduler, steps or batches that do not go together.
+    """
+    if scheduler is not None:
+        scheduler = matching_ddim(scheduler, trained)
+    if num_inference_steps is not None:
+        if scheduler is None:
+            raise ValueError("num_inference_steps binds the package to a schedule: pass the scheduler as well")
+        steps_to_bind(scheduler, num_inference_steps, distilled)
+        scheduler.set_timesteps(num_inference_steps)
+    elif batch_size is not None:
+        raise ValueError(
+            f"batch_size={batch_size} without num_inference_steps: a package of any schedule takes any batch"
+        )
+    if batch_size is not None:
+        check_count("batch_size", batch_size, most=MAX_BATCH)
+    return scheduler
+
+
+def _check_parity(
+    unet: nn.Module, package: "PT2UNet", x_t: Tensor, timesteps: Tensor, rows: dict[str, Any], min_sqnr_db: float
+) -> None:
+    """Raises RuntimeError: the package departs from the network, on the median image of all ``timesteps``."""
+    reached: list[float] = []
+    for timestep in timesteps[:, None]:
+        expected, given = predict(unet, x_t, timestep.repeat(len(x_t)), rows), package(x_t, timestep, **rows)
+        reached += [sqnr_db(a, b) for a, b in zip(expected.float(), given.float(), strict=True)]
+    median = sorted(reached)[len(reached) // 2]
+    if not median >= min_sqnr_db:
+        raise RuntimeError(
+            f"the package departs from the network: {median:.1f} dB SQNR on the median image, {min_sqnr_db} dB "
+            "are asked for. Nothing was written"
+        )
 
 
 def _any_schedule(unet: nn.Module, x_t: Tensor, rows: dict[str, Any]) -> torch.export.ExportedProgram:

@@ -100,9 +100,9 @@ def arithmetic(device: str = "cpu") -> str:
 def _check_devices(*arguments) -> None:
     """Refuse tensors of an operator that are on several devices."""
     tensors = [value for value in tree_leaves(arguments) if isinstance(value, torch.Tensor)]
-    found = sorted({str(tensor.device) for tensor in tensors})
-    if len(found) > 1:
-        raise ValueError(f"tensors on {' and '.join(found)}: move the network and its inputs to one device")
+    devices = sorted({str(tensor.device) for tensor in tensors})
+    if len(devices) > 1:
+        raise ValueError(f"tensors on {' and '.join(devices)}: move the network and its inputs to one device")
 
 
 def _default(name: str):
