@@ -187,6 +187,8 @@ def without_transposes() -> Iterator[None]:
             return PassResult(graph_module, True)
 
     class Manager(_passes.XNNPACKPassManager):
+        passes: list[Any]
+
         def __init__(self, exported_program: ExportedProgram, passes: Any = None) -> None:
             super().__init__(exported_program, passes)
             if not passes:
