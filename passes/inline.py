@@ -25,8 +25,12 @@ def inline(graph: GraphModule, node: Node, function: Callable[..., Any], *args: 
         args: nodes stand for tensors; the rest is passed as it is.
     """
     tracer = GraphAppendingTracer(graph.graph)
+
+    def proxy(source: Node) -> Any:
+        return Proxy(source, tracer)
+
     with graph.graph.inserting_before(node):
-        output = function(*map_arg(args, lambda source: Proxy(source, tracer)))
+        output = function(*map_arg(args, proxy))
     output.node.meta = dict(node.meta)
     node.replace_all_uses_with(output.node)
     graph.graph.erase_node(node)
