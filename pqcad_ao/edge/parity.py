@@ -135,7 +135,8 @@ def check_parity(
             f"{together:.1f} dB for all at timestep {timesteps[index]}, where {bounds[0]:.3g} and {bounds[1]:.3g} dB "
             f"are asked for; {len(failed)} of {steps} timesteps are below. They part {where}. Nothing was written"
         )
-    return {int(t): together for (_, together), t in zip(reached, timesteps, strict=True)}, own and own[1]
+    sqnr_db = {int(t): together for (_, together), t in zip(reached, timesteps, strict=True)}
+    return sqnr_db, None if own is None else own[1]
 
 
 def _inputs(record: Record, batch_size: int) -> list[Tensor]:
