@@ -1,0 +1,103 @@
+"""The documents: links lead somewhere, files and options that they name exist, and the README's examples run."""
+
+import ast
+import importlib
+import re
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+from pqcad_ao.cli.command import build_parser
+
+ROOT = Path(__file__).parents[1]
+SKIPPED = {".venv", ".git", "build", "shared"}
+DOCUMENTS = sorted(path for path in ROOT.rglob("*.md") if not SKIPPED & set(path.relative_to(ROOT).parts[:-1]))
+NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
+# where a file that is named without its whole path may stand
+PLACES = ("", "pqcad_ao", "recipes")
+
+
+def _blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def _prose(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def _anchors(text: str) -> set[str]:
+    """A document's headings as GitHub makes anchors of them."""
+    headings = re.findall(r"^#+ (.+)$", _prose(text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_lead_somewhere(name: str):
+    path = ROOT / name
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", _prose(path.read_text())):
+        if "://" in link:
+            continue
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        if not target.exists() or (anchor and anchor not in _anchors(target.read_text())):
+            broken.append(link)
+    assert broken == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_that_are_named_exist(name: str):
+    named = re.findall(r"`([\w.]+(?:/[\w.]+)+\.(?:py|cpp|h|yaml|swift|kt|json))`", _prose((ROOT / name).read_text()))
+    places = [ROOT / place for place in PLACES]
+    missing = [file for file in named if not any((place / file).exists() for place in (*places, (ROOT / name).parent))]
+    assert missing == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_examples_import_what_is_there(name: str):
+    for block in _blocks((ROOT / name).read_text(), "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                module = importlib.import_module(node.module)
+                assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
+
+
+def _options() -> dict[str, str]:
+    """Every command, such as ``bench quality``, to what its help says."""
+    found = {}
+    waiting = [("", build_parser())]
+    while waiting:
+        name, parser = waiting.pop()
+        found[name.strip()] = parser.format_help()
+        groups = [action.choices for action in parser._actions if isinstance(action.choices, dict)]
+        waiting += [(f"{name} {command}", child) for group in groups for command, child in group.items()]
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_commands_take_the_options_they_are_shown_with(name: str):
+    options = _options()
+    wrong = []
+    for block in _blocks((ROOT / name).read_text(), ""):
+        for line in re.findall(r"^pqcad (.+(?:\n {5,}.+)*)", block, re.MULTILINE):
+            words = line.partition("#")[0].split()
+            command = " ".join(words[:2]) if words[0] == "bench" else words[0]
+            shown = set(re.findall(r"--[a-z][a-z-]*", line.partition("#")[0]))
+            wrong += [f"{command} {option}" for option in shown if option not in options.get(command, "")]
+    assert wrong == []
+
+
+def test_the_readme_is_short_and_every_document_is_reached_from_it():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    documents = [path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")]
+    assert len(documents) >= 4
+    assert [name for name in chain(documents, ["CONTRIBUTING.md"]) if f"({name})" not in text] == []
+
+
+@pytest.mark.slow
+def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile("\n".join(_blocks((ROOT / "README.md").read_text(), "python")), "README.md", "exec"), {})
+    assert {"picture.png", "my-model", "unet.pt2", "unet.pte", "run"} <= {path.name for path in tmp_path.iterdir()}
