@@ -39,6 +39,7 @@ def versions() -> dict[str, str | None]:
             installed[package] = version(package)
         except PackageNotFoundError:
             installed[package] = None
+    installed["torch"] = torch.__version__  # with the build, which not every wheel's metadata says
     return installed
 
 
