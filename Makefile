@@ -1,7 +1,8 @@
 # `make demo` and `make test` are all that a fresh machine needs: each first sets up .venv, once.
 PYTHON ?= python3
 VENV ?= .venv
-PIP_FLAGS ?=
+PIP_FLAGS ?= $(shell .ci/pip-flags $(PYTHON))
+CONSTRAINTS ?= constraints.txt
 OUT ?= demo-out
 
 BIN := $(VENV)/bin
@@ -11,9 +12,9 @@ INSTALLED := $(VENV)/.installed
 
 venv: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(PIP_FLAGS) --editable '.[test]'
+	$(BIN)/python -m pip install $(addprefix --constraint ,$(CONSTRAINTS)) $(PIP_FLAGS) --editable '.[test]'
 	touch $@
 
 demo: $(INSTALLED)
