@@ -375,7 +375,7 @@ def test_a_distilled_network_is_exported_for_its_own_schedule(small, tmp_path):
 
 
 def test_networks_that_cannot_be_exported_are_named(small, tmp_path):
-    with pytest.raises(ValueError, match=r"not quantized: call quantize_ first"):
+    with pytest.raises(ValueError, match=r"not quantized by pqcad_ao: call quantize_ first, or export_fp32_pte"):
         export_small(Small(), tmp_path / "a.pte")
     foreign = Small()
     foreign.is_quantized = True

@@ -308,7 +308,7 @@ def test_tied_weights_that_stay_in_floating_point_are_saved(tmp_path):
 
 
 def test_what_is_not_quantized_cannot_be_saved(tmp_path):
-    with pytest.raises(ValueError, match="this Small is not quantized; call quantize_ first"):
+    with pytest.raises(ValueError, match="this Small is not quantized by pqcad_ao: call quantize_ first"):
         save_quantized(Small(), tmp_path / "x")
 
 

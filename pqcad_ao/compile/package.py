@@ -28,7 +28,7 @@ from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.diffusion.schedule import steps_to_bind
 from pqcad_ao.evaluate.sqnr import sqnr_db
 from pqcad_ao.graph.capture import capture
-from pqcad_ao.nn.state import quantized_state
+from pqcad_ao.nn.state import required_state
 from pqcad_ao.ops.cpu import loader
 from pqcad_ao.passes.fold_timesteps import fold_timesteps
 from pqcad_ao.passes.identities import drop_identities
@@ -75,9 +75,7 @@ def export_pt2(
         OSError: ``path`` cannot be written. RuntimeError: torch.export cannot capture the network, or the package
             departs from it; then nothing is written.
     """
-    state = quantized_state(unet)
-    if state is None:
-        raise ValueError(f"this {type(unet).__name__} is not quantized by pqcad_ao: call quantize_ first")
+    state = required_state(unet)
     device, dtype = placement(unet)
     if device.type != "cpu":
         raise ValueError(f"the network is on {device}: export_pt2 compiles for the CPU, write unet.to('cpu')")

@@ -25,7 +25,7 @@ from pqcad_ao.edge.parity import ParityError, Record, check_parity, first_depart
 from pqcad_ao.edge.sampler import FORMAT, PTESampler, require_executorch, tensors_of
 from pqcad_ao.edge.storage import EdgePlan, check_objective, plan_edge
 from pqcad_ao.nn.layers import QuantizedLayer
-from pqcad_ao.nn.state import quantized_state
+from pqcad_ao.nn.state import quantized_state, required_state
 from pqcad_ao.passes.attention import decompose_attention
 from pqcad_ao.passes.fold_constants import fold_constants
 from pqcad_ao.passes.fold_timesteps import fold_timesteps
@@ -134,8 +134,8 @@ def export_pte(
         ParityError: the program departs from the network; says where and by how much, and nothing is written.
     """
     require_executorch()
-    _check_network(unet)
-    timestep = quantized_state(unet).timestep
+    timestep = required_state(unet, ", or export_fp32_pte for the baseline").timestep
+    _check_float(unet)
     scheduler = matching_ddim(scheduler, timestep.num_train_timesteps)
     num_inference_steps = steps_to_bind(scheduler, num_inference_steps, timestep.schedule)
     check_counts(batch_size=batch_size, trajectories=trajectories)
@@ -235,20 +235,6 @@ def export_fp32_pte(
     write_whole(path, program)
     delegates = calls.pop("executorch_call_delegate", 0)
     return PTEReport(path, len(program), delegates, dict(calls))
-
-
-def _check_network(unet: nn.Module) -> None:
-    if quantized_state(unet) is None:
-        foreign = getattr(unet, "is_quantized", False) or any(type(p) is not nn.Parameter for p in unet.parameters())
-        if foreign:
-            raise ValueError(
-                f"this {type(unet).__name__} was quantized by something else: load it in full precision and call "
-                "quantize_"
-            )
-        raise ValueError(
-            f"this {type(unet).__name__} is not quantized: call quantize_ first, or export_fp32_pte for the baseline"
-        )
-    _check_float(unet)
 
 
 def _check_float(unet: nn.Module) -> None:

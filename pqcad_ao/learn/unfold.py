@@ -10,7 +10,7 @@ from pqcad_ao.denoiser import in_type
 from pqcad_ao.graph.capture import capture
 from pqcad_ao.learn.ptq import prepare
 from pqcad_ao.learn.training import to_learn
-from pqcad_ao.nn.state import quantized_state
+from pqcad_ao.nn.state import quantized_state, required_state
 from pqcad_ao.prepare.observe import activation_quantizers, weight_quantizers
 
 
@@ -29,9 +29,7 @@ def unfold(
     Raises:
         ValueError: the network is not quantized, or the reference is of another structure.
     """
-    state = quantized_state(model)
-    if state is None:
-        raise ValueError(f"this {type(model).__name__} is not quantized by pqcad_ao: call quantize_ first")
+    state = required_state(model)
     layers: dict[str, Any] = {row.fqn: model.get_submodule(row.fqn) for row in state.plan.quantized}
     skeleton = to_learn(reference)
     skeleton.load_state_dict(dequantized_state(model, reference))

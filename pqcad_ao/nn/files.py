@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pqcad_ao.nn.diffusers_plugin import attach
-from pqcad_ao.nn.state import insert_layers, make_layers, quantized_state, state_from_dict
+from pqcad_ao.nn.state import insert_layers, make_layers, quantized_state, required_state, state_from_dict
 from pqcad_ao.utils.tensor_files import read_tensors, write_tensors
 
 KIND = "pqcad"  # of the file, as its metadata names it
@@ -19,9 +19,7 @@ def save_quantized(model: nn.Module, path: str | Path) -> None:
     Raises:
         ValueError: the module is not quantized. OSError: the place cannot be written.
     """
-    state = quantized_state(model)
-    if state is None:
-        raise ValueError(f"this {type(model).__name__} is not quantized; call quantize_ first")
+    state = required_state(model)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # copies, since safetensors refuses tensors that share memory (tied weights)

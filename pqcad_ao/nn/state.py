@@ -98,6 +98,21 @@ def quantized_state(model: nn.Module) -> QuantizedState | None:
     return getattr(model, ATTRIBUTE, None)
 
 
+def required_state(model: nn.Module, otherwise: str = "") -> QuantizedState:
+    """The state of a network that pqcad_ao quantized.
+
+    Raises:
+        ValueError: nothing has quantized it, or something else has; what the message ends with is ``otherwise``.
+    """
+    state = quantized_state(model)
+    if state is not None:
+        return state
+    kind = type(model).__name__
+    if getattr(model, "is_quantized", False) or any(type(value) is not nn.Parameter for value in model.parameters()):
+        raise ValueError(f"this {kind} was quantized by something else: load it in full precision and call quantize_")
+    raise ValueError(f"this {kind} is not quantized by pqcad_ao: call quantize_ first{otherwise}")
+
+
 def make_layers(model: nn.Module, state: QuantizedState) -> dict[str, QuantizedLayer]:
     """Quantized layers with nothing in them yet for the plan's layers of a full-precision skeleton, by name.
 
