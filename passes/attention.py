@@ -5,6 +5,7 @@ import math
 import torch
 from torch.fx import GraphModule
 
+from pqcad_ao.graph.arguments import bind
 from pqcad_ao.passes.inline import finish, inline
 
 aten = torch.ops.aten
@@ -21,13 +22,15 @@ def decompose_attention(graph: GraphModule) -> GraphModule:
     for node in list(graph.graph.nodes):
         if node.target is not aten.scaled_dot_product_attention.default:
             continue
-        query, key, value, mask, dropout, is_causal = (*node.args, *(None, 0.0, False)[len(node.args) - 3 :])[:6]
-        shapes = [source.meta["val"].shape for source in (query, key, value)]
+        arguments = bind(node)
+        tensors = [arguments[name] for name in ("query", "key", "value")]
+        shapes = [source.meta["val"].shape for source in tensors]
         batches = {tuple(shape[:-2]) for shape in shapes}
-        if mask is not None or is_causal or dropout or len(batches) > 1:
+        masked = arguments["attn_mask"] is not None or arguments["is_causal"]
+        if masked or arguments["dropout_p"] or len(batches) > 1:
             continue
-        scale = node.kwargs.get("scale") or 1 / math.sqrt(shapes[0][-1])
-        inline(graph, node, _attention, query, key, value, shapes, scale)
+        scale = arguments["scale"] or 1 / math.sqrt(shapes[0][-1])
+        inline(graph, node, _attention, *tensors, shapes, scale)
     return finish(graph)
 
 

@@ -7,7 +7,8 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional
 
 import pqcad_ao.ops  # noqa: F401  (registers the operators)
-from pqcad_ao.passes.inline import Order, argument, finish, traced
+from pqcad_ao.graph.arguments import bind
+from pqcad_ao.passes.inline import Order, finish, traced
 
 aten, pqcad = torch.ops.aten, torch.ops.pqcad
 # Each operator as torch.compile and as torch.export write it; methods by name.
@@ -33,7 +34,8 @@ def fuse_quantize(graph: GraphModule) -> int:
         if node.target not in QUANTIZE:
             continue
         found += 1
-        channel_dim, rank = node.args[-1], traced(node.args[0]).dim()
+        arguments = bind(node)
+        channel_dim, rank = arguments["channel_dim"], traced(arguments["input"]).dim()
         if rank == 4 and channel_dim == 1:
             _fuse_image(graph, node, nodes)
         elif rank == 3 and channel_dim in (-1, 2):
@@ -44,7 +46,7 @@ def fuse_quantize(graph: GraphModule) -> int:
 
 def _fuse_image(graph: GraphModule, node: Node, nodes: Order) -> None:
     """quantize(upsample(silu(norm(cat(...))))), or as much of it as there is."""
-    x, scale, low, segments, bits, _ = node.args
+    x = _input(node)
 
     def is_one(x: Node, targets: set) -> bool:
         return x.target in targets and nodes.calm(x, node)
@@ -55,9 +57,9 @@ def _fuse_image(graph: GraphModule, node: Node, nodes: Order) -> None:
     x = _input(x) if silu else x
     norm = x if is_one(x, GROUP_NORM) else None
     x = x if norm is None else _input(x)
-    inputs = list(argument(x, 0, "tensors", ())) if is_one(x, CAT) and _along_channels(x) else [x]
+    inputs = list(bind(x)["tensors"]) if is_one(x, CAT) and _along_channels(x) else [x]
     with graph.graph.inserting_before(node):
-        options = (*_norm(norm), silu, scale, low, segments, bits, upsample)
+        options = (*_norm(norm), silu, *_grid(node), upsample)
         fused = graph.graph.call_function(pqcad.norm_silu_quantize, (inputs, *options))
     node.replace_all_uses_with(fused)
     graph.graph.erase_node(node)
@@ -65,13 +67,13 @@ def _fuse_image(graph: GraphModule, node: Node, nodes: Order) -> None:
 
 def _fuse_tokens(graph: GraphModule, node: Node, nodes: Order) -> None:
     """quantize(norm(...).transpose(1, 2)), the input of attention's projections; (B, C, L) is an image (B, C, L, 1)."""
-    turned, scale, low, segments, bits, _ = node.args
+    turned = _input(node)
     norm = _input(turned) if turned.target in TRANSPOSE and _swaps(turned) else None
     if norm is None or norm.target not in GROUP_NORM or not nodes.calm(norm, node):
         return
     with graph.graph.inserting_before(node):
         image = graph.graph.call_method("unsqueeze", (_input(norm), -1))
-        options = (*_norm(norm), False, scale, low, segments, bits, 1)
+        options = (*_norm(norm), False, *_grid(node), 1)
         fused = graph.graph.call_function(pqcad.norm_silu_quantize, ([image], *options))
         fused = graph.graph.call_method("squeeze", (fused, -1))
         fused = graph.graph.call_method("transpose", (fused, 1, 2))
@@ -80,12 +82,18 @@ def _fuse_tokens(graph: GraphModule, node: Node, nodes: Order) -> None:
 
 
 def _input(node: Node) -> Node:
-    return argument(node, 0, "input", None)
+    return bind(node)["input"]
+
+
+def _grid(node: Node) -> tuple[Any, ...]:
+    """Scale, lowest integers, segments and bits of a quantizer."""
+    arguments = bind(node)
+    return tuple(arguments[name] for name in ("scale", "low", "segments", "bits"))
 
 
 def _upsampling(node: Node) -> int:
     """By what whole factor a node upsamples to the nearest; 1 where it does something else."""
-    if node.target is functional.interpolate and argument(node, 3, "mode", "nearest") != "nearest":
+    if bind(node).get("mode", "nearest") != "nearest":
         return 1
     (small, large) = (traced(n).shape[2:] for n in (_input(node), node))
     factor = int(large[0]) // int(small[0]) if all(isinstance(n, int) for n in (*small, *large)) else 0
@@ -96,15 +104,16 @@ def _norm(node: Node | None) -> tuple[Any, Any, int, float]:
     """Weight, bias, groups and eps of a GroupNorm; no groups where there is none."""
     if node is None:
         return None, None, 0, 0.0
-    weight, bias = argument(node, 2, "weight", None), argument(node, 3, "bias", None)
-    return weight, bias, argument(node, 1, "num_groups", 0), argument(node, 4, "eps", 1e-5)
+    arguments = bind(node)
+    return tuple(arguments[name] for name in ("weight", "bias", "num_groups", "eps"))
 
 
 def _along_channels(node: Node) -> bool:
     rank = traced(node).dim()
-    return rank == 4 and argument(node, 1, "dim", 0) in (1, 1 - rank)
+    return rank == 4 and bind(node)["dim"] in (1, 1 - rank)
 
 
 def _swaps(node: Node) -> bool:
     """Whether a transposition of three dimensions swaps the last two."""
-    return {dim % 3 for dim in node.args[1:3]} == {1, 2}
+    arguments = bind(node)
+    return {arguments["dim0"] % 3, arguments["dim1"] % 3} == {1, 2}

@@ -3,6 +3,7 @@
 import torch
 from torch.fx import GraphModule
 
+from pqcad_ao.graph.arguments import bind
 from pqcad_ao.passes.inline import buffer, finish, inline, value_of
 
 aten = torch.ops.aten
@@ -20,8 +21,8 @@ def decompose_group_norm(graph: GraphModule) -> GraphModule:
     for node in list(graph.graph.nodes):
         if node.target is not aten.group_norm.default or node.meta["val"].dim() not in (3, 4):
             continue
-        x, groups, weight, bias, eps, *_ = (*node.args, *(None, None, 1e-5)[len(node.args) - 2 :])
-        shape = node.meta["val"].shape
+        arguments, shape = bind(node), node.meta["val"].shape
+        x, groups, weight, bias = (arguments[name] for name in ("input", "num_groups", "weight", "bias"))
         size = shape[1] // groups
         ones = buffer(graph, node, f"ones_{groups}_{size}", torch.ones(1, groups, size, 1))
         name = node.name if weight is None else str(weight.target).replace(".", "_")
@@ -29,7 +30,7 @@ def decompose_group_norm(graph: GraphModule) -> GraphModule:
             weight = buffer(graph, node, f"{name}_groups", value_of(graph, weight).detach().view(1, groups, -1, 1))
         if bias is not None:
             bias = buffer(graph, node, f"{name}_bias", value_of(graph, bias).detach().view(1, -1, 1, 1))
-        inline(graph, node, _group_norm, x, ones, weight, bias, eps, shape, groups)
+        inline(graph, node, _group_norm, x, ones, weight, bias, arguments["eps"], shape, groups)
     return finish(graph)
 
 

@@ -1,6 +1,5 @@
 """Write a rewrite as a plain function of tensors, and put its operators into a graph."""
 
-import inspect
 import operator
 from bisect import bisect_left
 from collections.abc import Callable
@@ -11,6 +10,8 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node, Proxy
 from torch.fx.node import map_arg
 from torch.fx.proxy import GraphAppendingTracer
+
+from pqcad_ao.graph.arguments import bind
 
 # a += b and its kin, and a[i] = b
 _IN_PLACE = {getattr(operator, name) for name in dir(operator) if name[0] == "i" and hasattr(operator, name[1:])}
@@ -87,9 +88,9 @@ def writes(node: Node) -> bool:
     if name.endswith("_") and not name.endswith("__"):  # a name of torch's, not and_ or or_
         return getattr(target, "__module__", "") != operator.and_.__module__
     try:
-        given = inspect.signature(target).bind(*node.args, **node.kwargs).arguments
-    except (TypeError, ValueError):  # not a function, or a builtin that shows no signature
-        given = node.kwargs
+        given = bind(node)
+    except TypeError:  # of a module, or a builtin whose arguments have no names
+        given = dict(node.kwargs)
     return bool(given.get("inplace", False))
 
 

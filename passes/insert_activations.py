@@ -33,7 +33,7 @@ def insert_activations(graph: GraphModule, quantizer: PQCADQuantizer, num_train_
     modules = dict(graph.named_modules())
     for node in graph.graph.nodes:
         if node.op == "call_module" and isinstance(modules[str(node.target)], ActivationFakeQuantize):
-            node.args = (node.args[0], group)
+            node.args = (*node.args, group)
     graph.graph.lint()
     graph.recompile()
     return graph

@@ -3,6 +3,7 @@
 import torch
 from torch.fx import GraphModule
 
+from pqcad_ao.graph.arguments import bind
 from pqcad_ao.passes.inline import buffer, finish, inline
 
 aten = torch.ops.aten
@@ -21,7 +22,7 @@ def decompose_nearest(graph: GraphModule) -> GraphModule:
     """
     for node in list(graph.graph.nodes):
         if node.target in TARGETS:
-            x, result = node.args[0], node.meta["val"].shape
+            x, result = bind(node)["input"], node.meta["val"].shape
             shape = tuple(x.meta["val"].shape)
             factors = [after // before for before, after in zip(shape[2:], result[2:], strict=True)]
             if [f * before for f, before in zip(factors, shape[2:], strict=True)] == list(result[2:]):

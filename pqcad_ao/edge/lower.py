@@ -14,6 +14,8 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_flatten
 
+from pqcad_ao.graph.arguments import bind
+
 
 def lower(exported: ExportedProgram, *, stock: bool = False) -> tuple[bytes, Counter[str]]:
     """An ExecuTorch program with the method ``forward``, and the calls that it makes, by name.
@@ -205,12 +207,12 @@ def _same_memory(last: Node, moves: tuple[Any, ...], tagged: Any) -> Node | None
         return None
     chain = [last]
     # a tagged reshape is one of ours: it keeps memory as it lies, not values where they are
-    while (before := chain[-1].args[0]).target in moves and not (before.target is reshaped and tagged(before)):
+    while (before := bind(chain[-1])["input"]).target in moves and not (before.target is reshaped and tagged(before)):
         chain.append(before)
     # the longest part that undoes itself
     for length in range(len(chain), 1, -1):
         part = chain[:length]
-        source = part[-1].args[0]
+        source = bind(part[-1])["input"]
         if "val" not in source.meta or not any(node.target is not reshaped for node in part):
             continue
         shape = tuple(source.meta["val"].shape)
@@ -220,9 +222,9 @@ def _same_memory(last: Node, moves: tuple[Any, ...], tagged: Any) -> Node | None
         value = _as_tagged(value, shape) if tagged(source) else value.view(shape)
         for node in reversed(part):
             if node.target is permuted:
-                value = value.permute(node.args[1])
+                value = value.permute(bind(node)["dims"])
             elif node.target is reshaped:
-                value = value.reshape(node.args[1])
+                value = value.reshape(bind(node)["size"])
         lying = value.permute(0, 2, 3, 1) if tagged(last) else value
         if lying.reshape(-1).equal(torch.arange(value.numel())):
             return source
