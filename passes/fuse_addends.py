@@ -5,11 +5,11 @@ import operator
 import torch
 from torch.fx import GraphModule, Node
 
-import pqcad_ao.ops  # noqa: F401  (registers the operators)
-from pqcad_ao.passes.inline import Order, argument, finish, traced
+from pqcad_ao.graph.arguments import bind
+from pqcad_ao.graph.operators import packed_operator
+from pqcad_ao.passes.inline import Order, finish, traced
 
 ADD = {operator.add, torch.add, torch.ops.aten.add.Tensor}
-CONV = {torch.ops.pqcad.conv2d, torch.ops.pqcad.conv2d.default}
 
 
 def fuse_addends(graph: GraphModule) -> int:
@@ -23,10 +23,12 @@ def fuse_addends(graph: GraphModule) -> int:
     """
     fused, nodes = 0, Order(graph)
     for node in list(graph.graph.nodes):
-        if node.target not in ADD or len(node.args) != 2 or node.kwargs.get("alpha", 1) != 1:
+        if node.target not in ADD:
             continue
-        pairs = [pair for pair in (node.args, node.args[::-1]) if _takes(*pair) and nodes.calm(pair[0], node)]
-        if not pairs:
+        arguments = bind(node)
+        left, right = arguments["input"], arguments["other"]
+        pairs = [pair for pair in ((left, right), (right, left)) if _takes(*pair) and nodes.calm(pair[0], node)]
+        if not pairs or arguments["alpha"] != 1:
             continue
         conv, addend = max(pairs, key=lambda pair: nodes.position[pair[0]])
         with graph.graph.inserting_before(node):  # here, where the addend is known
@@ -43,9 +45,12 @@ def fuse_addends(graph: GraphModule) -> int:
 
 
 def _takes(conv: object, addend: object) -> bool:
-    if not (isinstance(conv, Node) and isinstance(addend, Node) and conv.target in CONV and len(conv.users) == 1):
+    if not (isinstance(conv, Node) and isinstance(addend, Node) and len(conv.users) == 1):
         return False
-    if addend is conv or argument(conv, 14, "addend", None) is not None:
+    operator = packed_operator(conv)
+    if operator is None or operator.spatial == 0:
+        return False
+    if addend is conv or bind(conv)["addend"] is not None:
         return False
     result, other = traced(conv), traced(addend)
     if not isinstance(other, torch.Tensor) or other.dtype != result.dtype or other.dim() != 4:

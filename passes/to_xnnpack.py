@@ -9,7 +9,9 @@ one full of the lowest level and one of the highest, for which the weights are z
 Linears read weights of two a byte; convolutions do where they are written as linears (:mod:`.shifted_conv`).
 """
 
+import math
 from collections.abc import Collection
+from typing import Any
 
 import torch
 import torch.ao.quantization.fx._decomposed
@@ -18,14 +20,16 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional
 
 import pqcad_ao.ops  # noqa: F401  (registers the operators)
+from pqcad_ao.graph.arguments import bind
+from pqcad_ao.graph.operators import layer_fqn, packed_operator, packed_weight
 from pqcad_ao.ops.packing import unpack
-from pqcad_ao.ops.reference import unpack_conv_weight
 from pqcad_ao.passes.inline import buffer, finish, inline, value_of
 from pqcad_ao.passes.shifted_conv import ShiftedConv, to_image, to_tokens
 
 aten = torch.ops.aten
 decomposed = torch.ops.quantized_decomposed
-CONV, LINEAR = torch.ops.pqcad.conv2d.default, torch.ops.pqcad.linear.default
+# What a convolution has beside its operands, in the order in which torch's functions take it; a linear has none of it.
+GEOMETRY = ("stride", "padding", "dilation", "groups")
 # Added to a float32 below 2^22 it leaves the nearest integer, of two the even one, in the last bits.
 ROUNDER = 1.5 * 2**23
 LAYER = "pqcad_layer"  # meta of the node that holds a layer's result
@@ -50,8 +54,8 @@ def to_xnnpack(graph: GraphModule, packed: Collection[str] = ()) -> dict[str, st
     """
     arithmetic, missing = {}, set(packed)
     for node in list(graph.graph.nodes):
-        if node.target in (CONV, LINEAR):
-            fqn = layer_name(node)
+        if packed_operator(node) is not None:
+            fqn = layer_fqn(node) or ""
             missing.discard(fqn)
             if fqn in packed and not can_pack(node):
                 raise ValueError(f"{fqn} has no form with weights of two a byte: it is grouped, or wider than 4 bits")
@@ -65,14 +69,10 @@ def to_xnnpack(graph: GraphModule, packed: Collection[str] = ()) -> dict[str, st
     return arithmetic
 
 
-def layer_name(node: Node) -> str:
-    """The layer that a pqcad operator belongs to, by its name in the network."""
-    return str(node.args[1].target).removeprefix("unet.").rpartition(".")[0]
-
-
 def can_pack(node: Node) -> bool:
     """Whether XNNPACK can multiply this layer's weights stored two a byte."""
-    return node.args[5] <= 4 and (node.target is LINEAR or node.args[11] == 1)
+    arguments = bind(node)
+    return arguments["weight_bits"] <= 4 and arguments.get("groups", 1) == 1
 
 
 def span(bits: int) -> int:
@@ -81,33 +81,61 @@ def span(bits: int) -> int:
 
 
 def _rewrite(graph: GraphModule, node: Node, fqn: str, pack: bool) -> str:
-    _, packed, weight_scale, _, bias, weight_bits, segments, *conv = node.args
-    x, scales, low, bits = _quantized_input(node, fqn)
+    """Write one layer in XNNPACK's operators, in place; the arithmetic it runs in then."""
+    arguments, operator, name = bind(node), packed_operator(node), fqn.replace(".", "_")
+    x, scales, low, bits = _quantized_input(arguments["input"], fqn)
     shape = list(x.meta["val"].shape)
-    name = fqn.replace(".", "_")
-    channel_dim = 1 if node.target is CONV else len(shape) - 1
-    grid = (scales, low, bits, segments, channel_dim, len(shape))
-    shifted, product, options, groups = None, functional.linear, (), 1
-    if node.target is CONV:
-        kernel_size, stride, padding, dilation, groups = conv[:5]
-        weight = unpack_conv_weight(value_of(graph, packed), weight_bits, shape[1] // groups, kernel_size)
-        product, options = functional.conv2d, (stride, padding, dilation, groups)
-        if pack:
-            shifted = ShiftedConv(tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), tuple(shape[2:]))
-    else:
-        weight = unpack(value_of(graph, packed), weight_bits, shape[-1])
-        pack = weight_bits <= 4
-    if groups > 1:
-        weight = weight * value_of(graph, weight_scale).view(-1, 1, 1, 1)
+    channel_dim = operator.channel_dim % len(shape)
+    grid = (scales, low, bits, arguments["segments"], channel_dim, len(shape))
+    geometry = [arguments[name] for name in GEOMETRY if name in arguments]
+    weight = _integers(graph, arguments, shape[channel_dim])
+    product, bias, weight_bits = operator.functionals[0], arguments["bias"], arguments["weight_bits"]
+    if arguments.get("groups", 1) > 1:
+        weight = weight * value_of(graph, arguments["weight_scale"]).view(-1, *[1] * (weight.dim() - 1))
         weight = buffer(graph, node, f"{name}_weight", weight)
-        inline(graph, node, _float_product, x, *grid, product, weight, bias, options)
+        inline(graph, node, _float_product, x, *grid, product, weight, bias, geometry)
         return f"W{weight_bits}A{bits}: float32 products (no int8 grouped convolution returns float32)"
-    parts = list(weight.split(segments, 1))
-    outputs = len(weight)
-    if shifted is not None:
-        parts = [shifted.weight(part) for part in parts]
-        weight_scale, bias = _beside_each_other(graph, node, name, weight_scale, bias, shifted)
-        shape[2:] = shifted.places
+    if pack and geometry:
+        _write_shifted(graph, node, name, x, grid, weight, arguments)
+    else:
+        pack = not geometry and weight_bits <= 4  # the product is a linear: it reads two weights a byte
+        parts = list(weight.split(arguments["segments"], 1))
+        quantized = _int8_weights(graph, node, name, parts, arguments["weight_scale"], pack)
+        ones = _ones(graph, node, shape, channel_dim)
+        inline(graph, node, _int8_product, x, *grid, ones, product, quantized, bias, geometry)
+    return f"W{weight_bits}A{bits}: int8 × {'int4' if pack else 'int8'} products, float32 result, exact"
+
+
+def _write_shifted(
+    graph: GraphModule, node: Node, name: str, x: Node, grid: tuple[Any, ...], weight: Tensor, arguments: dict[str, Any]
+) -> None:
+    """Write a convolution as a linear with weights of two a byte, in place."""
+    shape, segments = list(x.meta["val"].shape), arguments["segments"]
+    sizes = (arguments[name] for name in ("kernel_size", "stride", "padding", "dilation"))
+    shifted = ShiftedConv(*map(tuple, (*sizes, shape[2:])))
+    parts = [shifted.weight(part) for part in weight.split(segments, 1)]
+    weight_scale, bias = _beside_each_other(graph, node, name, arguments["weight_scale"], arguments["bias"], shifted)
+    quantized = _int8_weights(graph, node, name, parts, weight_scale, True)
+    ones = _ones(graph, node, [*shape[:2], *shifted.places], 1)
+    gathering = [shifted.gathering(graph, node, channels) for channels in segments]
+    late = None
+    if bias is not None and shifted.unshifted() is None:
+        late, bias = buffer(graph, node, f"{name}_bias", value_of(graph, bias).detach().view(1, -1, 1, 1)), None
+    inline(graph, node, _shifted_product, x, *grid, ones, shifted, gathering, quantized, bias, late, len(weight))
+
+
+def _integers(graph: GraphModule, arguments: dict[str, Any], channels: int) -> Tensor:
+    """A packed operator's weight as int8, (O, I / groups, *kernel)."""
+    kernel_size = arguments.get("kernel_size", [])
+    reduction = math.prod(kernel_size) * channels // arguments.get("groups", 1)
+    rows = unpack(value_of(graph, arguments["weight"]), arguments["weight_bits"], reduction)
+    return packed_weight(rows, kernel_size)
+
+
+def _int8_weights(
+    graph: GraphModule, node: Node, name: str, parts: list[Tensor], weight_scale: Node, pack: bool
+) -> tuple[Any, ...]:
+    """For each segment its weights with room for the pinned ends, and what turns them into numbers."""
     # [-8, 7] makes the delegate store two weights per byte, which its convolutions cannot read
     limits = (-8, 7) if pack else (-128, 127)
     # a row of packed weights must have an even length, of which the pinned ends are two
@@ -117,18 +145,13 @@ def _rewrite(graph: GraphModule, node: Node, fqn: str, pack: bool) -> str:
         for index, (part, count) in enumerate(zip(parts, ends, strict=True))
     ]
     zero_point = buffer(graph, node, f"zeros_{len(parts[0])}", torch.zeros(len(parts[0]), dtype=torch.int64))
-    shape[channel_dim] = 1
-    ones = buffer(graph, node, "ones_" + "x".join(map(str, shape)), torch.ones(shape))
-    quantized = (weights, weight_scale, zero_point, limits, ends)
-    if shifted is None:
-        inline(graph, node, _int8_product, x, *grid, ones, product, quantized, bias, options)
-    else:
-        gathering = [shifted.gathering(graph, node, channels) for channels in segments]
-        late = None
-        if bias is not None and shifted.unshifted() is None:
-            late, bias = buffer(graph, node, f"{name}_bias", value_of(graph, bias).detach().view(1, -1, 1, 1)), None
-        inline(graph, node, _shifted_product, x, *grid, ones, shifted, gathering, quantized, bias, late, outputs)
-    return f"W{weight_bits}A{bits}: int8 × {'int4' if pack else 'int8'} products, float32 result, exact"
+    return weights, weight_scale, zero_point, limits, ends
+
+
+def _ones(graph: GraphModule, node: Node, shape: list[int], channel_dim: int) -> Node:
+    """One channel of ones, of an activation of ``shape``."""
+    shape = [1 if dim == channel_dim else size for dim, size in enumerate(shape)]
+    return buffer(graph, node, "ones_" + "x".join(map(str, shape)), torch.ones(shape))
 
 
 def _beside_each_other(
@@ -149,13 +172,12 @@ def _beside_each_other(
     return weight_scale, bias
 
 
-def _quantized_input(node: Node, fqn: str) -> tuple[Node, Node, Node, int]:
+def _quantized_input(source: Node, fqn: str) -> tuple[Node, Node, Node, int]:
     """The activation before it was quantized, its grid's (B, segments) scales and lowest integers, and its bits."""
-    source = node.args[0]
     if source.target is not torch.ops.pqcad.quantize.default:
         raise NotImplementedError(f"{fqn}: its input comes from {source.target}, not from pqcad.quantize")
-    x, scales, low, _, bits, _ = source.args
-    return x, scales, low, bits
+    arguments = bind(source)
+    return arguments["input"], arguments["scale"], arguments["low"], arguments["bits"]
 
 
 def _with_zeros(weight: Tensor, count: int) -> Tensor:

@@ -50,8 +50,7 @@ def quantize_(
     """Quantize a diffusion network's convolutions and linears in place, without data.
 
     The network stays what it was, a diffusers model that its pipelines accept, with the layers of the plan replaced by
-    :class:`~pqcad_ao.nn.layers.QuantizedConv2d` and :class:`~pqcad_ao.nn.layers.QuantizedLinear`. A call that
-    fails leaves it as it was.
+    their :class:`~pqcad_ao.nn.layers.QuantizedLayer`. A call that fails leaves it as it was.
 
     Args:
         model: a diffusers ``UNet2DModel`` or ``UNet2DConditionModel``, or a module called as ``f(x_t, timesteps)``.

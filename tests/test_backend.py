@@ -18,11 +18,12 @@ from pqcad_ao.compile.package import export_pt2, load_pt2
 from pqcad_ao.denoiser import Denoiser
 from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.graph.capture import capture
-from pqcad_ao.passes.fuse_addends import CONV, fuse_addends
+from pqcad_ao.passes.fuse_addends import fuse_addends
 from pqcad_ao.passes.fuse_quantize import QUANTIZE, fuse_quantize
 from pqcad_ao.passes.identities import drop_identities
 
 FUSED = torch.ops.pqcad.norm_silu_quantize
+CONV = {torch.ops.pqcad.conv2d, torch.ops.pqcad.conv2d.default}
 
 
 def quantized(model: nn.Module, **options) -> nn.Module:

@@ -20,7 +20,7 @@ from pqcad_ao.diffusion import images
 from pqcad_ao.edge import export
 from pqcad_ao.evaluate.features import FeatureClassifier
 from pqcad_ao.models import load_model, save_model
-from pqcad_ao.nn.layers import QuantizedConv2d
+from pqcad_ao.nn.conv2d import QuantizedConv2d
 
 QUICK = ["--calibration-points", "16", "--groups", "4", "--mode", "ptq"]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.diffusion import images
 from pqcad_ao.evaluate.features import RealFeatures
-from pqcad_ao.nn.layers import QuantizedConv2d
+from pqcad_ao.nn.conv2d import QuantizedConv2d
 from pqcad_ao.recipes import demo
 
 

@@ -387,7 +387,7 @@ UNSUPPORTED = {
     WeightReadElsewhere: "its weight is read in the forward of WeightReadElsewhere, layer",
     Tied: "its weight is read in the forward of layer, other",
     TwoNames: "one module under 2 names: alias, layer",
-    WeightNorm: "its weight belongs to no Conv2d or Linear module",
+    WeightNorm: "its weight belongs to no Conv2d module",
     Adapted: "LowRank overrides Linear.forward",
     FoldedBatch: "its first dimension is not the batch",
 }

@@ -24,10 +24,12 @@ import pqcad_ao
 from pqcad_ao import PQCADConfig, plan, quantize_
 from pqcad_ao.diffusion.calibration import calibration_set
 from pqcad_ao.graph.capture import capture
-from pqcad_ao.graph.operators import GEMMS
+from pqcad_ao.graph.operators import quantizable
 from pqcad_ao.graph.plan import resolve
 from pqcad_ao.learn.ptq import calibrate, prepare
-from pqcad_ao.nn.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
+from pqcad_ao.nn.conv2d import QuantizedConv2d
+from pqcad_ao.nn.layers import QuantizedLayer
+from pqcad_ao.nn.linear import QuantizedLinear
 from pqcad_ao.nn.timestep import Timestep
 from pqcad_ao.prepare.fold import fold
 from pqcad_ao.prepare.observe import weight_quantizers
@@ -105,7 +107,7 @@ def test_folded_layers_compute_what_the_prepared_graph_computes(prepared):
     class Compare(Interpreter):
         def run_node(self, node):
             output = super().run_node(node)
-            if node.target not in GEMMS:
+            if quantizable(node) is None:
                 return output
             fqn = str(node.args[1].args[0].target) if node.args[1].op == "call_module" else ""
             fqn = fqn.removeprefix("unet.").removesuffix(".weight")

@@ -25,7 +25,7 @@ from pqcad_ao.bench.compile.workload import Step, float_model, gmac_per_step, ra
 from pqcad_ao.denoiser import sample_shape
 from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.evaluate.sqnr import sqnr_db
-from pqcad_ao.nn.layers import QuantizedConv2d
+from pqcad_ao.nn.conv2d import QuantizedConv2d
 from pqcad_ao.quantize import quantize_
 from pqcad_ao.utils.machine import check_device, describe, timed
 

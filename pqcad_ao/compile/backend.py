@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
-from torch.nn import functional
 
+from pqcad_ao.graph.operators import OPERATORS
 from pqcad_ao.ops import reference
 from pqcad_ao.ops.dispatch import gpu_kernels, has_gpu_kernels
 from pqcad_ao.passes.fuse_addends import fuse_addends
@@ -17,7 +17,7 @@ from pqcad_ao.passes.identities import drop_identities
 from pqcad_ao.passes.inline import traced
 from pqcad_ao.passes.to_triton import to_triton
 
-PRODUCTS = {torch.conv2d, functional.conv2d, functional.linear, torch._C._nn.linear}
+PRODUCTS = {function for row in OPERATORS.values() if row.quantized for function in row.functionals}
 
 
 def pqcad(graph: GraphModule, example_inputs: list[Any], *, options: dict[str, Any] | None = None) -> Callable:

@@ -24,6 +24,7 @@ from pqcad_ao.edge.lower import lower, lower_sampler
 from pqcad_ao.edge.parity import ParityError, Record, check_parity, first_departure, record
 from pqcad_ao.edge.sampler import FORMAT, PTESampler, require_executorch, tensors_of
 from pqcad_ao.edge.storage import EdgePlan, check_objective, plan_edge
+from pqcad_ao.graph.operators import operator_of
 from pqcad_ao.nn.layers import QuantizedLayer
 from pqcad_ao.nn.state import quantized_state, required_state
 from pqcad_ao.passes.attention import decompose_attention
@@ -322,13 +323,12 @@ def _rewrite(
 
 def _weight_only_products(graph: GraphModule, unet: nn.Module) -> dict[str, tuple[int, Node]]:
     """For each layer that quantizes its weights alone: their bits and the node that multiplies by them."""
-    products = (torch.ops.aten.linear.default, torch.ops.aten.conv2d.default)
     readers = {str(node.target): node for node in graph.graph.nodes if node.op == "get_attr"}
     found = {}
     for fqn, layer in unet.named_modules():
         if isinstance(layer, QuantizedLayer) and layer.activation_bits is None:
             node = readers[f"unet.{fqn}.weight_scale"]
-            while node.target not in products:
+            while operator_of(node) is None:
                 node = next(iter(node.users))
             found[fqn] = (layer.weight_bits, node)
     return found

@@ -7,7 +7,9 @@ from functools import cache
 from tabulate import tabulate
 from torch.fx import GraphModule, Node
 
-from pqcad_ao.passes.to_xnnpack import CONV, LINEAR, can_pack, layer_name
+from pqcad_ao.graph.arguments import bind
+from pqcad_ao.graph.operators import layer_fqn, packed_operator
+from pqcad_ao.passes.to_xnnpack import can_pack
 from pqcad_ao.utils.assets import asset_path
 from pqcad_ao.utils.checks import check_count
 
@@ -95,7 +97,7 @@ def plan_edge(graph: GraphModule, objective: str = "speed", to_save: int | None 
     Raises:
         ValueError: that many bytes cannot be saved.
     """
-    measured = [_measure(node) for node in graph.graph.nodes if node.target in (CONV, LINEAR)]
+    measured = [_measure(node) for node in graph.graph.nodes if packed_operator(node) is not None]
     if to_save is None:
         chosen = {row.fqn for row in measured if _has_choice(row) and (objective == "size" or _is_cheap(row))}
     else:
@@ -110,13 +112,14 @@ def costs() -> dict[str, float]:
 
 
 def _measure(node: Node) -> EdgeLayer:
-    weight_bits, fqn = node.args[5], layer_name(node)
-    shape, result = node.args[0].meta["val"].shape, node.meta["val"].shape
-    if node.target is LINEAR:
+    arguments, fqn = bind(node), layer_fqn(node) or ""
+    weight_bits = arguments["weight_bits"]
+    shape, result = arguments["input"].meta["val"].shape, node.meta["val"].shape
+    if "kernel_size" not in arguments:
         outputs, inputs = result[-1], shape[-1]
         packed = outputs * (inputs + 2) // 2 if weight_bits <= 4 else None
         return EdgeLayer(fqn, weight_bits, None if packed else outputs * (inputs + 2), packed, 0.0, 0.0, False, "")
-    kernel, groups = node.args[7], node.args[11]
+    kernel, groups = arguments["kernel_size"], arguments["groups"]
     places, outputs, inputs = result[2] * result[3] * result[0], result[1], shape[1]
     size = kernel[0] * kernel[1]
     per_byte = outputs * (inputs // groups + 2 * (groups == 1)) * size * (4 if groups > 1 else 1)
@@ -124,7 +127,7 @@ def _measure(node: Node) -> EdgeLayer:
     ms = places * outputs * (inputs // groups) * size * steps["multiply_accumulate"] * 1e-6
     if not can_pack(node):
         return EdgeLayer(fqn, weight_bits, per_byte, None, ms, 0.0, False, "")
-    columns = kernel[1] if list(node.args[8]) == [1, 1] else 1
+    columns = kernel[1] if list(arguments["stride"]) == [1, 1] else 1
     packed = columns * outputs * ((size // columns * inputs + 2) // 2 + 8 * (columns - 1) // columns)
     moved = places * (inputs + outputs) if size > 1 else 0
     return EdgeLayer(fqn, weight_bits, per_byte, packed, ms, moved * steps["number"] * 1e-6, False, "")

@@ -12,9 +12,10 @@ from torch import nn
 from torch.fx import Node
 
 from pqcad_ao.config import ROLES, PQCADConfig
+from pqcad_ao.graph.arguments import bind
 from pqcad_ao.graph.capture import Capture
-from pqcad_ao.graph.operators import BATCHED_PRODUCTS, GEMMS, OTHER_GEMMS, call_site, weight_fqn
-from pqcad_ao.graph.roles import ancestors, aten, role_of, segments_of
+from pqcad_ao.graph.operators import BATCHED_PRODUCTS, Operator, call_site, operator_of, weight_fqn
+from pqcad_ao.graph.roles import ancestors, role_of, segments_of
 
 # What a role gets where the user says nothing; None is floating point, "config" the configuration's own width.
 ROLE_BITS = {
@@ -136,37 +137,37 @@ class Plan:
         return tabulate(table, headers, tablefmt="simple") + "\n" + self.summary()
 
 
-def _unsupported(
-    node: Node, fqn: str, modules: dict[str, nn.Module], calls: Counter[str], readers: dict[str, set[str]], batch: Any
-) -> str | None:
-    """Why a layer cannot be quantized, or None.
-
-    Args:
-        fqn: the layer's name. modules: every module under every name that it has. calls: of each layer in one step.
-        readers: the modules in whose forward each parameter is read. batch: the (symbolic) number of samples.
-    """
-    if node.target in OTHER_GEMMS:
+def _unsupported(node: Node, operator: Operator, fqn: str, network: "_Network") -> str | None:
+    """Why a layer cannot be quantized, or None."""
+    if operator.quantized is None:
         return "no quantized form of this operator"
-    parameter, module = weight_fqn(node), modules.get(fqn)
+    parameter, module, expected = weight_fqn(node), network.modules.get(fqn), operator.module
     if module is None or parameter is None:
-        return "its weight belongs to no Conv2d or Linear module"
-    expected = nn.Linear if node.target is aten.linear.default else nn.Conv2d
+        return f"its weight belongs to no {expected.__name__} module"
     if not isinstance(module, expected):
         return f"its weight belongs to a {type(module).__name__}, not to a {expected.__name__}"
     if type(module).forward is not expected.forward:
         return f"{type(module).__name__} overrides {expected.__name__}.forward"
-    names = [name for name, other in modules.items() if other is module]
+    names = [name for name, other in network.modules.items() if other is module]
     if len(names) > 1:
         return f"one module under {len(names)} names: {', '.join(names)}"
-    if calls[fqn] > 1:
-        return f"called {calls[fqn]} times in one step: one scale would not do"
-    if readers[parameter] != {fqn}:
-        return f"its weight is read in the forward of {', '.join(sorted(readers[parameter]))}"
+    if network.calls[fqn] > 1:
+        return f"called {network.calls[fqn]} times in one step: one scale would not do"
+    if network.readers[parameter] != {fqn}:
+        return f"its weight is read in the forward of {', '.join(sorted(network.readers[parameter]))}"
+    return _unsupported_geometry(node, module, network.batch)
+
+
+def _unsupported_geometry(node: Node, module: nn.Module, batch: Any) -> str | None:
+    """Why the way that a module is set up or called has no quantized form, or None."""
+    arguments = bind(node)
     if getattr(module, "padding_mode", "zeros") != "zeros":
         return f"padding_mode={module.padding_mode!r} is not zeros"
     if getattr(module, "padding", 0) == "same" and any(k % 2 == 0 for k in module.kernel_size):
         return "padding='same' with an even kernel is not symmetric"
-    first = node.args[0].meta["val"].shape[0]
+    if list(arguments.get("output_padding", ())) not in ([], list(getattr(module, "output_padding", ()))):
+        return "called with an output_size that its own output_padding does not give"
+    first = arguments["input"].meta["val"].shape[0]
     if not isinstance(first, torch.SymInt) or first.node.expr != batch.node.expr:
         return "its first dimension is not the batch"
     return None
@@ -174,12 +175,12 @@ def _unsupported(
 
 def _without_image(node: Node, capture: Capture, above: dict[Node, set[Node]], reason: str) -> str:
     """Why a layer that the image does not reach gets other bits; ``reason`` holds where only the timestep does."""
-    inputs = {other for other in above[node.args[0]] if other.op == "placeholder"}
+    inputs = {other for other in above[bind(node)["input"]] if other.op == "placeholder"}
     return reason if inputs <= {capture.timesteps} else "depends on timestep and conditioning, not on the image"
 
 
 def _layer_name(node: Node, modules: dict[str, nn.Module]) -> str:
-    """The module whose forward a convolution or linear is, else the one that holds its weight, else the node's name."""
+    """The module whose forward a layer is, else the one that holds its weight, else the node's name."""
     site, parameter = call_site(node), weight_fqn(node)
     if isinstance(getattr(modules.get(site), "weight", None), torch.Tensor):
         return site
@@ -193,6 +194,30 @@ def _override(fqn: str, role: str, config: PQCADConfig) -> tuple[dict[str, int |
     return config.overrides.get(key, {}), key
 
 
+class _Network:
+    """What a plan needs to know of a network beside the layer at hand.
+
+    Attributes:
+        modules: every module under every name that it has. calls: of each layer in one step, by its name.
+        readers: the modules in whose forward each parameter is read. batch: the (symbolic) number of samples.
+        layers: the nodes of the table's operators. above: for each node the placeholders and layers that it depends on.
+    """
+
+    def __init__(self, capture: Capture, model: nn.Module) -> None:
+        nodes = capture.graph.graph.nodes
+        self.capture, self.above = capture, ancestors(capture)
+        self.layers = {node for node in nodes if operator_of(node) is not None}
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.calls = Counter(_layer_name(node, self.modules) for node in self.layers)
+        self.readers: dict[str, set[str]] = defaultdict(set)
+        for node in nodes:
+            for source in node.all_input_nodes:
+                if source.op == "get_attr":
+                    parameter = str(source.target).removeprefix("unet.")
+                    self.readers[parameter].add(call_site(node) or type(model).__name__)
+        self.batch = capture.x_t.meta["val"].shape[0]
+
+
 def resolve(capture: Capture, model: nn.Module, config: PQCADConfig, filter_fn=None) -> Plan:
     """Read roles off the graph and settle each layer's bits.
 
@@ -202,67 +227,14 @@ def resolve(capture: Capture, model: nn.Module, config: PQCADConfig, filter_fn=N
     Raises:
         ValueError: an override matches neither a role nor a layer; the network has no convolution or linear at all.
     """
-    above = ancestors(capture)
-    nodes = [node for node in capture.graph.graph.nodes if node.target in GEMMS + OTHER_GEMMS]
-    followed = set(nodes)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    calls = Counter(_layer_name(node, modules) for node in nodes)
-    readers: dict[str, set[str]] = defaultdict(set)
+    network, plan = _Network(capture, model), Plan()
     for node in capture.graph.graph.nodes:
-        for source in node.all_input_nodes:
-            if source.op == "get_attr":
-                readers[str(source.target).removeprefix("unet.")].add(call_site(node) or type(model).__name__)
-    batch = capture.x_t.meta["val"].shape[0]
-    plan = Plan()
-    for node in capture.graph.graph.nodes:
+        operator = operator_of(node)
         if node.target in BATCHED_PRODUCTS:
-            kind, site = str(node.target).split(".")[1], call_site(node)
-            fqn = f"{site}.{kind}" if site else node.name
-            shape = [int(n) for n in node.meta["val"].shape[1:]]
-            reason = "a product of two activations: stays in the model's floating-point type"
-            plan.rows.append(PlanRow(fqn, kind, "attention", shape, 0, None, None, [], reason))
-            continue
-        if node not in followed:
-            continue
-        fqn = _layer_name(node, modules)
-        module = modules.get(fqn)
-        role = role_of(node, capture, above, followed)
-        kind = str(node.target).split(".")[1]
-        weight = (
-            node.args[1].meta["val"].shape
-            if "val" in node.args[1].meta
-            else capture.graph.get_parameter(node.args[1].target).shape
-        )
-        shape = [int(n) for n in weight]
-        segments = segments_of(node) if node.target in GEMMS else []
-        default_weight, default_activation, reason = ROLE_BITS.get(
-            role, ("config", "config", f"{role.replace('_', ' ')}")
-        )
-        if role in ("time_embedding", "time_projection"):
-            reason = _without_image(node, capture, above, reason)
-        weight_bits = config.weight_bits if default_weight == "config" else default_weight
-        activation_bits = config.activation_bits if default_activation == "config" else default_activation
-        if role in ("stem", "head") and config.activation_bits is None:
-            activation_bits = None
-        asked, key = _override(fqn, role, config)
-        if asked:
-            weight_bits = asked.get("weight_bits", weight_bits)
-            activation_bits = asked.get("activation_bits", activation_bits)
-            reason = f"overrides[{key!r}]"
-        if weight_bits is None:
-            if asked.get("activation_bits") is not None:
-                reason += ": activation bits take effect only together with weight_bits"
-            activation_bits = None
-        blocked = _unsupported(node, fqn, modules, calls, readers, batch)
-        if blocked is None and filter_fn is not None and not filter_fn(module, fqn):
-            blocked = "refused by filter_fn"
-        if blocked is not None:
-            weight_bits = activation_bits = None
-            reason = blocked
-        if len(segments) > 1 and (activation_bits is None or getattr(module, "groups", 1) > 1):
-            segments = [sum(segments)]
-        plan.rows.append(PlanRow(fqn, kind, role, shape, prod(shape), weight_bits, activation_bits, segments, reason))
-    if not nodes:
+            plan.rows.append(_product(node))
+        elif operator is not None:
+            plan.rows.append(_layer(node, operator, network, config, filter_fn))
+    if not network.layers:
         raise ValueError(f"{type(model).__name__} has no convolution and no linear layer: there is nothing to quantize")
     for key in config.overrides:
         if key not in ROLES and not any(fnmatchcase(row.fqn, key) for row in plan.rows):
@@ -271,3 +243,56 @@ def resolve(capture: Capture, model: nn.Module, config: PQCADConfig, filter_fn=N
                 f"{plan.rows[0].fqn!r}"
             )
     return plan
+
+
+def _product(node: Node) -> PlanRow:
+    """The row of a batched product."""
+    kind, site = str(node.target).split(".")[1], call_site(node)
+    fqn = f"{site}.{kind}" if site else node.name
+    shape = [int(n) for n in node.meta["val"].shape[1:]]
+    reason = "a product of two activations: stays in the model's floating-point type"
+    return PlanRow(fqn, kind, "attention", shape, 0, None, None, [], reason)
+
+
+def _layer(node: Node, operator: Operator, network: _Network, config: PQCADConfig, filter_fn) -> PlanRow:
+    """The row of a convolution or linear."""
+    fqn = _layer_name(node, network.modules)
+    module, weight = network.modules.get(fqn), bind(node)["weight"]
+    traced = weight.meta["val"] if "val" in weight.meta else network.capture.graph.get_parameter(weight.target)
+    shape = [int(n) for n in traced.shape]
+    role = role_of(node, operator, network.capture, network.above, network.layers)
+    weight_bits, activation_bits, reason = _bits(node, fqn, role, network, config)
+    blocked = _unsupported(node, operator, fqn, network)
+    if blocked is None and filter_fn is not None and not filter_fn(module, fqn):
+        blocked = "refused by filter_fn"
+    if blocked is not None:
+        weight_bits, activation_bits, reason = None, None, blocked
+    segments = segments_of(node, operator) if operator.quantized is not None else []
+    if len(segments) > 1 and (activation_bits is None or getattr(module, "groups", 1) > 1):
+        segments = [sum(segments)]
+    kind = operator.kind
+    return PlanRow(fqn, kind, role, shape, prod(shape), weight_bits, activation_bits, segments, reason)
+
+
+def _bits(
+    node: Node, fqn: str, role: str, network: _Network, config: PQCADConfig
+) -> tuple[int | None, int | None, str]:
+    """Bits of a layer's weights and activations where nothing speaks against them, and the reason."""
+    default: tuple[Any, Any, str] = ("config", "config", f"{role.replace('_', ' ')}")
+    default_weight, default_activation, reason = ROLE_BITS.get(role, default)
+    if role in ("time_embedding", "time_projection"):
+        reason = _without_image(node, network.capture, network.above, reason)
+    weight_bits = config.weight_bits if default_weight == "config" else default_weight
+    activation_bits = config.activation_bits if default_activation == "config" else default_activation
+    if role in ("stem", "head") and config.activation_bits is None:
+        activation_bits = None
+    asked, key = _override(fqn, role, config)
+    if asked:
+        weight_bits = asked.get("weight_bits", weight_bits)
+        activation_bits = asked.get("activation_bits", activation_bits)
+        reason = f"overrides[{key!r}]"
+    if weight_bits is None:
+        if asked.get("activation_bits") is not None:
+            reason += ": activation bits take effect only together with weight_bits"
+        activation_bits = None
+    return weight_bits, activation_bits, reason

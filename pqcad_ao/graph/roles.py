@@ -3,8 +3,9 @@
 import torch
 from torch.fx import Node
 
+from pqcad_ao.graph.arguments import bind
 from pqcad_ao.graph.capture import Capture
-from pqcad_ao.graph.operators import BATCHED_PRODUCTS, GEMMS, OTHER_GEMMS
+from pqcad_ao.graph.operators import BATCHED_PRODUCTS, Operator, operator_of
 
 aten = torch.ops.aten
 # Operators that keep channels apart and in place, through which a skip concatenation reaches its consumers.
@@ -17,14 +18,13 @@ RESHAPING |= {aten.contiguous.default, aten.clone.default, aten.to.dtype, aten.d
 
 def ancestors(capture: Capture) -> dict[Node, set[Node]]:
     """For each node the placeholders and multiplying layers that it depends on."""
-    marks = set(GEMMS) | set(OTHER_GEMMS)
     found: dict[Node, set[Node]] = {}
     for node in capture.graph.graph.nodes:
         above = set().union(*(found[source] for source in node.all_input_nodes)) if node.all_input_nodes else set()
         # a symbolic size hangs on the placeholder's shape, not on its values
         if node.target is aten.sym_size.int:
             above = set()
-        found[node] = above | {node} if node.op == "placeholder" or node.target in marks else above
+        found[node] = above | {node} if node.op == "placeholder" or operator_of(node) is not None else above
     return found
 
 
@@ -40,24 +40,24 @@ def _reaches(node: Node, through: set, wanted: tuple, *, forward: bool) -> bool:
     return False
 
 
-def segments_of(node: Node) -> list[int]:
-    """Channels of each tensor that was concatenated into a layer's input, or the one count of channels."""
-    source = node.args[0]
-    dim = -1 if node.target is aten.linear.default else 1
+def segments_of(node: Node, row: Operator) -> list[int]:
+    """Channels of each tensor that was concatenated into the input of a layer, or the one count of channels."""
+    source, dim = bind(node)["input"], row.channel_dim
     channels = source.meta["val"].shape[dim]
     while source.target in CHANNELWISE:
-        source = source.args[0]
-    if source.target is aten.cat.default and len(source.args) > 1:
-        rank = source.meta["val"].dim()
-        parts = [part.meta["val"].shape[dim] for part in source.args[0]]
-        if source.args[1] % rank == dim % rank and len(parts) > 1 and sum(parts) == channels:
+        source = bind(source)["input"]
+    if source.target is aten.cat.default:
+        arguments, rank = bind(source), source.meta["val"].dim()
+        parts = [part.meta["val"].shape[dim] for part in arguments["tensors"]]
+        if arguments["dim"] % rank == dim % rank and len(parts) > 1 and sum(parts) == channels:
             return [int(part) for part in parts]
     return [int(channels)]
 
 
-def role_of(node: Node, capture: Capture, above: dict[Node, set[Node]], followed: set[Node]) -> str:
-    source = node.args[0]
-    gemms = set(GEMMS) | set(OTHER_GEMMS)
+def role_of(node: Node, row: Operator, capture: Capture, above: dict[Node, set[Node]], followed: set[Node]) -> str:
+    """What a layer is to its network, one of ``config.ROLES``."""
+    arguments = bind(node)
+    source, weight = arguments["input"], arguments["weight"]
     of_input = above[source]
     if capture.x_t not in of_input:
         if len(node.meta["val"].shape) > 2:
@@ -66,24 +66,20 @@ def role_of(node: Node, capture: Capture, above: dict[Node, set[Node]], followed
             node in above[other] and capture.x_t not in above[other] for other in followed if other is not node
         )
         return "time_embedding" if leads_to_time else "time_projection"
-    if not any(other.target in gemms and capture.x_t in above[other] for other in of_input):
+    if not any(other.op != "placeholder" and capture.x_t in above[other] for other in of_input):
         return "stem"
     if not any(node in above[other] and other is not node for other in followed):
         return "head"
-    if node.target is aten.linear.default and (
-        _reaches(node, RESHAPING, BATCHED_PRODUCTS, forward=True)
-        or _reaches(node, RESHAPING, BATCHED_PRODUCTS, forward=False)
-    ):
-        return "attention"
-    shape = capture.graph.get_parameter(node.args[1].target).shape if node.args[1].op == "get_attr" else (0,)
-    if node.target in GEMMS and len(shape) == 4:
-        stride = node.args[3] if len(node.args) > 3 else [1, 1]
-        if max(stride) > 1 or _reaches(node, set(), tuple(RESAMPLING), forward=False):
+    concatenated = len(segments_of(node, row)) > 1
+    if row.quantized is None:
+        return "skip_concat" if concatenated else "body"
+    if row.spatial < 2 and any(_reaches(node, RESHAPING, BATCHED_PRODUCTS, forward=way) for way in (True, False)):
+        return "attention"  # of a sequence; an image's layers have other roles
+    if row.spatial > 0 and weight.op == "get_attr":
+        if max(arguments["stride"]) > 1 or _reaches(node, set(), tuple(RESAMPLING), forward=False):
             return "resample"
-        if (
-            tuple(shape[2:]) == (1, 1)
-            and len(source.users) > 1
-            and any(u.target is aten.add.Tensor for u in node.users)
-        ):
+        kernel_size = capture.graph.get_parameter(weight.target).shape[2:]
+        added = any(user.target is aten.add.Tensor for user in node.users)
+        if max(kernel_size) == 1 and len(source.users) > 1 and added:
             return "shortcut"
-    return "skip_concat" if len(segments_of(node)) > 1 else "body"
+    return "skip_concat" if concatenated else "body"

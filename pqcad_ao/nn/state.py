@@ -9,8 +9,9 @@ from torch import nn
 from torchao.core.config import config_from_dict, config_to_dict
 
 from pqcad_ao.config import ACTIVATION_BITS, WEIGHT_BITS, PQCADConfig
+from pqcad_ao.graph.operators import OPERATORS
 from pqcad_ao.graph.plan import Plan, PlanRow
-from pqcad_ao.nn.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
+from pqcad_ao.nn.layers import QuantizedLayer, quantized_class
 from pqcad_ao.nn.timestep import Timestep, install_timestep
 from pqcad_ao.utils.checks import is_whole
 
@@ -128,17 +129,20 @@ def make_layers(model: nn.Module, state: QuantizedState) -> dict[str, QuantizedL
                 f"the checkpoint quantizes {row.fqn}, which {type(model).__name__} does not have: it is of another "
                 "network"
             ) from error
-        kind = QuantizedConv2d if isinstance(original, nn.Conv2d) else QuantizedLinear
-        if not isinstance(original, (nn.Conv2d, nn.Linear)) or list(original.weight.shape) != row.shape:
+        operator = OPERATORS.get(row.kind)
+        known = operator is not None and operator.quantized is not None and isinstance(original, operator.module)
+        if not known or list(original.weight.shape) != row.shape:
             present = f"{type(original).__name__} {list(getattr(original, 'weight', torch.empty(0)).shape)}"
             raise ValueError(f"the checkpoint has {row.fqn} as {row.kind} {row.shape}; the network has a {present}")
-        channels = original.in_channels if isinstance(original, nn.Conv2d) else original.in_features
+        channels = getattr(original, operator.channels)
         if sum(row.segments) != channels:
             raise ValueError(
                 f"the checkpoint splits {row.fqn} into {row.segments}; the network has {channels} channels"
             )
         with torch.device(original.weight.device):
-            layer = kind.like(original, row.weight_bits, row.activation_bits, row.segments, state.timestep)
+            layer = quantized_class(operator).like(
+                original, row.weight_bits, row.activation_bits, row.segments, state.timestep
+            )
         layers[row.fqn] = layer.train(original.training)
     return layers
 

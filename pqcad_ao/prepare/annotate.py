@@ -9,7 +9,8 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
-from pqcad_ao.graph.operators import GEMMS, layer_fqn
+from pqcad_ao.graph.arguments import bind
+from pqcad_ao.graph.operators import OPERATORS, layer_fqn, quantizable
 from pqcad_ao.graph.plan import Plan, PlanRow
 from pqcad_ao.prepare.fake_quant import ActivationFakeQuantize, WeightFakeQuantize
 from pqcad_ao.prepare.grids import weight_range
@@ -39,7 +40,7 @@ class PQCADQuantizer(Quantizer):
     def annotate(self, model: GraphModule) -> GraphModule:
         for node in model.graph.nodes:
             node.meta.pop(ANNOTATION, None)  # what another side's annotation asked for is in the graph already
-            row = self.rows.get(layer_fqn(node) or "") if node.target in GEMMS else None
+            row = self.rows.get(layer_fqn(node) or "") if quantizable(node) is not None else None
             if row is not None:
                 # Two layers that read one tensor (a shortcut and its branch) keep a grid each.
                 node.meta[ANNOTATION] = QuantizationAnnotation(
@@ -48,17 +49,20 @@ class PQCADQuantizer(Quantizer):
         return model
 
     def _specs(self, node: Node, row: PlanRow) -> dict[Node, QuantizationSpec]:
+        arguments = bind(node)
         if self.side == "weights":
-            fake_quant = WeightFakeQuantize.with_args(bits=row.weight_bits, channels=row.shape[0])
-            low, high = weight_range(row.weight_bits)
-            return {node.args[1]: QuantizationSpec(torch.int8, fake_quant, low, high, torch.per_channel_symmetric)}
+            groups = arguments.get("groups", 1)
+            channels = len(OPERATORS[row.kind].layout.to_packed(torch.empty(row.shape, device="meta"), groups))
+            options = {"bits": row.weight_bits, "channels": channels, "kind": row.kind, "groups": groups}
+            spec = (WeightFakeQuantize.with_args(**options), *weight_range(row.weight_bits))
+            return {arguments["weight"]: QuantizationSpec(torch.int8, *spec, torch.per_channel_symmetric)}
         fake_quant = ActivationFakeQuantize.with_args(
             bits=row.activation_bits,
             segments=row.segments,
             groups=self.groups,
-            channel_dim=-1 if row.kind == "linear" else 1,
+            channel_dim=OPERATORS[row.kind].channel_dim,
         )
-        return {node.args[0]: QuantizationSpec(torch.int8, fake_quant, -128, 127, torch.per_tensor_affine)}
+        return {arguments["input"]: QuantizationSpec(torch.int8, fake_quant, -128, 127, torch.per_tensor_affine)}
 
     def validate(self, model: GraphModule) -> None:
         """Every layer of the plan must have been found in the graph."""

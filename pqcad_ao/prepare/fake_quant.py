@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
 
+from pqcad_ao.graph.operators import OPERATORS
 from pqcad_ao.ops.reference import per_channel
 from pqcad_ao.prepare.grids import Bound, fit_activation_grid, fit_weight_scale, weight_range
 
@@ -92,10 +93,16 @@ class _Blending(FakeQuantizeBase):
 
 
 class WeightFakeQuantize(_Blending):
-    """A symmetric grid for each output channel; scales are (O,), fitted by least squares."""
+    """A symmetric grid for each output channel; scales are (O,), fitted by least squares.
 
-    def __init__(self, bits: int, channels: int, **_) -> None:
+    Args:
+        channels: O. kind: the layer's row in the table of operators, which says where a weight's output channels are.
+        groups: of the layer.
+    """
+
+    def __init__(self, bits: int, channels: int, kind: str = "conv2d", groups: int = 1, **_) -> None:
         super().__init__(bits)
+        self.kind, self.groups = kind, groups
         self.qscheme, self.ch_axis = torch.per_channel_symmetric, 0
         self.scale = nn.Parameter(torch.ones(channels))
         self.next_scale = nn.Parameter(torch.ones(channels))
@@ -110,15 +117,19 @@ class WeightFakeQuantize(_Blending):
 
     @torch.no_grad()
     def fit(self, weight: Tensor, bits: int) -> None:
-        """Use ``bits`` bits from now on, on the grid that lies closest to ``weight`` (O, ...)."""
+        """Use ``bits`` bits from now on, on the grid that lies closest to ``weight``."""
         self.move(bits, bits, 1.0)
-        self.scale.copy_(fit_weight_scale(weight.flatten(1), bits))
+        self.scale.copy_(fit_weight_scale(self._by_output(weight).flatten(1), bits))
 
     @torch.no_grad()
     def begin(self, weight: Tensor, bits: int) -> None:
         """Let ``bits`` bits blend in."""
         self.next_bits, self.alpha = bits, 0.0
-        self.next_scale.copy_(fit_weight_scale(weight.flatten(1), bits))
+        self.next_scale.copy_(fit_weight_scale(self._by_output(weight).flatten(1), bits))
+
+    def _by_output(self, weight: Tensor) -> Tensor:
+        """The layer's weight with its output channels first, (O, I / groups, ...)."""
+        return OPERATORS[self.kind].layout.to_packed(weight, self.groups)
 
     def _on_grid(self, weight: Tensor, scale: Tensor, bits: int) -> Tensor:
         low, high = weight_range(bits)
@@ -128,12 +139,12 @@ class WeightFakeQuantize(_Blending):
     def forward(self, weight: Tensor) -> Tensor:
         if not self.fake_quant_enabled[0]:
             return weight
-        x = weight.float()
+        x = self._by_output(weight.float())
         quantized = self._on_grid(x, self.scale, self.bits)
         if self.blending:
             following = self._on_grid(x, self.next_scale, self.next_bits)
             quantized = (1 - self.alpha) * quantized + self.alpha * following
-        return quantized.to(weight.dtype)
+        return OPERATORS[self.kind].layout.from_packed(quantized, self.groups).to(weight.dtype)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         return self.scale.detach(), torch.zeros_like(self.scale, dtype=torch.int64)

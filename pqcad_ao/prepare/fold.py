@@ -4,9 +4,10 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from pqcad_ao.graph.operators import GEMMS, layer_fqn, weight_fqn
+from pqcad_ao.graph.arguments import bind
+from pqcad_ao.graph.operators import layer_fqn, quantizable, weight_fqn
 from pqcad_ao.graph.plan import Plan
-from pqcad_ao.nn.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
+from pqcad_ao.nn.layers import QuantizedLayer, quantized_class
 from pqcad_ao.nn.timestep import Timestep
 from pqcad_ao.prepare.fake_quant import quantize
 
@@ -17,22 +18,23 @@ def fold(prepared: GraphModule, model: nn.Module, resolved: Plan, timestep: Time
     modules = dict(prepared.named_modules())
     layers: dict[str, QuantizedLayer] = {}
     for node in prepared.graph.nodes:
-        if node.target not in GEMMS or node.args[1].op != "call_module":
+        operator = quantizable(node)
+        arguments = bind(node) if operator is not None else {}
+        if operator is None or arguments["weight"].op != "call_module":
             continue
         fqn = layer_fqn(node) or ""
         row, original = resolved[fqn], model.get_submodule(fqn)
-        weights = modules[str(node.args[1].target)]
-        kind = QuantizedConv2d if isinstance(original, nn.Conv2d) else QuantizedLinear
-        layer = kind.like(original, row.weight_bits, row.activation_bits, row.segments, timestep)
+        weights = modules[str(arguments["weight"].target)]
+        form = quantized_class(operator)
+        layer = form.like(original, row.weight_bits, row.activation_bits, row.segments, timestep)
         layer.to(original.weight.device)
         weight = prepared.get_parameter(f"unet.{weight_fqn(node)}").detach().float()
-        if weight.dim() == 4:  # (out, in, kh, kw) to rows in (kh, kw, in) order
-            weight = weight.permute(0, 2, 3, 1)
-        integers = quantize(weight.flatten(1), weights.scale[:, None], weights.quant_min, weights.quant_max)
+        rows = operator.layout.rows(weight, arguments.get("groups", 1))
+        integers = quantize(rows, weights.scale[:, None], weights.quant_min, weights.quant_max)
         bias = None if original.bias is None else prepared.get_parameter(f"unet.{fqn}.bias")
         layer.set_weight(integers, weights.scale, bias)
         if row.activation_bits is not None:
-            activations = modules[str(node.args[0].target)]
+            activations = modules[str(arguments["input"].target)]
             layer.set_grid(activations.scale, activations.low)
         layers[fqn] = layer.train(original.training)
     missing = {row.fqn for row in resolved.quantized} - layers.keys()

@@ -9,13 +9,14 @@ from torch.fx import GraphModule, Node
 from tqdm.auto import tqdm
 
 from pqcad_ao.diffusion.calibration import CalibrationSet
-from pqcad_ao.graph.operators import GEMMS, layer_fqn, weight_fqn
+from pqcad_ao.graph.arguments import bind
+from pqcad_ao.graph.operators import layer_fqn, quantizable, weight_fqn
 from pqcad_ao.prepare.fake_quant import ActivationFakeQuantize, WeightFakeQuantize
 
 
 def _layers(graph: GraphModule) -> Iterator[tuple[str, Node]]:
     for node in graph.graph.nodes:
-        fqn = layer_fqn(node) if node.target in GEMMS else None
+        fqn = layer_fqn(node) if quantizable(node) is not None else None
         if fqn is not None:
             yield fqn, node
 
@@ -24,16 +25,16 @@ def weight_quantizers(graph: GraphModule) -> dict[str, tuple[WeightFakeQuantize,
     """Each quantized layer's weight fake quantizer and weight, by layer name."""
     modules = dict(graph.named_modules())
     return {
-        fqn: (modules[str(node.args[1].target)], graph.get_parameter(f"unet.{weight_fqn(node)}"))
+        fqn: (modules[str(weight.target)], graph.get_parameter(f"unet.{weight_fqn(node)}"))
         for fqn, node in _layers(graph)
-        if node.args[1].op == "call_module"
+        if (weight := bind(node)["weight"]).op == "call_module"
     }
 
 
 def activation_quantizers(graph: GraphModule) -> dict[str, ActivationFakeQuantize]:
     """Each quantized layer's activation fake quantizer, by layer name; empty before they are inserted."""
     modules = dict(graph.named_modules())
-    sources = {fqn: modules.get(str(node.args[0].target)) for fqn, node in _layers(graph)}
+    sources = {fqn: modules.get(str(bind(node)["input"].target)) for fqn, node in _layers(graph)}
     return {fqn: module for fqn, module in sources.items() if isinstance(module, ActivationFakeQuantize)}
 
 

@@ -1,0 +1,83 @@
+"""A convolution on packed integer weights."""
+
+import torch
+from torch import Tensor, nn
+
+from pqcad_ao.nn.layers import QuantizedLayer
+from pqcad_ao.nn.timestep import Timestep
+
+
+class QuantizedConv2d(QuantizedLayer):
+    """A convolution (B, C, H, W) to (B, O, H', W') on packed integer weights, rows in (kh, kw, in) order."""
+
+    kind = "conv2d"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: list[int],
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        groups: int,
+        bias: bool,
+        weight_bits: int,
+        activation_bits: int | None,
+        segments: list[int],
+        timestep: Timestep,
+    ) -> None:
+        reduction = in_channels // groups * kernel_size[0] * kernel_size[1]
+        super().__init__(out_channels, reduction, bias, weight_bits, activation_bits, segments, timestep)
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size, self.stride = list(kernel_size), list(stride)
+        self.padding, self.dilation = list(padding), list(dilation)
+
+    @classmethod
+    def like(
+        cls, original: nn.Conv2d, weight_bits: int, activation_bits: int | None, segments: list[int], timestep: Timestep
+    ) -> "QuantizedConv2d":
+        """The same convolution with its weights still to be set."""
+        shape = (original.kernel_size, original.stride, numeric_padding(original), original.dilation, original.groups)
+        channels, bias = (original.in_channels, original.out_channels), original.bias is not None
+        return cls(*channels, *shape, bias, weight_bits, activation_bits, segments, timestep)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convolve(x)
+
+    def convolve(self, image: Tensor) -> Tensor:
+        """``pqcad::conv2d`` of an image (B, C, H, W); a convolution in floating point where activations are."""
+        if self.activation_bits is None:
+            weight, bias = self.packed_weight().to(image.dtype), None
+            if self.bias is not None:
+                bias = self.bias.to(image.dtype)
+            return nn.functional.conv2d(image, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        integers, scale = self.quantize_input(image, 1)
+        return torch.ops.pqcad.conv2d(
+            integers,
+            self.weight,
+            self.weight_scale,
+            scale,
+            self.bias,
+            self.weight_bits,
+            self.segments,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            image.dtype,
+            self.activation_bits,
+        )
+
+    def extra_repr(self) -> str:
+        shape = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        return f"{shape}, {self._bits()}"
+
+
+def numeric_padding(convolution: nn.Conv1d | nn.Conv2d) -> list[int]:
+    """A convolution's padding in numbers, where its module says "same" or "valid", too."""
+    dilation, kernel_size = convolution.dilation, convolution.kernel_size
+    if convolution.padding == "same":
+        return [d * (k - 1) // 2 for d, k in zip(dilation, kernel_size, strict=True)]
+    return [0] * len(kernel_size) if convolution.padding == "valid" else list(convolution.padding)

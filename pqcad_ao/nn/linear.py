@@ -1,0 +1,46 @@
+"""A linear layer on packed integer weights."""
+
+import torch
+from torch import Tensor, nn
+
+from pqcad_ao.nn.layers import QuantizedLayer
+from pqcad_ao.nn.timestep import Timestep
+
+
+class QuantizedLinear(QuantizedLayer):
+    """A linear layer (B, ..., K) to (B, ..., O) on packed integer weights."""
+
+    kind = "linear"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        weight_bits: int,
+        activation_bits: int | None,
+        segments: list[int],
+        timestep: Timestep,
+    ) -> None:
+        super().__init__(out_features, in_features, bias, weight_bits, activation_bits, segments, timestep)
+        self.in_features, self.out_features = in_features, out_features
+
+    @classmethod
+    def like(
+        cls, original: nn.Linear, weight_bits: int, activation_bits: int | None, segments: list[int], timestep: Timestep
+    ) -> "QuantizedLinear":
+        """The same linear layer with its weights still to be set."""
+        shape = (original.in_features, original.out_features, original.bias is not None)
+        return cls(*shape, weight_bits, activation_bits, segments, timestep)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.activation_bits is None:
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return nn.functional.linear(x, self.packed_weight().to(x.dtype), bias)
+        integers, scale = self.quantize_input(x, -1)
+        return torch.ops.pqcad.linear(
+            integers, self.weight, self.weight_scale, scale, self.bias, self.weight_bits, self.segments, x.dtype
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self._bits()}"
