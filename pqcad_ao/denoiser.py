@@ -14,7 +14,7 @@ def take_rows(conditioning: dict[str, Any], rows: Any) -> dict[str, Any]:
     return tree_map(lambda value: value[rows] if isinstance(value, Tensor) else value, conditioning)
 
 
-def in_type(values: Any, dtype: torch.dtype = torch.float32) -> Any:
+def cast_floats(values: Any, dtype: torch.dtype = torch.float32) -> Any:
     """Every floating-point tensor of a nested value in ``dtype``."""
     return tree_map(lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v, values)
 
@@ -66,10 +66,10 @@ def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     return parameter.device, parameter.dtype
 
 
-def in_own_type(network: nn.Module, x_t: Tensor, timesteps: Tensor, conditioning: dict[str, Any]) -> Tensor:
+def predict_float32(network: nn.Module, x_t: Tensor, timesteps: Tensor, conditioning: dict[str, Any]) -> Tensor:
     """A network's prediction for float32 inputs, computed in its own type and given back in float32."""
     _, dtype = placement(network)
-    return predict(network, x_t.to(dtype), timesteps, in_type(conditioning, dtype)).float()
+    return predict(network, x_t.to(dtype), timesteps, cast_floats(conditioning, dtype)).float()
 
 
 def sample_shape(model: nn.Module, given: tuple[int, ...] | None = None) -> tuple[int, int, int]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from pqcad_ao.config import PQCADConfig
-from pqcad_ao.denoiser import check_conditioning, in_type, sample_shape
+from pqcad_ao.denoiser import cast_floats, check_conditioning, sample_shape
 from pqcad_ao.graph.capture import Capture, capture
 from pqcad_ao.graph.plan import Plan, resolve
 from pqcad_ao.learn.progressive import policies
@@ -55,7 +55,7 @@ def planned(
     """The graph that will be quantized, and its plan; raises all that can be known before any work is done."""
     # learning trains the graph, which shares its parameters with what it is captured from
     subject = to_learn(model) if config.learns else model
-    captured = capture(subject, shape, in_type(conditioning) if config.learns else conditioning)
+    captured = capture(subject, shape, cast_floats(conditioning) if config.learns else conditioning)
     resolved = _resolve(captured, model, config, filter_fn)
     if not resolved.quantized:
         raise ValueError(f"the plan quantizes no layer of {type(model).__name__}:\n{resolved}")

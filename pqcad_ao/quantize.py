@@ -13,7 +13,7 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 
 from pqcad_ao import denoiser
 from pqcad_ao.config import PQCADConfig
-from pqcad_ao.denoiser import check_conditioning, in_type, placement
+from pqcad_ao.denoiser import cast_floats, check_conditioning, placement
 from pqcad_ao.diffusion.calibration import CalibrationSet, calibration_set
 from pqcad_ao.diffusion.process import as_ddim, find_scheduler
 from pqcad_ao.graph.capture import Capture
@@ -108,7 +108,7 @@ def _learn(
 ) -> tuple[Plan, Learned]:
     """The plan with what was measured on the calibration set, and the graph with every grid fitted or learned."""
     if config.learns:
-        points = CalibrationSet(points.x_t.float(), points.timesteps, in_type(points.conditioning))
+        points = CalibrationSet(points.x_t.float(), points.timesteps, cast_floats(points.conditioning))
     if config.learns or config.target_bits is not None:
         resolved = sensitive(
             captured, resolved, points, config, num_train_timesteps, callback=callback, progress=progress

@@ -323,7 +323,7 @@ def write_html(
         _table(_run_table(summary), ("", "")),
         "</body></html>\n",
     ]
-    Path(path).write_text("\n".join(parts), encoding="utf-8")
+    write_whole(Path(path), "\n".join(parts).encode())
 
 
 def _learning(summary: dict[str, Any], picture: str | Path | None) -> list[str]:

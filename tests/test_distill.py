@@ -12,7 +12,7 @@ from networks import SHAPE, Small, cosine_scheduler, quick, sqnr
 from torch import nn
 
 from pqcad_ao import CADConfig, PQCADConfig, compress, distill_, plan, quantize_
-from pqcad_ao.denoiser import in_own_type
+from pqcad_ao.denoiser import predict_float32
 from pqcad_ao.diffusion import images
 from pqcad_ao.diffusion.ddim import DDIMSchedule
 from pqcad_ao.diffusion.images import clean_images
@@ -137,7 +137,7 @@ def loss_of_an_error(run: engine._Halving, step: int, error: float = 0.1) -> flo
     x_t, steps, _ = run._batch(0)
     steps = torch.full_like(steps, step)
     run._batch = lambda number: (x_t, steps, {})
-    v = run._target(partial(in_own_type, run.reference), run.exact, x_t, steps, 2, {})
+    v = run._target(partial(predict_float32, run.reference), run.exact, x_t, steps, 2, {})
     alpha, sigma = run.schedule.alpha_sigma(steps, x_t)
     x_0, noise = alpha * x_t - sigma * v, alpha * v + sigma * x_t
     right = {"epsilon": noise, "sample": x_0, "v_prediction": v}[run.schedule.prediction_type]
@@ -235,7 +235,7 @@ def test_the_target_is_where_the_full_precision_jumps_end(prediction_type):
     x_t, step, _ = run._batch(3)
     assert step.tolist().count(0) == step.tolist().count(2) == 2  # balanced over the student's two steps
     with torch.no_grad():
-        target = run._target(partial(in_own_type, reference), schedule, x_t, step, 2, {})
+        target = run._target(partial(predict_float32, reference), schedule, x_t, step, 2, {})
         middle = schedule.ddim_step(reference(x_t, schedule.timesteps[step]), x_t, step)
         end = schedule.ddim_step(reference(middle, schedule.timesteps[step + 1]), middle, step + 1)
         x_0 = x_t * schedule.alpha_sigma(step, x_t)[0] - target * schedule.alpha_sigma(step, x_t)[1]

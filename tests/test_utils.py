@@ -1,5 +1,6 @@
 """What every room may use: checks of numbers, files written whole, tensor files read back, assets."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,21 @@ def test_a_file_is_written_whole_or_stays_what_it_was(tmp_path: Path):
     write_whole(path, b"newer")
     assert path.read_bytes() == b"newer"
     assert [*tmp_path.iterdir()] == [path]
+
+
+def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path: Path):
+    target, link, pipe = tmp_path / "target", tmp_path / "link", tmp_path / "pipe"
+    target.write_bytes(b"older")
+    link.symlink_to(target)
+    write_whole(link, b"newer")
+    assert link.is_symlink()
+    assert target.read_bytes() == b"newer"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(pipe, b"through")
+    assert os.read(reader, 100) == b"through"
+    os.close(reader)
+    assert pipe.is_fifo()
 
 
 def test_a_tensor_file_gives_back_what_was_written(tmp_path: Path):

@@ -8,7 +8,6 @@ pauses longer than that between turns; what a waiting process did burn is in the
 """
 
 import importlib.util
-import json
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from pqcad_ao.bench.compile.contenders import REFERENCE, ROWS
 from pqcad_ao.bench.compile.drawing import plot
 from pqcad_ao.bench.compile.worker import MACHINE, Failed, Worker
 from pqcad_ao.bench.compile.workload import float_model
+from pqcad_ao.report import write_json
 from pqcad_ao.utils.checks import check_count
 from pqcad_ao.utils.files import check_writable
 from pqcad_ao.utils.machine import check_threads, describe, loadavg
@@ -121,7 +121,7 @@ def bench_compile(
             result["rows"] += measured
     result["loadavg_end"] = loadavg()
     if target is not None:
-        target.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+        write_json(target, result)
     if chart is not None:
         plot(result, chart)
     return result

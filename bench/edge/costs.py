@@ -1,6 +1,5 @@
 """What the planner of a .pte goes by: the cost of a product and of a number moved, measured here."""
 
-import json
 import tempfile
 from pathlib import Path
 from statistics import median
@@ -10,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from pqcad_ao.bench.edge.runtime import Program, alone, take_turns
+from pqcad_ao.report import write_json
 from pqcad_ao.utils import machine
-from pqcad_ao.utils.files import check_writable, write_whole
+from pqcad_ao.utils.files import check_writable
 
 
 def measure_costs(json_path: str | Path, rounds: int = 25) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def measure_costs(json_path: str | Path, rounds: int = 25) -> dict[str, Any]:
     nanoseconds = {key: median(row[key] for row in layers) for key in ("multiply_accumulate", "number")}
     threads = machine.available_cores()
     result = {"nanoseconds": nanoseconds, "layers": layers} | machine.describe(threads)
-    write_whole(target, json.dumps(result, indent=2).encode())
+    write_json(target, result)
     return result
 
 

@@ -4,7 +4,6 @@ Files are made by processes of their own, one after another; so are load times a
 take turns in one process.
 """
 
-import json
 import re
 import tempfile
 import time
@@ -25,9 +24,10 @@ from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.evaluate.sqnr import decibels, row_powers
 from pqcad_ao.models import load_model, save_model
 from pqcad_ao.nn.state import quantized_state
+from pqcad_ao.report import write_json
 from pqcad_ao.utils import machine
 from pqcad_ao.utils.checks import check_count
-from pqcad_ao.utils.files import check_writable, write_whole
+from pqcad_ao.utils.files import check_writable
 from pqcad_ao.utils.tensor_files import write_tensors
 
 
@@ -92,7 +92,7 @@ def bench_edge(
             result["n"] = n
             result["eager"] = {kind: alone(_fid, kind, "", job, n) for kind in ("eager_fp32", "eager_w4a4")}
     if target is not None:
-        write_whole(target, json.dumps(result, indent=2).encode())
+        write_json(target, result)
     return result
 
 

@@ -16,12 +16,12 @@ from tqdm.auto import tqdm
 
 from pqcad_ao.config import CADConfig
 from pqcad_ao.denoiser import (
+    cast_floats,
     check_conditioning,
     conditioning_rows,
     evaluation_mode,
-    in_own_type,
-    in_type,
     placement,
+    predict_float32,
     take_rows,
 )
 from pqcad_ao.diffusion.ddim import DDIMSchedule
@@ -131,7 +131,7 @@ def _batch(
     """The pictures of these numbers, (B, C, H, W). Raises FloatingPointError: one leaves the finite numbers."""
     device, dtype = placement(reference)
     noise = torch.stack([noise_of(shape, config.seed, int(row)) for row in rows]).to(device, dtype)
-    chosen = in_type(take_rows(conditioning, rows % conditioning_rows(conditioning)), dtype)
+    chosen = cast_floats(take_rows(conditioning, rows % conditioning_rows(conditioning)), dtype)
     pictures = sample(
         reference, scheduler, noise, config.steps, conditioning=chosen, batch_size=config.generation_batch_size
     )
@@ -227,7 +227,7 @@ def check_denoising(reference: nn.Module, schedule: DDIMSchedule, images: CleanI
         # of other rows than there are: a picture and the noise that it was drawn from are not independent
         noise = torch.stack([noise_of(tuple(x_0.shape[1:]), step, CHECKED + row) for row in range(len(x_0))]).to(x_0)
         x_t = schedule.add_noise(x_0, noise, at)
-        prediction = in_own_type(reference, x_t, schedule.timesteps[at], conditioning)
+        prediction = predict_float32(reference, x_t, schedule.timesteps[at], conditioning)
         _, predicted = schedule.x_0_and_noise(prediction, x_t, at)
         departure = abs(float(predicted.square().sum() / (predicted * noise).sum()) - 1)
         if not departure <= FARTHEST:
@@ -259,7 +259,7 @@ def checked_images(
         ddim,
         shape,
         config,
-        in_type(check_conditioning(reference, conditioning)),
+        cast_floats(check_conditioning(reference, conditioning)),
         images=images,
         folder=folder,
         check=partial(check_denoising, reference, schedule) if config.check_betas else None,

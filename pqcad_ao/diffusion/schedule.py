@@ -73,17 +73,17 @@ def steps_to_bind(scheduler: DDIMScheduler, asked: int | None, distilled: list[i
     visited = timesteps_of(scheduler, steps)
     if distilled is not None and visited != distilled:
         raise ValueError(
-            f"this network was distilled for {len(distilled)} steps, timesteps {shortly(distilled)}, and the scheduler "
-            f"walks {shortly(visited)} in {steps}: write num_inference_steps={len(distilled)} and pass the scheduler "
+            f"this network was distilled for {len(distilled)} steps, timesteps {shown(distilled)}, and the scheduler "
+            f"walks {shown(visited)} in {steps}: write num_inference_steps={len(distilled)} and pass the scheduler "
             "that distill_ returned, which is saved beside the network"
         )
     return steps
 
 
-def shortly(timesteps: list[int]) -> str:
+def shown(timesteps: list[int]) -> str:
     """A schedule's first timesteps and its last one."""
-    shown = timesteps if len(timesteps) < 5 else [*timesteps[:3], "...", timesteps[-1]]
-    return ", ".join(map(str, shown))
+    parts = timesteps if len(timesteps) < 5 else [*timesteps[:3], "...", timesteps[-1]]
+    return ", ".join(map(str, parts))
 
 
 def signal_power(scheduler: DDIMScheduler, num_inference_steps: int) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from pqcad_ao.config import CADConfig
-from pqcad_ao.denoiser import conditioning_rows, evaluation_mode, in_own_type, placement, take_rows
+from pqcad_ao.denoiser import conditioning_rows, evaluation_mode, placement, predict_float32, take_rows
 from pqcad_ao.diffusion.ddim import DDIMSchedule
 from pqcad_ao.diffusion.images import CleanImages, noise_of
 from pqcad_ao.diffusion.process import settings_of
@@ -213,7 +213,7 @@ class _Halving:
         targets: dict[str, Tensor] = {}
         if config.reference_weight:
             exact = (self.exact, x_t, stride * step, 2 * stride, conditioning)
-            targets["reference"] = self._target(partial(in_own_type, self.reference), *exact)
+            targets["reference"] = self._target(partial(predict_float32, self.reference), *exact)
         if self.teacher is not None:
             targets["teacher"] = self._target(self.teacher, self.schedule, x_t, step, 2, conditioning)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from pqcad_ao.denoiser import in_type
+from pqcad_ao.denoiser import cast_floats
 from pqcad_ao.graph.capture import capture
 from pqcad_ao.learn.ptq import prepare
 from pqcad_ao.learn.training import to_learn
@@ -33,7 +33,7 @@ def unfold(
     layers: dict[str, Any] = {row.fqn: model.get_submodule(row.fqn) for row in state.plan.quantized}
     skeleton = to_learn(reference)
     skeleton.load_state_dict(dequantized_state(model, reference))
-    captured = capture(skeleton, shape, in_type(conditioning))
+    captured = capture(skeleton, shape, cast_floats(conditioning))
     graph = prepare(captured, state.plan, state.config, state.timestep.num_train_timesteps)
     for fqn, (weights, _) in weight_quantizers(graph).items():
         bits = state.plan[fqn].weight_bits or 0

@@ -32,7 +32,13 @@ def check_writable(path: str | Path) -> Path:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Another name to write a file under; on leaving it is moved to ``path``, or deleted if anything was raised."""
+    """Another name to write a file under; on leaving it is moved to ``path``, or deleted if anything was raised.
+
+    A link, or what is no regular file (``/dev/stdout``), is written to as it is: moving would put a file in its place.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        yield path
+        return
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     unfinished = Path(name)
