@@ -61,6 +61,7 @@ def _fuse_image(graph: GraphModule, node: Node, nodes: Order) -> None:
     with graph.graph.inserting_before(node):
         options = (*_norm(norm), silu, *_grid(node), upsample)
         fused = graph.graph.call_function(pqcad.norm_silu_quantize, (inputs, *options))
+    fused.meta = dict(node.meta)
     node.replace_all_uses_with(fused)
     graph.graph.erase_node(node)
 
@@ -77,6 +78,7 @@ def _fuse_tokens(graph: GraphModule, node: Node, nodes: Order) -> None:
         fused = graph.graph.call_function(pqcad.norm_silu_quantize, ([image], *options))
         fused = graph.graph.call_method("squeeze", (fused, -1))
         fused = graph.graph.call_method("transpose", (fused, 1, 2))
+    fused.meta = dict(node.meta)
     node.replace_all_uses_with(fused)
     graph.graph.erase_node(node)
 

@@ -8,41 +8,90 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from pqcad_ao.ops.dispatch import gpu_kernels
-from pqcad_ao.passes.inline import argument, finish, traced
+from pqcad_ao.passes.inline import argument, finish, inline, traced
 
 pqcad = torch.ops.pqcad
 CONV = {pqcad.conv2d, pqcad.conv2d.default}
 LINEAR = {pqcad.linear, pqcad.linear.default}
+QUANTIZE = {pqcad.norm_silu_quantize, pqcad.norm_silu_quantize.default}
 
 
-def to_triton(graph: GraphModule, form: Callable[[Sequence[Any]], str] | None = None) -> int:
+def to_triton(graph: GraphModule, choose: Callable[[list[Sequence[Any]]], list[str]] | None = None) -> int:
     """Replace ``pqcad::`` operators, in place.
 
     Args:
-        form: which form a convolution with these arguments takes, of ``pqcad_ao.ops.triton.kernels.FORMS``; tensors are
-            what the graph was traced with. None: the direct one.
+        choose: which form each call of ``kernels.conv2d`` with these arguments takes, as ``ops.triton.forms.choose``
+            does; tensors are what the graph was traced with. None: the default one.
 
     Returns:
         how many convolutions and linears are Triton kernels now; 0 where Triton is missing.
     """
-    if gpu_kernels() is None:
+    kernels = gpu_kernels()
+    if kernels is None:
         return 0
-    found = 0
+    from pqcad_ao.ops.triton import norm, tma
+
+    layers: list[Node] = []
     for node in list(graph.graph.nodes):
+        if node.target in QUANTIZE:
+            values = [traced(x) for x in node.args[0]]  # of one alone, from a pass, any type will do
+            types = [None if value is None else value.dtype for value in values]
+            if norm.fits(types, node.args[8], node.args[3]):
+                _replace(graph, node, pqcad.triton_norm_silu_quantize.default, node.args)
+        elif node.target in CONV | LINEAR:
+            layers.append(node)
+    measured = [node for node in layers if choose and _is_image(node)]
+    chosen = dict(zip(measured, choose([_call(node) for node in measured]) if choose else (), strict=True))
+    for node in layers:
+        form = chosen.get(node, kernels.DEFAULT)
+        arguments, copied = (*_arguments(node), form), form in tma.BLOCKS
         if node.target in CONV:
-            # torch.export leaves out what has its default value
-            values = (argument(node, 13, "input_bits", 8), argument(node, 14, "addend", None))
-            arguments = (*node.args[:13], *values)
-            chosen = form(map_arg(arguments, traced)) if form else "direct"
-            _replace(graph, node, pqcad.triton_conv2d.default, (*arguments, chosen))
-        elif node.target in LINEAR:
-            arguments = (*node.args[:8], argument(node, 8, "addend", None))
-            _replace(graph, node, pqcad.triton_linear.default, arguments)
+            target = pqcad.tma_conv2d.default if copied else pqcad.triton_conv2d.default
+            _replace(graph, node, target, arguments)
+        elif copied:
+            inline(graph, node, _tma_linear, *arguments)
         else:
-            continue
-        found += 1
+            _replace(graph, node, pqcad.triton_linear.default, arguments)
     finish(graph)
-    return found
+    return len(layers)
+
+
+def _arguments(node: Node) -> tuple[Any, ...]:
+    """A layer's arguments, all of them: torch.export leaves out what has its default value."""
+    if node.target in LINEAR:
+        return (*node.args[:8], argument(node, 8, "addend", None))
+    return (*node.args[:13], argument(node, 13, "input_bits", 8), argument(node, 14, "addend", None))
+
+
+def _is_image(node: Node) -> bool:
+    """Whether a layer is a convolution, or a linear on (B, L, C), which is an image of L pixels."""
+    return node.target in CONV or traced(node).dim() == 3
+
+
+def _call(node: Node) -> tuple[Any, ...]:
+    """What a layer's arguments stood for, as those of a convolution."""
+    values = map_arg(_arguments(node), traced)
+    return values if node.target in CONV else as_convolution(values)
+
+
+def _tma_linear(*arguments: Any) -> Any:
+    """A linear layer in a form that takes images alone."""
+    *arguments, form = arguments
+    image = pqcad.tma_conv2d.default(*as_convolution(arguments), form)
+    return image.squeeze(-1).transpose(1, 2)
+
+
+def as_convolution(arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """The arguments of ``pqcad::linear`` on (B, L, C) as those of ``pqcad::conv2d``: an image whose pixels are rows."""
+    input, *weights, bits, segments, dtype, addend = arguments
+    ones, zeros = [1, 1], [0, 0]
+    geometry = (ones, ones, zeros, ones, 1, dtype, 8)
+    return (_image(input), *weights, bits, segments, *geometry, None if addend is None else _image(addend))
+
+
+def _image(tokens: Any) -> Any:
+    """(B, L, C) as (B, C, L, 1)."""
+    return tokens.transpose(1, 2).unsqueeze(-1)
 
 
 def _replace(graph: GraphModule, node: Node, target: Any, arguments: tuple[Any, ...]) -> None:

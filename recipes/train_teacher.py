@@ -7,6 +7,7 @@ exponential moving average of the weights, and checkpoints from which a killed r
 import argparse
 import copy
 import math
+import time
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from tqdm.auto import tqdm
 from pqcad_ao.data import load_images, to_unit
 from pqcad_ao.denoiser import predict
 from pqcad_ao.diffusion.sampling import sample
+from pqcad_ao.models import load_model
 from pqcad_ao.recipes.settings import load_settings
 from pqcad_ao.report import save_grid
 from pqcad_ao.utils.files import whole_file
@@ -34,9 +36,11 @@ def target(scheduler: DDIMScheduler, x_0: Tensor, noise: Tensor, timesteps: Tens
 
 
 def lr_at(step: int, train: DictConfig) -> float:
-    """Linear warm-up, then a half cosine that reaches zero at ``train.steps``."""
+    """Linear warm-up, then a half cosine that reaches zero at ``train.steps``, or ``train.lr`` to the end."""
     if step < train.warmup:
         return train.lr * (step + 1) / train.warmup
+    if train.get("schedule", "cosine") == "constant":
+        return train.lr
     return train.lr * 0.5 * (1 + math.cos(math.pi * (step - train.warmup) / max(1, train.steps - train.warmup)))
 
 
@@ -49,27 +53,57 @@ def averaged_copy(unet: UNet2DModel, ema: list[Tensor]) -> UNet2DModel:
     return averaged
 
 
+def initial_weights(unet: UNet2DModel, folder: str | Path) -> dict[str, Tensor]:
+    """The weights of the network in a folder of diffusers layout.
+
+    Raises:
+        ValueError: no network there, or one of other shapes than ``unet``.
+    """
+    weights = load_model(folder)[0].state_dict()
+    expected = {name: value.shape for name, value in unet.state_dict().items()}
+    if {name: value.shape for name, value in weights.items()} != expected:
+        raise ValueError(f"{folder} holds another network than this configuration's: give its own, or no start")
+    return weights
+
+
 def train(
-    config: DictConfig, images: Tensor, out: str | Path, *, device: str = "cpu", stop_after: int | None = None
+    config: DictConfig,
+    images: Tensor,
+    out: str | Path,
+    *,
+    device: str = "cpu",
+    stop_after: int | None = None,
+    start: str | Path | None = None,
 ) -> list[float]:
     """Train and return the loss of every step done in this call.
 
     Args:
-        config: as in ``configs/*.yaml``.
+        config: as in ``configs/*.yaml``. ``train.schedule``: ``cosine`` (None) or ``constant``. ``train.compile``,
+            ``train.channels_last``: for a GPU. ``train.seconds``: leave after so many with a checkpoint written.
         images: (N, C, H, W) uint8.
         out: receives ``checkpoint.pt`` (resumed from if it is there), ``grid-STEP.png``, ``unet/`` and ``scheduler/``.
         stop_after: leave after this step with a checkpoint written, as if interrupted.
+        start: a folder of diffusers layout whose weights are the first ones, where ``out`` has no checkpoint: the
+            averaged weights of an earlier run, which are a fifth of its checkpoint.
 
     Raises:
-        FloatingPointError: the loss is not finite; the last checkpoint is kept. ValueError: no images.
+        FloatingPointError: the loss is not finite; the last checkpoint is kept. ValueError: no images, an unknown
+            schedule, or ``start`` holds another network.
     """
     if not len(images):
         raise ValueError("images holds no image: there is nothing to train on")
+    if config.train.get("schedule", "cosine") not in ("cosine", "constant"):
+        raise ValueError(f"train.schedule={config.train.schedule!r}: allowed are cosine and constant")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     options = config.train
     torch.manual_seed(options.seed)
     unet = UNet2DModel(**OmegaConf.to_container(config.unet)).to(device)
+    if start is not None:
+        unet.load_state_dict(initial_weights(unet, start))
+    if options.get("channels_last", False):
+        unet = unet.to(memory_format=torch.channels_last)
+    network = torch.compile(unet) if options.get("compile", False) else unet
     scheduler = DDIMScheduler(**OmegaConf.to_container(config.scheduler))
     optimizer = torch.optim.AdamW(unet.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     ema = [parameter.detach().clone() for parameter in unet.parameters()]
@@ -77,12 +111,12 @@ def train(
     grid_noise = torch.randn(
         64, unet.config.in_channels, config.data.image_size, config.data.image_size, generator=generator, device=device
     )
-    start, checkpoint = 0, out / "checkpoint.pt"
+    first, checkpoint = 0, out / "checkpoint.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True, map_location=device)
         unet.load_state_dict(state["unet"])
         optimizer.load_state_dict(state["optimizer"])
-        ema, start = state["ema"], state["step"]
+        ema, first = state["ema"], state["step"]
         generator.set_state(state["generator"].cpu())
         torch.set_rng_state(state["rng"].cpu())  # dropout draws from the global generator
         if "cuda_rng" in state:
@@ -101,7 +135,8 @@ def train(
     losses: list[Tensor] = []
     last = options.steps if stop_after is None else min(stop_after, options.steps)
     unet.train()
-    bar = tqdm(range(start, last), initial=start, total=options.steps, desc="teacher", mininterval=5)
+    ends_at = time.monotonic() + options.get("seconds", math.inf)
+    bar = tqdm(range(first, last), initial=first, total=options.steps, desc="teacher", mininterval=5)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, options)
@@ -114,7 +149,7 @@ def train(
         timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(x_0),), generator=generator, device=device)
         x_t = scheduler.add_noise(x_0, noise, timesteps)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=options.bf16):
-            prediction = predict(unet, x_t, timesteps)
+            prediction = predict(network, x_t, timesteps)
         loss = (prediction.float() - target(scheduler, x_0, noise, timesteps)).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), options.grad_clip)
@@ -124,7 +159,8 @@ def train(
         torch._foreach_lerp_(ema, [p.detach() for p in unet.parameters()], 1 - decay)
         losses.append(loss.detach())
         done = step + 1
-        due = done % options.checkpoint_every == 0 or done == last
+        over = done == last or (done % 50 == 0 and time.monotonic() > ends_at)
+        due = done % options.checkpoint_every == 0 or over
         if done % 50 == 0 or due:  # one synchronisation in fifty steps; nothing unsound is saved
             recent = torch.stack(losses[-50:]).mean().item()
             if not math.isfinite(recent):
@@ -134,9 +170,11 @@ def train(
             bar.set_postfix(loss=f"{recent:.4f}", lr=f"{lr_at(step, options):.1e}")
         if due:
             save(done)
-        if done % options.grid_every == 0 or done == options.steps:
+        if done % options.grid_every == 0 or (over and last == options.steps):
             grid = sample(averaged_copy(unet, ema), scheduler, grid_noise, options.grid_steps)
             save_grid(grid, out / f"grid-{done}.png")
+        if over:
+            break
     return torch.stack(losses).tolist() if losses else []
 
 
@@ -145,12 +183,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", required=True, help="folder with idx.gz files, CIFAR-10's binary batches, or images")
     parser.add_argument("--out", required=True, help="where checkpoints, grids and the trained model go")
     parser.add_argument("--config", default="fashion_mnist", help="a name in recipes/configs or a YAML file")
+    parser.add_argument("--start", help="a folder of diffusers layout: go on from its weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("overrides", nargs="*", help="such as train.steps=100 train.bf16=false")
     args = parser.parse_args(argv)
     config = load_settings(args.config, args.overrides)
     images, _ = load_images(args.data, "train", image_size=config.data.image_size, channels=config.unet.in_channels)
-    train(config, images, args.out, device=args.device)
+    train(config, images, args.out, device=args.device, start=args.start)
 
 
 if __name__ == "__main__":

@@ -245,3 +245,37 @@ def test_the_command_line(tmp_path):
     main([*places, "--config", str(tmp_path / "config.yaml"), "--device", "cpu", "train.steps=2", "train.batch_size=2"])
     assert _checkpoint(tmp_path / "out")["step"] == 2
     assert (tmp_path / "out" / "grid-2.png").is_file()
+
+
+def test_weights_of_an_earlier_run_are_where_another_begins(images, tmp_path):
+    train(_config(), images, tmp_path / "first")
+    config = _config(**{"train.schedule": "constant", "train.lr": 1e-9})
+    train(config, images, tmp_path / "second", start=tmp_path / "first")
+    weights = [UNet2DModel.from_pretrained(tmp_path / name / "unet").state_dict() for name in ("first", "second")]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, atol=1e-6, rtol=0)
+
+
+def test_another_networks_weights_are_refused(images, tmp_path):
+    train(_config(), images, tmp_path / "first", stop_after=1)
+    config = _config(**{"unet.block_out_channels": "[12]"})
+    with pytest.raises(ValueError, match="holds another network"):
+        train(config, images, tmp_path / "second", start=tmp_path / "first")
+
+
+def test_the_rate_may_stay_as_it_is():
+    options = _config(**{"train.schedule": "constant"}).train
+    assert lr_at(0, options) == pytest.approx(options.lr / 3)
+    assert lr_at(9, options) == options.lr
+
+
+def test_an_unknown_schedule_is_an_error(images, tmp_path):
+    with pytest.raises(ValueError, match="allowed are cosine and constant"):
+        train(_config(**{"train.schedule": "linear"}), images, tmp_path)
+
+
+def test_training_ends_when_its_time_is_over(images, tmp_path):
+    losses = train(_config(**{"train.seconds": 0, "train.steps": 1000}), images, tmp_path)
+    assert len(losses) == 50  # looked at every so often
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 50
+    assert (tmp_path / "grid-50.png").is_file()

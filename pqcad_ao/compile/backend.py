@@ -64,12 +64,14 @@ def devices(graph: GraphModule) -> set[torch.device]:
 def for_gpu(graph: GraphModule) -> dict[Any, Callable]:
     """Turn a fused graph's layers into Triton kernels, in place; returns Inductor's table of decompositions for it.
 
-    The quantizers become plain PyTorch there, which Inductor fuses with the norms in front of them.
+    Quantizers that no kernel takes become plain PyTorch there, which Inductor fuses with what stands in front of them.
     """
     from torch._inductor.decomposition import select_decomp_table
 
-    gpu = gpu_kernels()
-    to_triton(graph, None if gpu is None else gpu.faster_form)
+    if gpu_kernels() is not None:
+        from pqcad_ao.ops.triton import forms
+
+        to_triton(graph, forms.choose)
     plain: dict[Any, Callable] = {
         torch.ops.pqcad.quantize.default: reference.quantize,
         torch.ops.pqcad.norm_silu_quantize.default: reference.norm_silu_quantize,

@@ -1,54 +1,51 @@
 """The operators in Triton: implicit GEMM on packed weights, int8 products with exact int32 sums, one fused epilogue.
 
-``pqcad::conv2d`` and ``pqcad::linear`` on a GPU are these kernels; ``pqcad::quantize`` and ``norm_silu_quantize`` stay
-plain PyTorch there, which Inductor fuses with the norm in front of them. Each 3x3 layer of stride one whose integers
-allow it has a second form, Winograd F(2x2, 3x3), exact in int8; :func:`faster_form` measures which one a shape takes.
+``pqcad::conv2d`` and ``pqcad::linear`` on a GPU are these kernels. A layer has several forms, and ``forms`` says
+which one a shape takes: ``direct`` widens packed weights in registers, block by block; ``wide`` widens them once, into
+memory that is free again after the call; ``tma`` is in ``tma``. Winograd's form, which is what four bits are worth on a
+CPU, is none of them: on an H100 it ran at a fifth of the speed, for its planes are four times the image.
 
 Without a GPU the kernels run in Triton's interpreter: set ``TRITON_INTERPRET=1`` before this file is imported.
 """
 
-import functools
-import json
+import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch._inductor.runtime.cache_dir_utils import cache_dir
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.library import triton_op, wrap_triton
-from triton.testing import do_bench
-
-from pqcad_ao.utils.files import write_whole
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-FORMS = ("direct", "winograd")
 
 
-def _configs(*shapes: tuple[int, int, int, int, int]) -> list[triton.Config]:
-    """What autotuning tries, as (rows, columns, reduction, warps, stages); an interpreter has nothing to tune."""
-    found = [
-        triton.Config({"ROWS": rows, "COLUMNS": columns, "DEPTH": depth}, num_warps=warps, num_stages=stages)
-        for rows, columns, depth, warps, stages in shapes
-    ]
-    return found[:1] if INTERPRETED else found
+@dataclass(frozen=True)
+class Blocks:
+    """A form of a layer: output pixels and channels of a program, channels of a product, and how the program runs."""
+
+    kind: str
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}-{self.rows}x{self.columns}x{self.depth}"
+
+    def variant(self, kernel: Any) -> Any:
+        """The kernel with these blocks; a compiler that traces it takes warps and stages from a configuration alone."""
+        sizes = {"ROWS": self.rows, "COLUMNS": self.columns, "DEPTH": self.depth}
+        return triton.autotune([triton.Config(sizes, num_warps=self.warps, num_stages=self.stages)], key=[])(kernel)
 
 
-_DIRECT = _configs(
-    (64, 64, 64, 4, 3),
-    (32, 64, 128, 4, 3),
-    (64, 128, 64, 4, 4),
-    (128, 64, 64, 4, 4),
-    (128, 128, 64, 8, 3),
-    (128, 128, 128, 8, 3),
-    (128, 256, 64, 8, 3),
-    (256, 128, 64, 8, 3),
-)
-_WINOGRAD = _configs((16, 32, 32, 4, 2), (32, 32, 32, 4, 2), (32, 32, 64, 8, 2), (32, 64, 32, 8, 2))
+# the larger ones first
+DIRECT = [Blocks("direct", 64, 64, 64, 4, 3), Blocks("direct", 32, 64, 128, 4, 4), Blocks("direct", 16, 64, 128, 4, 4)]
+WIDE = [Blocks("wide", 64, 128, 128, 4, 4), Blocks("wide", 64, 64, 64, 4, 3)]
 
 
 @triton.jit
@@ -83,7 +80,30 @@ def _weights(weight, row, row_mask, row_bytes, first, channel, channel_mask, BIT
 
 
 @triton.jit
-def _finish(total, bias, addend, output, batch, pixel, column, out_channels, pixels, mask, BIAS, ADDEND, EACH_PIXEL):
+def widen(
+    weight,
+    output,
+    out_channels,
+    reduction,
+    row_bytes,
+    BITS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Packed rows as int8 (out_channels, reduction): what a large product reads many times is unpacked once."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    place = tl.program_id(1) * DEPTH + tl.arange(0, DEPTH)
+    column_mask, mask = column < out_channels, place < reduction
+    values = _weights(weight, column, column_mask, row_bytes, 0, place, mask, BITS, PAIRS)
+    target = output + column.to(tl.int64)[None, :] * reduction + place[:, None]
+    tl.store(target, values, mask=column_mask[None, :] & mask[:, None])
+
+
+@triton.jit
+def add_and_store(
+    total, bias, addend, output, batch, pixel, column, out_channels, pixels, mask, BIAS, ADDEND, EACH_PIXEL
+):
     """Bias and addend on top, and into the output's memory (B, pixels, O)."""
     if BIAS:
         total += tl.load(bias + column, mask=column < out_channels, other=0).to(tl.float32)[None, :]
@@ -96,7 +116,6 @@ def _finish(total, bias, addend, output, batch, pixel, column, out_channels, pix
     tl.store(output + place, total.to(output.dtype.element_ty), mask=mask)
 
 
-@triton.autotune(configs=_DIRECT, key=["rows", "out_channels", "channels", "KERNEL_H"], cache_results=True)
 @triton.jit
 def _direct_kernel(
     input,
@@ -131,6 +150,8 @@ def _direct_kernel(
     KERNEL_W: tl.constexpr,
     BITS: tl.constexpr,
     PAIRS: tl.constexpr,
+    DIVISOR: tl.constexpr,
+    FAR: tl.constexpr,
     TWO: tl.constexpr,
     BIAS: tl.constexpr,
     ADDEND: tl.constexpr,
@@ -139,16 +160,23 @@ def _direct_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """A block of output pixels and channels of one group; input channels start ... middle ... stop have two scales."""
-    group = tl.program_id(2)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    """A block of output pixels and channels of one group; input channels start ... middle ... stop have two scales.
+
+    DIVISOR: of start, middle and stop. FAR: the input has more than 2^31 values.
+    """
+    group = tl.program_id(1)
+    blocks_of_columns = tl.cdiv(group_out, COLUMNS)  # neighbours read the same pixels, which are in L2 then
+    row = tl.program_id(0) // blocks_of_columns * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) % blocks_of_columns * COLUMNS + tl.arange(0, COLUMNS)
     row_mask, column_mask = row < rows, column < group_out
     column = group * group_out + column
     pixels = out_height * out_width
     batch, pixel = row // pixels, row % pixels
     top = (pixel // out_width) * stride_h - padding_h
     left = (pixel % out_width) * stride_w - padding_w
+    first_row = batch * height
+    if FAR:
+        first_row = first_row.to(tl.int64)
     scale = tl.load(weight_scale + column, mask=column_mask, other=0)[None, :]
     of_sample = input_scale + batch * segments + segment
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
@@ -163,8 +191,9 @@ def _direct_kernel(
             y = top + (tap // KERNEL_W) * dilation_h
             x = left + (tap % KERNEL_W) * dilation_w
             inside = row_mask & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-            place = ((batch * height + y) * width + x)[:, None] * input_channels + (group * channels + channel)[None, :]
-            values = tl.load(input + place, mask=inside[:, None] & channel_mask[None, :], other=0)
+            place = ((first_row + y) * width + x)[:, None] * input_channels + (group * channels + channel)[None, :]
+            mask = inside[:, None] if DIVISOR % DEPTH == 0 else inside[:, None] & channel_mask[None, :]
+            values = tl.load(input + place, mask=mask, other=0)
             filters = _weights(
                 weight, column, column_mask, row_bytes, tap * channels, channel, channel_mask, BITS, PAIRS
             )
@@ -172,194 +201,15 @@ def _direct_kernel(
         factor = tl.load(of_sample + part, mask=row_mask, other=0)[:, None] * scale
         total += sums.to(tl.float32) * factor
     mask = row_mask[:, None] & column_mask[None, :]
-    _finish(total, bias, addend, output, batch, pixel, column, out_channels, pixels, mask, BIAS, ADDEND, EACH_PIXEL)
-
-
-# ------------------------------------------------------------------------------------------- Winograd F(2x2, 3x3)
-
-
-@triton.jit
-def _signed(position, a, b):
-    """What Bᵀ makes of the two values that enter its row ``position``: d0 - d2, d1 + d2, d2 - d1 or d1 - d3."""
-    return tl.where(position == 1, a + b, tl.where(position == 2, b - a, a - b))
-
-
-@triton.jit
-def _pixel(input, batch, y, x, channel, mask, height, width, channels):
-    inside = mask & ((y >= 0) & (y < height) & (x >= 0) & (x < width))[:, None]
-    place = ((batch * height + y) * width + x)[:, None] * channels + channel[None, :]
-    return tl.load(input + place, mask=inside, other=0).to(tl.int32)
-
-
-@triton.jit
-def _winograd_input(
-    input,
-    planes,
-    tiles,
-    channels,
-    height,
-    width,
-    tiles_h,
-    tiles_w,
-    padding_h,
-    padding_w,
-    ROWS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
-    """BᵀdB of every 4x4 tile d: one of 16 planes (tiles, channels) int8 for each position; padding is zero."""
-    tile = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(1) * DEPTH + tl.arange(0, DEPTH)
-    position = tl.program_id(2)
-    mask = (tile < tiles)[:, None] & (channel < channels)[None, :]
-    batch, inner = tile // (tiles_h * tiles_w), tile % (tiles_h * tiles_w)
-    top = (inner // tiles_w) * 2 - padding_h
-    left = (inner % tiles_w) * 2 - padding_w
-    y, x = position // 4, position % 4
-    # two of the four rows and of the four columns enter
-    first_y = tl.where(y == 0, 0, 1)
-    second_y = tl.where(y == 3, 3, 2)
-    first_x = tl.where(x == 0, 0, 1)
-    second_x = tl.where(x == 3, 3, 2)
-    a = _pixel(input, batch, top + first_y, left + first_x, channel, mask, height, width, channels)
-    b = _pixel(input, batch, top + first_y, left + second_x, channel, mask, height, width, channels)
-    c = _pixel(input, batch, top + second_y, left + first_x, channel, mask, height, width, channels)
-    d = _pixel(input, batch, top + second_y, left + second_x, channel, mask, height, width, channels)
-    upper = _signed(x, a, b)
-    lower = _signed(x, c, d)
-    value = _signed(y, upper, lower)
-    place = (position * tiles + tile)[:, None] * channels + channel[None, :]
-    tl.store(planes + place, value.to(tl.int8), mask=mask)
-
-
-@triton.jit
-def _doubled(position, tap: tl.constexpr):
-    """Entry of 2G, the rows [2 0 0], [1 1 1], [1 -1 1], [0 0 2]."""
-    outer = tl.where(position == 1, 1, tl.where(position == 2, 1 - 2 * (tap % 2), 0))
-    return tl.where(position == 0, 2 * (tap == 0), tl.where(position == 3, 2 * (tap == 2), outer))
-
-
-@triton.jit
-def _winograd_weights(
-    weight,
-    planes,
-    out_channels,
-    channels,
-    row_bytes,
-    BITS: tl.constexpr,
-    PAIRS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
-    """(2G)g(2G)ᵀ of every 3x3 filter g: one of 16 planes (out_channels, channels) int8 for each position."""
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    channel = tl.program_id(1) * DEPTH + tl.arange(0, DEPTH)
-    position = tl.program_id(2)
-    column_mask, channel_mask = column < out_channels, channel < channels
-    total = tl.zeros((DEPTH, COLUMNS), dtype=tl.int32)
-    for tap in tl.static_range(9):
-        values = _weights(weight, column, column_mask, row_bytes, tap * channels, channel, channel_mask, BITS, PAIRS)
-        total += values.to(tl.int32) * (_doubled(position // 4, tap // 3) * _doubled(position % 4, tap % 3))
-    place = (position * out_channels + column)[None, :] * channels + channel[:, None]
-    tl.store(planes + place, total.to(tl.int8), mask=channel_mask[:, None] & column_mask[None, :])
-
-
-@triton.jit
-def _transposed(position, entry: tl.constexpr):
-    """Row ``entry`` of Aᵀ, [1 1 1 0] or [0 1 -1 -1], at ``position``."""
-    first = tl.where(position < 3, 1, 0)
-    second = tl.where(position == 0, 0, tl.where(position == 1, 1, -1))
-    return first if entry == 0 else second
-
-
-@triton.jit
-def _output(sums, Y: tl.constexpr, X: tl.constexpr):
-    """Entry (Y, X) of Aᵀ sums A, over the four that G's doubling left in it."""
-    position = tl.arange(0, 16)
-    row, column = position // 4, position % 4
-    of_row = _transposed(row, Y)
-    of_column = _transposed(column, X)
-    return (tl.sum(sums * (of_row * of_column)[:, None, None], axis=0) >> 2).to(tl.float32)
-
-
-@triton.autotune(configs=_WINOGRAD, key=["tiles", "out_channels", "channels"], cache_results=True)
-@triton.jit
-def _winograd_kernel(
-    inputs,
-    weights,
-    weight_scale,
-    input_scale,
-    bias,
-    addend,
-    output,
-    tiles,
-    out_channels,
-    channels,
-    out_height,
-    out_width,
-    tiles_h,
-    tiles_w,
-    start,
-    middle,
-    stop,
-    segment,
-    segments,
-    TWO: tl.constexpr,
-    BIAS: tl.constexpr,
-    ADDEND: tl.constexpr,
-    EACH_PIXEL: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
-    """A block of 2x2 output tiles and channels; input channels start ... middle ... stop have two scales."""
-    tile = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    tile_mask, column_mask = tile < tiles, column < out_channels
-    batch, inner = tile // (tiles_h * tiles_w), tile % (tiles_h * tiles_w)
-    scale = tl.load(weight_scale + column, mask=column_mask, other=0)[None, :]
-    of_sample = input_scale + batch * segments + segment
-    position = tl.arange(0, 16)[:, None, None]
-    zero = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    a, b, c, d = zero, zero, zero, zero
-    for part in tl.static_range(1 + TWO):
-        first, last = (start, middle) if part == 0 else (middle, stop)
-        sums = tl.zeros((16, ROWS, COLUMNS), dtype=tl.int32)
-        for block in range(first, last, DEPTH):
-            channel = block + tl.arange(0, DEPTH)
-            channel_mask = channel < last
-            rows = (position * tiles + tile[None, :, None]) * channels
-            values = tl.load(
-                inputs + rows + channel[None, None, :],
-                mask=tile_mask[None, :, None] & channel_mask[None, None, :],
-                other=0,
-            )
-            columns = (position * out_channels + column[None, None, :]) * channels
-            filters = tl.load(
-                weights + columns + channel[None, :, None],
-                mask=column_mask[None, None, :] & channel_mask[None, :, None],
-                other=0,
-            )
-            sums = tl.dot(values, filters, sums, out_dtype=tl.int32)
-        factor = tl.load(of_sample + part, mask=tile_mask, other=0)[:, None] * scale
-        a, b = a + _output(sums, 0, 0) * factor, b + _output(sums, 0, 1) * factor
-        c, d = c + _output(sums, 1, 0) * factor, d + _output(sums, 1, 1) * factor
-    pixels = out_height * out_width
-    for corner in tl.static_range(4):
-        y, x = (inner // tiles_w) * 2 + corner // 2, (inner % tiles_w) * 2 + corner % 2
-        mask = (tile_mask & (y < out_height) & (x < out_width))[:, None] & column_mask[None, :]
-        if corner == 0:
-            total = a
-        elif corner == 1:
-            total = b
-        elif corner == 2:
-            total = c
-        else:
-            total = d
-        pixel = y * out_width + x
-        _finish(total, bias, addend, output, batch, pixel, column, out_channels, pixels, mask, BIAS, ADDEND, EACH_PIXEL)
+    add_and_store(
+        total, bias, addend, output, batch, pixel, column, out_channels, pixels, mask, BIAS, ADDEND, EACH_PIXEL
+    )
 
 
 # --------------------------------------------------------------------------------------------------- the operators
+
+KERNELS = {str(blocks): blocks.variant(_direct_kernel) for blocks in (*DIRECT, *WIDE)}
+DEFAULT = str(DIRECT[0])
 
 
 def _pairs(segments: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -392,9 +242,9 @@ def conv2d(
     dtype: torch.dtype,
     input_bits: int = 8,
     addend: Tensor | None = None,
-    form: str = "direct",
+    form: str = DEFAULT,
 ) -> Tensor:
-    """``pqcad::conv2d``; ``form``: one of ``FORMS``, Winograd only where :func:`has_winograd` says so."""
+    """``pqcad::conv2d``; ``form``: a key of ``KERNELS``."""
     batch, in_channels, height, width = input.shape
     out_channels, channels = weight_scale.shape[0], in_channels // groups
     out_height, out_width = (
@@ -414,27 +264,12 @@ def conv2d(
         addend = addend.contiguous() if addend.shape[2:] == (1, 1) else _image(addend)
     pairs, output = _pairs(segments if groups == 1 else [channels]), None
     even = weight_bits == 4 and channels % 2 == 0 and all(part % 2 == 0 for part in segments)
-    tiles_h, tiles_w = (out_height + 1) // 2, (out_width + 1) // 2
-    tiles = batch * tiles_h * tiles_w
-    if form == "winograd":
-        inputs = torch.empty((16, tiles, channels), dtype=torch.int8, device=input.device)
-        planes = torch.empty((16, out_channels, channels), dtype=torch.int8, device=input.device)
-        wrap_triton(_winograd_input)[(triton.cdiv(tiles, 32), triton.cdiv(channels, 64), 16)](
-            input,
-            inputs,
-            tiles,
-            channels,
-            height,
-            width,
-            tiles_h,
-            tiles_w,
-            padding[0],
-            padding[1],
-            ROWS=32,
-            DEPTH=64,
-        )
-        wrap_triton(_winograd_weights)[(triton.cdiv(out_channels, 32), triton.cdiv(channels, 64), 16)](
-            weight, planes, out_channels, channels, row_bytes, BITS=weight_bits, PAIRS=even, COLUMNS=32, DEPTH=64
+    filters, bits = weight, weight_bits
+    if form.startswith("wide") and weight_bits != 8:
+        reduction = kernel_size[0] * kernel_size[1] * channels
+        filters, bits = torch.empty((out_channels, reduction), dtype=torch.int8, device=input.device), 8
+        wrap_triton(widen)[(triton.cdiv(out_channels, 16), triton.cdiv(reduction, 256))](
+            weight, filters, out_channels, reduction, row_bytes, BITS=weight_bits, PAIRS=even, COLUMNS=16, DEPTH=256
         )
     for index, (start, middle, stop) in enumerate(pairs):
         last = index == len(pairs) - 1
@@ -450,63 +285,41 @@ def conv2d(
         bias_or_any = weight_scale if bias is None else bias.float().contiguous()
         added_or_any = weight_scale if added is None else added
         shared = (weight_scale, input_scale, bias_or_any, added_or_any, output)
-        if form == "winograd":
+        rows, group_out = batch * out_height * out_width, out_channels // groups
 
-            def grid(meta, tiles=tiles):
-                return (triton.cdiv(tiles, meta["ROWS"]), triton.cdiv(out_channels, meta["COLUMNS"]))
+        def grid(meta, rows=rows, group_out=group_out):
+            return (triton.cdiv(rows, meta["ROWS"]) * triton.cdiv(group_out, meta["COLUMNS"]), groups)
 
-            wrap_triton(_winograd_kernel)[grid](
-                inputs,
-                planes,
-                *shared,
-                tiles,
-                out_channels,
-                channels,
-                out_height,
-                out_width,
-                tiles_h,
-                tiles_w,
-                start,
-                middle,
-                stop,
-                2 * index,
-                len(segments),
-                **options,
-            )
-        else:
-            rows, group_out = batch * out_height * out_width, out_channels // groups
-
-            def grid(meta, rows=rows, group_out=group_out):
-                return (triton.cdiv(rows, meta["ROWS"]), triton.cdiv(group_out, meta["COLUMNS"]), groups)
-
-            wrap_triton(_direct_kernel)[grid](
-                input,
-                weight,
-                *shared,
-                rows,
-                out_channels,
-                channels,
-                group_out,
-                in_channels,
-                height,
-                width,
-                out_height,
-                out_width,
-                row_bytes,
-                *stride,
-                *padding,
-                *dilation,
-                start,
-                middle,
-                stop,
-                2 * index,
-                len(segments),
-                KERNEL_H=kernel_size[0],
-                KERNEL_W=kernel_size[1],
-                BITS=weight_bits,
-                PAIRS=even,
-                **options,
-            )
+        wrap_triton(KERNELS[form])[grid](
+            input,
+            filters,
+            *shared,
+            rows,
+            out_channels,
+            channels,
+            group_out,
+            in_channels,
+            height,
+            width,
+            out_height,
+            out_width,
+            filters.shape[1],
+            *stride,
+            *padding,
+            *dilation,
+            start,
+            middle,
+            stop,
+            2 * index,
+            len(segments),
+            KERNEL_H=kernel_size[0],
+            KERNEL_W=kernel_size[1],
+            BITS=bits,
+            PAIRS=even,
+            DIVISOR=math.gcd(128, start, middle, stop),
+            FAR=input.numel() > 2**31 - 1,
+            **options,
+        )
     return output
 
 
@@ -521,8 +334,9 @@ def linear(
     segments: list[int],
     dtype: torch.dtype,
     addend: Tensor | None = None,
+    form: str = DEFAULT,
 ) -> Tensor:
-    """``pqcad::linear``: a 1x1 convolution of an image whose pixels are a sample's rows."""
+    """``pqcad::linear``: a 1x1 convolution of an image whose pixels are a sample's rows; ``form`` as there."""
     batch, *inner, _ = input.shape
 
     def image(tensor: Tensor) -> Tensor:
@@ -545,78 +359,17 @@ def linear(
         dtype,
         8,
         None if addend is None else image(addend),
+        form,
     )
     return output.permute(0, 2, 3, 1).reshape(batch, *inner, weight_scale.shape[0])
 
 
 # the shape rules that are there already: quicker than a walk through the wrappers, and the interpreter has no other
 @conv2d.register_fake
-def _(*arguments, form="direct", **options):
+def _(*arguments, form=DEFAULT, **options):
     return torch.ops.pqcad.conv2d(*arguments[:15], **options)
 
 
 @linear.register_fake
-def _(*arguments, **options):
-    return torch.ops.pqcad.linear(*arguments, **options)
-
-
-# --------------------------------------------------------------------------------------------------- which form
-
-
-def has_winograd(
-    weight_bits: int,
-    input_bits: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> bool:
-    """Whether the Winograd form of a convolution is exact: every plane's integers fit into int8."""
-    plain = list(kernel_size) == [3, 3] and list(stride) == [1, 1] and list(dilation) == [1, 1] and groups == 1
-    return plain and weight_bits <= 4 and input_bits <= 5
-
-
-def faster_form(arguments: Sequence, cache: str | Path | None = None) -> str:
-    """Measure both forms of a convolution on the GPU, once for each shape; the answers are kept in a file.
-
-    Args:
-        arguments: all of ``pqcad::conv2d``, in order. Tensors may be fake: shapes, types and the device matter.
-        cache: the file; by default beside Inductor's own cache.
-
-    Returns:
-        one of ``FORMS``.
-    """
-    input, weight_bits, (kernel_size, stride) = arguments[0], arguments[5], arguments[7:9]
-    dilation, groups, input_bits = arguments[10], arguments[11], arguments[13]
-    if not has_winograd(weight_bits, input_bits, kernel_size, stride, dilation, groups):
-        return "direct"
-    file = Path(cache) if cache else Path(cache_dir()) / "pqcad_forms.json"
-    shapes = [_sizes(value) if isinstance(value, Tensor) else str(value) for value in arguments]
-    key = json.dumps([torch.cuda.get_device_name(input.device), torch.__version__, triton.__version__, shapes])
-    found = _read(file)
-    if key not in found:
-        with unset_fake_temporarily():
-            call = functools.partial(conv2d, *map(_real, arguments))
-            times = {form: do_bench(functools.partial(call, form=form)) for form in FORMS}
-        found = {**_read(file), key: min(times, key=times.__getitem__)}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(found).encode())
-    return found[key]
-
-
-def _sizes(value: Tensor) -> list[int]:
-    """A tensor's sizes; of a dynamic one that of the call which is compiled for, without a guard on it."""
-    return [size.node.hint if isinstance(size, torch.SymInt) else size for size in value.shape]
-
-
-def _real(value: Any) -> Any:
-    """Zeros in place of a tensor."""
-    return torch.zeros(_sizes(value), dtype=value.dtype, device=value.device) if isinstance(value, Tensor) else value
-
-
-def _read(file: Path) -> dict[str, str]:
-    """Answers kept in a file; a damaged file holds none."""
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
+def _(*arguments, form=DEFAULT, **options):
+    return torch.ops.pqcad.linear(*arguments[:9], **options)
