@@ -103,7 +103,7 @@ def exactness(out: Path, device: str, rehearse: bool) -> None:
 
     def check(name: str) -> None:  # a form's layers one after another: kernels of several forms compile side by side
         for layer, (given, sums) in zip(chosen, arguments, strict=True):
-            served = map(str, tma.blocks_for(len(given[2]), *given[6:9], given[11]))
+            served = map(str, tma.blocks_for(len(given[2]), given[6], given[7], given[8], given[11]))
             if name in tma.BLOCKS and name not in served:
                 continue
             result["layers"][name] += 1

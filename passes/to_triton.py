@@ -76,8 +76,8 @@ def _call(node: Node) -> tuple[Any, ...]:
 
 def _tma_linear(*arguments: Any) -> Any:
     """A linear layer in a form that takes images alone."""
-    *arguments, form = arguments
-    image = pqcad.tma_conv2d.default(*as_convolution(arguments), form)
+    *layer, form = arguments
+    image = pqcad.tma_conv2d.default(*as_convolution(layer), form)
     return image.squeeze(-1).transpose(1, 2)
 
 

@@ -257,7 +257,7 @@ class _Bench:
         for _ in range(self.rounds):
             for name, call in [*steps.items()]:
                 try:
-                    times[name] += timed(lambda call=call: self._once(call, example), self.iterations)
+                    times[name] += timed(functools.partial(self._once, call, example), self.iterations)
                 except torch.OutOfMemoryError as error:
                     self.rows[name, batch] = {"name": name, "batch": batch, "skipped": reason(error)}
                     del steps[name]

@@ -152,7 +152,7 @@ KERNELS = {
 }
 
 
-def fits(types: Sequence[torch.dtype], segments: Sequence[int], norm_groups: int) -> bool:
+def fits(types: Sequence[torch.dtype | None], segments: Sequence[int], norm_groups: int) -> bool:
     """Whether the kernel takes images of these types side by side: at most two of one type, and of two segments."""
     narrow = norm_groups == 0 or sum(segments) // norm_groups <= 64
     return len(types) <= 2 and len(set(types)) == 1 and len(segments) <= 2 and narrow
