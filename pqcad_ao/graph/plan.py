@@ -99,7 +99,7 @@ class Plan:
     def summary(self) -> str:
         """One line: how much of the weights is in how many bits, and their average."""
         total = sum(row.parameters for row in self.rows)
-        bits = Counter()
+        bits: Counter[Any] = Counter()
         for row in self.rows:
             bits[row.weight_bits or 32] += row.parameters
         shares = ", ".join(

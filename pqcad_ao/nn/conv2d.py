@@ -38,9 +38,20 @@ class QuantizedConv2d(QuantizedLayer):
         cls, original: nn.Conv2d, weight_bits: int, activation_bits: int | None, segments: list[int], timestep: Timestep
     ) -> "QuantizedConv2d":
         """The same convolution with its weights still to be set."""
-        shape = (original.kernel_size, original.stride, numeric_padding(original), original.dilation, original.groups)
-        channels, bias = (original.in_channels, original.out_channels), original.bias is not None
-        return cls(*channels, *shape, bias, weight_bits, activation_bits, segments, timestep)
+        return cls(
+            original.in_channels,
+            original.out_channels,
+            kernel_size=list(original.kernel_size),
+            stride=list(original.stride),
+            padding=numeric_padding(original),
+            dilation=list(original.dilation),
+            groups=original.groups,
+            bias=original.bias is not None,
+            weight_bits=weight_bits,
+            activation_bits=activation_bits,
+            segments=segments,
+            timestep=timestep,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.convolve(x)
@@ -77,7 +88,9 @@ class QuantizedConv2d(QuantizedLayer):
 
 def numeric_padding(convolution: nn.Conv1d | nn.Conv2d) -> list[int]:
     """A convolution's padding in numbers, where its module says "same" or "valid", too."""
-    dilation, kernel_size = convolution.dilation, convolution.kernel_size
-    if convolution.padding == "same":
-        return [d * (k - 1) // 2 for d, k in zip(dilation, kernel_size, strict=True)]
-    return [0] * len(kernel_size) if convolution.padding == "valid" else list(convolution.padding)
+    padding, dilation, kernel_size = convolution.padding, convolution.dilation, convolution.kernel_size
+    if not isinstance(padding, str):
+        return list(padding)
+    if padding == "valid":
+        return [0] * len(kernel_size)
+    return [d * (k - 1) // 2 for d, k in zip(dilation, kernel_size, strict=True)]

@@ -31,6 +31,11 @@ class QuantizedLayer(nn.Module):
     kernel_size: list[int] = []  # noqa: RUF012  (replaced, never changed)
     groups = 1
     float32_buffers = ("weight_scale", "bias", "input_scale")
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+    input_scale: Tensor
+    input_low: Tensor
 
     def __init__(
         self,
@@ -45,15 +50,14 @@ class QuantizedLayer(nn.Module):
         super().__init__()
         self.weight_bits, self.activation_bits, self.segments = weight_bits, activation_bits, list(segments)
         self.reduction, self.timestep = reduction, timestep
-        float32 = {"dtype": torch.float32}
         self.register_buffer(
             "weight", torch.zeros(out_features, packed_size(reduction, weight_bits), dtype=torch.uint8)
         )
-        self.register_buffer("weight_scale", torch.ones(out_features, **float32))
-        self.register_buffer("bias", torch.zeros(out_features, **float32) if bias else None)
+        self.register_buffer("weight_scale", torch.ones(out_features, dtype=torch.float32))
+        self.register_buffer("bias", torch.zeros(out_features, dtype=torch.float32) if bias else None)
         if activation_bits is not None:
             shape = (timestep.groups, len(segments))
-            self.register_buffer("input_scale", torch.ones(shape, **float32))
+            self.register_buffer("input_scale", torch.ones(shape, dtype=torch.float32))
             self.register_buffer("input_low", torch.zeros(shape, dtype=torch.int16))
 
     def _apply(self, fn, recurse=True):

@@ -123,7 +123,7 @@ def make_layers(model: nn.Module, state: QuantizedState) -> dict[str, QuantizedL
     layers: dict[str, QuantizedLayer] = {}
     for row in state.plan.quantized:
         try:
-            original = model.get_submodule(row.fqn)
+            original: Any = model.get_submodule(row.fqn)
         except AttributeError as error:
             raise ValueError(
                 f"the checkpoint quantizes {row.fqn}, which {type(model).__name__} does not have: it is of another "
@@ -131,7 +131,7 @@ def make_layers(model: nn.Module, state: QuantizedState) -> dict[str, QuantizedL
             ) from error
         operator = OPERATORS.get(row.kind)
         known = operator is not None and operator.quantized is not None and isinstance(original, operator.module)
-        if not known or list(original.weight.shape) != row.shape:
+        if operator is None or not known or list(original.weight.shape) != row.shape:
             present = f"{type(original).__name__} {list(getattr(original, 'weight', torch.empty(0)).shape)}"
             raise ValueError(f"the checkpoint has {row.fqn} as {row.kind} {row.shape}; the network has a {present}")
         channels = getattr(original, operator.channels)
