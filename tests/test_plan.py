@@ -280,20 +280,12 @@ def test_a_plain_module():
     assert rows["join"].segments == rows["shortcut"].segments == [8, 8]
 
 
-class Transposed(Plain):
+class Volume(Plain):
     def build(self):
-        self.layer = nn.ConvTranspose2d(8, 8, 3, padding=1)
+        self.layer = nn.Conv3d(8, 8, 1)
 
     def middle(self, h):
-        return self.layer(h)
-
-
-class OneDimensional(Plain):
-    def build(self):
-        self.layer = nn.Conv1d(8, 8, 1)
-
-    def middle(self, h):
-        return self.layer(h.flatten(2)).reshape(h.shape)
+        return self.layer(h[:, :, None])[:, :, 0]
 
 
 class Reflecting(Plain):
@@ -304,7 +296,7 @@ class Reflecting(Plain):
         return self.layer(h)
 
 
-class EvenSame(Transposed):
+class EvenSame(Reflecting):
     def build(self):
         self.layer = nn.Conv2d(8, 8, 2, padding="same")
 
@@ -378,8 +370,7 @@ class FoldedBatch(Plain):
 
 
 UNSUPPORTED = {
-    Transposed: "no quantized form of this operator",
-    OneDimensional: "no quantized form of this operator",
+    Volume: "no quantized form of this operator",
     Reflecting: "padding_mode='reflect' is not zeros",
     EvenSame: "padding='same' with an even kernel is not symmetric",
     Twice: "called 2 times in one step: one scale would not do",

@@ -56,7 +56,32 @@ def packed_weight(rows: Tensor, kernel_size: list[int]) -> Tensor:
     return rows.unflatten(1, (*kernel_size, -1)).movedim(-1, 1)
 
 
-OUTPUT_FIRST = WeightLayout(lambda weight, groups: weight, lambda weight, groups: weight)
+def _turned(weight: Tensor, groups: int) -> Tensor:
+    """A transposed convolution's weight (I, O / groups, *kernel) to that of the convolution (O, I / groups, *kernel).
+
+    The same turns it back: inputs and outputs change places within each group, and the kernel is turned round.
+    """
+    turned = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    return turned.flip(tuple(range(2, weight.dim())))
+
+
+def _same(weight: Tensor, groups: int) -> Tensor:
+    return weight
+
+
+def _of_height_one(weight: Tensor, groups: int) -> Tensor:
+    """(O, I / groups, k) to (O, I / groups, 1, k)."""
+    return weight.unsqueeze(2)
+
+
+def _without_height(weight: Tensor, groups: int) -> Tensor:
+    """(O, I / groups, 1, k) to (O, I / groups, k)."""
+    return weight.squeeze(2)
+
+
+OUTPUT_FIRST = WeightLayout(_same, _same)
+HEIGHT_ONE = WeightLayout(_of_height_one, _without_height)
+INPUT_FIRST = WeightLayout(_turned, _turned)
 
 
 @dataclass(frozen=True)
@@ -106,14 +131,30 @@ _ROWS = [
         packed="pqcad::conv2d",
         quantized="pqcad_ao.nn.conv2d.QuantizedConv2d",
     ),
+    Operator(
+        kind="conv1d",
+        module=nn.Conv1d,
+        targets=(aten.conv1d.default, aten.conv1d.padding),
+        functionals=(torch.conv1d,),
+        spatial=1,
+        layout=HEIGHT_ONE,
+        packed="pqcad::conv2d",
+        quantized="pqcad_ao.nn.conv1d.QuantizedConv1d",
+    ),
+    Operator(
+        kind="conv_transpose2d",
+        module=nn.ConvTranspose2d,
+        targets=(aten.conv_transpose2d.input,),
+        functionals=(torch.conv_transpose2d,),
+        spatial=2,
+        layout=INPUT_FIRST,
+        packed="pqcad::conv2d",
+        quantized="pqcad_ao.nn.conv_transpose2d.QuantizedConvTranspose2d",
+    ),
     # Without a quantized form; they are in the table so that the plan can name them.
-    Operator("conv1d", nn.Conv1d, (aten.conv1d.default, aten.conv1d.padding), (torch.conv1d,), spatial=1),
     Operator("conv3d", nn.Conv3d, (aten.conv3d.default, aten.conv3d.padding), (torch.conv3d,), spatial=3),
     Operator(
         "conv_transpose1d", nn.ConvTranspose1d, (aten.conv_transpose1d.default,), (torch.conv_transpose1d,), spatial=1
-    ),
-    Operator(
-        "conv_transpose2d", nn.ConvTranspose2d, (aten.conv_transpose2d.input,), (torch.conv_transpose2d,), spatial=2
     ),
     Operator(
         "conv_transpose3d", nn.ConvTranspose3d, (aten.conv_transpose3d.input,), (torch.conv_transpose3d,), spatial=3

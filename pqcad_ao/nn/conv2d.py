@@ -1,5 +1,7 @@
 """A convolution on packed integer weights."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -35,9 +37,9 @@ class QuantizedConv2d(QuantizedLayer):
 
     @classmethod
     def like(
-        cls, original: nn.Conv2d, weight_bits: int, activation_bits: int | None, segments: list[int], timestep: Timestep
+        cls, original: Any, weight_bits: int, activation_bits: int | None, segments: list[int], timestep: Timestep
     ) -> "QuantizedConv2d":
-        """The same convolution with its weights still to be set."""
+        """The same convolution as an ``nn.Conv2d``, with its weights still to be set."""
         return cls(
             original.in_channels,
             original.out_channels,
@@ -86,7 +88,7 @@ class QuantizedConv2d(QuantizedLayer):
         return f"{shape}, {self._bits()}"
 
 
-def numeric_padding(convolution: nn.Conv1d | nn.Conv2d) -> list[int]:
+def numeric_padding(convolution: nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d) -> list[int]:
     """A convolution's padding in numbers, where its module says "same" or "valid", too."""
     padding, dilation, kernel_size = convolution.padding, convolution.dilation, convolution.kernel_size
     if not isinstance(padding, str):

@@ -51,9 +51,9 @@ class PQCADQuantizer(Quantizer):
     def _specs(self, node: Node, row: PlanRow) -> dict[Node, QuantizationSpec]:
         arguments = bind(node)
         if self.side == "weights":
-            groups = arguments.get("groups", 1)
-            channels = len(OPERATORS[row.kind].layout.to_packed(torch.empty(row.shape, device="meta"), groups))
-            options = {"bits": row.weight_bits, "channels": channels, "kind": row.kind, "groups": groups}
+            layout, groups = OPERATORS[row.kind].layout, arguments.get("groups", 1)
+            channels = len(layout.to_packed(torch.empty(row.shape, device="meta"), groups))
+            options = {"bits": row.weight_bits, "channels": channels, "layout": layout, "groups": groups}
             spec = (WeightFakeQuantize.with_args(**options), *weight_range(row.weight_bits))
             return {arguments["weight"]: QuantizationSpec(torch.int8, *spec, torch.per_channel_symmetric)}
         fake_quant = ActivationFakeQuantize.with_args(

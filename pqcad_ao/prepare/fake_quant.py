@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
 
-from pqcad_ao.graph.operators import OPERATORS
+from pqcad_ao.graph.operators import OUTPUT_FIRST, WeightLayout
 from pqcad_ao.ops.reference import per_channel
 from pqcad_ao.prepare.grids import Bound, fit_activation_grid, fit_weight_scale, weight_range
 
@@ -96,13 +96,12 @@ class WeightFakeQuantize(_Blending):
     """A symmetric grid for each output channel; scales are (O,), fitted by least squares.
 
     Args:
-        channels: O. kind: the layer's row in the table of operators, which says where a weight's output channels are.
-        groups: of the layer.
+        channels: O. layout: of the layer's weight, by the table of operators. groups: of the layer.
     """
 
-    def __init__(self, bits: int, channels: int, kind: str = "conv2d", groups: int = 1, **_) -> None:
+    def __init__(self, bits: int, channels: int, layout: WeightLayout = OUTPUT_FIRST, groups: int = 1, **_) -> None:
         super().__init__(bits)
-        self.kind, self.groups = kind, groups
+        self.layout, self.groups = layout, groups
         self.qscheme, self.ch_axis = torch.per_channel_symmetric, 0
         self.scale = nn.Parameter(torch.ones(channels))
         self.next_scale = nn.Parameter(torch.ones(channels))
@@ -129,7 +128,7 @@ class WeightFakeQuantize(_Blending):
 
     def _by_output(self, weight: Tensor) -> Tensor:
         """The layer's weight with its output channels first, (O, I / groups, ...)."""
-        return OPERATORS[self.kind].layout.to_packed(weight, self.groups)
+        return self.layout.to_packed(weight, self.groups)
 
     def _on_grid(self, weight: Tensor, scale: Tensor, bits: int) -> Tensor:
         low, high = weight_range(bits)
@@ -144,7 +143,7 @@ class WeightFakeQuantize(_Blending):
         if self.blending:
             following = self._on_grid(x, self.next_scale, self.next_bits)
             quantized = (1 - self.alpha) * quantized + self.alpha * following
-        return OPERATORS[self.kind].layout.from_packed(quantized, self.groups).to(weight.dtype)
+        return self.layout.from_packed(quantized, self.groups).to(weight.dtype)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         return self.scale.detach(), torch.zeros_like(self.scale, dtype=torch.int64)
