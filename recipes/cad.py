@@ -92,11 +92,14 @@ def compress_on_all(
     keeps: dict[str, Any] = {"folder": out / "work", "callback": None, "progress": progress}
     # before anything is learned: it finds out whether the scheduler fits
     checked_images(teacher, ddim, shape, cad, None, images=images, **keeps)
-    if unquantized and dist.is_initialized():
-        shared: dict[str, Any] = {"folder": out / "work", "share": rank_and_world(), "progress": progress and rank == 0}
-        calibration_set(teacher, ddim, shape, settings, **shared)
-    if unquantized and rank == 0:
+    if unquantized:
         student = copy.deepcopy(teacher)
+    if unquantized and dist.is_initialized():
+        # of the copy, as quantize_ does: what a network computes depends in its last bits on where its weights lie in
+        # memory, which for one that was just read is anywhere
+        shared: dict[str, Any] = {"folder": out / "work", "share": rank_and_world(), "progress": progress and rank == 0}
+        calibration_set(student, ddim, shape, settings, **shared)
+    if unquantized and rank == 0:
         quantize_(student, settings, scheduler=ddim, folder=out / "work", progress=progress)
         name.write_text(made_from)
         save_model(student, scheduler, quantized)
