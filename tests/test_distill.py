@@ -468,6 +468,33 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, killed_
     assert losses(student) == losses(undisturbed)
 
 
+@pytest.mark.parametrize("quantized", [True, False])
+def test_layers_in_float_do_not_tell_a_resumed_run_from_another(tiny_unet, tmp_path, monkeypatch, quantized):
+    """All of them learn here; a gradient that outlived its update would count in the next one's clipping."""
+    monkeypatch.setattr(learner, "CHECKPOINT_EVERY", 1)
+    monkeypatch.setattr(learner, "LARGEST_GRADIENT", 0.1)
+    settings, original, kills = config(iterations=9), engine._Halving.update, []
+    undisturbed = student_of(tiny_unet) if quantized else copy.deepcopy(tiny_unet)
+    killed = copy.deepcopy(undisturbed)
+
+    def update(self):
+        if kills and len(self.log) == kills[0]:
+            kills.pop(0)
+            raise KeyboardInterrupt
+        entry = original(self)
+        assert all(parameter.grad is None for parameter in self.graph.parameters())
+        return entry
+
+    monkeypatch.setattr(engine._Halving, "update", update)
+    distill(undisturbed, tiny_unet, settings)
+    kills += [3, 7]
+    while kills:
+        with pytest.raises(KeyboardInterrupt):
+            distill(killed, tiny_unet, settings, folder=tmp_path)
+    distill(killed, tiny_unet, settings, folder=tmp_path)
+    assert same_weights(killed, undisturbed)
+
+
 def test_another_runs_folder_is_refused(tmp_path):
     reference = Small()
     distill(student_of(reference), reference, config(iterations=2), folder=tmp_path)

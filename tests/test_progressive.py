@@ -310,6 +310,53 @@ def test_a_killed_run_goes_on_to_the_same_weights(run, tmp_path, monkeypatch, ki
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 40
 
 
+def test_layers_that_stay_in_float_do_not_tell_a_resumed_run_from_another(tiny_unet, tmp_path, monkeypatch):
+    """Their gradients are in no checkpoint, and must not count where gradients are clipped, as in every update here."""
+    monkeypatch.setattr(learner, "CHECKPOINT_EVERY", 1)
+    settings, original = config(iterations=14, window=1, weight_ladder=[], activation_ladder=[]), engine._Run.update
+    undisturbed, resolved, _ = learned(tiny_unet, settings)
+    assert any(not row.quantized for row in resolved.rows)
+    kills = [3, 8, 12]  # one folder: a run that is killed again and again
+
+    def update(self):
+        if kills and len(self.log) == kills[0]:
+            kills.pop(0)
+            raise KeyboardInterrupt
+        return original(self)
+
+    monkeypatch.setattr(engine._Run, "update", update)
+    while kills:
+        with pytest.raises(KeyboardInterrupt):
+            learned(tiny_unet, settings, folder=tmp_path)
+    again, _, _ = learned(tiny_unet, settings, folder=tmp_path)
+    assert again.log == undisturbed.log
+    for name, value in undisturbed.graph.state_dict().items():
+        assert torch.equal(value, again.graph.state_dict()[name]), name
+
+
+def test_only_what_learns_is_clipped(tiny_unet, monkeypatch):
+    clipped, learning, original = [], [], learner.Learner.step
+
+    def clip(parameters, largest):
+        parameters = list(parameters)
+        clipped.append({id(parameter) for parameter in parameters})
+        return torch.nn.utils.clip_grads_with_norm_(parameters, largest, torch.tensor(0.0))
+
+    def step(self, *args):
+        learning.append({id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]})
+        original(self, *args)
+        assert all(parameter.grad is None for parameter in self.graph.parameters())
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    monkeypatch.setattr(learner.Learner, "step", step)
+    flags = {name: parameter.requires_grad for name, parameter in tiny_unet.named_parameters()}
+    quantize(tiny_unet, config(iterations=6, window=1, weight_ladder=[], activation_ladder=[]))
+    assert len(clipped) == len(learning) == 6
+    assert all(norms and norms <= owned for norms, owned in zip(clipped, learning, strict=True))
+    # the network that was handed over keeps its flags
+    assert all(parameter.requires_grad == flags[name] for name, parameter in tiny_unet.named_parameters())
+
+
 def test_a_finished_run_is_not_run_again(run, tmp_path, monkeypatch):
     learned(Small(), config(), folder=tmp_path)
     monkeypatch.setattr(engine._Run, "update", lambda self: pytest.fail("it learned again"))

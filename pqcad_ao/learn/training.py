@@ -40,8 +40,12 @@ def to_learn(network: nn.Module) -> nn.Module:
 class Learner:
     """Adam on a graph's parameters, with rates that rise shortly and fall to zero.
 
+    Parameters that do not learn require no gradient from here on: nothing would clear it, and it would count in the
+    norm that is clipped.
+
     Args:
-        graph: the fake-quantized graph. parameters: of it, that learn at ``learning_rate``.
+        graph: the fake-quantized graph, whose parameters must be its own. parameters: of it, that learn at
+            ``learning_rate``; those that were frozen before stay so.
         scale_learning_rate: of the scales, as a part of their own size.
         iterations: updates in all.
     """
@@ -56,12 +60,17 @@ class Learner:
     ) -> None:
         self.graph, self.iterations = graph, iterations
         self.learning_rate, self.scale_learning_rate = learning_rate, scale_learning_rate
-        self.optimizer = torch.optim.Adam(parameters, lr=0.0)
+        learning = {parameter: parameter.requires_grad for parameter in parameters}
+        self.optimizer = torch.optim.Adam(learning, lr=0.0)
+        graph.requires_grad_(False)
+        for parameter, learns in learning.items():
+            parameter.requires_grad_(learns)
 
     def add_scales(self, quantizers: Iterable[Any]) -> None:
         """Scales learn at a rate relative to their own size, so each is a group."""
         for module in quantizers:
             for scale in (module.scale, module.next_scale):
+                scale.requires_grad_(True)
                 self.optimizer.add_param_group({"params": [scale], "scale": scale})
 
     def forget(self, scale: nn.Parameter) -> None:
