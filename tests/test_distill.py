@@ -471,8 +471,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, killed_
 @pytest.mark.parametrize("quantized", [True, False])
 def test_layers_in_float_do_not_tell_a_resumed_run_from_another(tiny_unet, tmp_path, monkeypatch, quantized):
     """All of them learn here; a gradient that outlived its update would count in the next one's clipping."""
-    monkeypatch.setattr(learner, "CHECKPOINT_EVERY", 1)
-    monkeypatch.setattr(learner, "LARGEST_GRADIENT", 0.1)
+    monkeypatch.setattr(training, "CHECKPOINT_EVERY", 1)
+    monkeypatch.setattr(training, "LARGEST_GRADIENT", 0.1)
     settings, original, kills = config(iterations=9), engine._Halving.update, []
     undisturbed = student_of(tiny_unet) if quantized else copy.deepcopy(tiny_unet)
     killed = copy.deepcopy(undisturbed)

@@ -312,7 +312,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(run, tmp_path, monkeypatch, ki
 
 def test_layers_that_stay_in_float_do_not_tell_a_resumed_run_from_another(tiny_unet, tmp_path, monkeypatch):
     """Their gradients are in no checkpoint, and must not count where gradients are clipped, as in every update here."""
-    monkeypatch.setattr(learner, "CHECKPOINT_EVERY", 1)
+    monkeypatch.setattr(training, "CHECKPOINT_EVERY", 1)
     settings, original = config(iterations=14, window=1, weight_ladder=[], activation_ladder=[]), engine._Run.update
     undisturbed, resolved, _ = learned(tiny_unet, settings)
     assert any(not row.quantized for row in resolved.rows)
@@ -335,7 +335,7 @@ def test_layers_that_stay_in_float_do_not_tell_a_resumed_run_from_another(tiny_u
 
 
 def test_only_what_learns_is_clipped(tiny_unet, monkeypatch):
-    clipped, learning, original = [], [], learner.Learner.step
+    clipped, learning, original = [], [], training.Learner.step
 
     def clip(parameters, largest):
         parameters = list(parameters)
@@ -348,7 +348,7 @@ def test_only_what_learns_is_clipped(tiny_unet, monkeypatch):
         assert all(parameter.grad is None for parameter in self.graph.parameters())
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
-    monkeypatch.setattr(learner.Learner, "step", step)
+    monkeypatch.setattr(training.Learner, "step", step)
     flags = {name: parameter.requires_grad for name, parameter in tiny_unet.named_parameters()}
     quantize(tiny_unet, config(iterations=6, window=1, weight_ladder=[], activation_ladder=[]))
     assert len(clipped) == len(learning) == 6
