@@ -9,6 +9,7 @@ import copy
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
@@ -98,13 +99,14 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     options = config.train
     torch.manual_seed(options.seed)
-    unet = UNet2DModel(**OmegaConf.to_container(config.unet)).to(device)
+    architecture: Any = OmegaConf.to_container(config)
+    unet = UNet2DModel(**architecture["unet"]).to(device)
     if start is not None:
         unet.load_state_dict(initial_weights(unet, start))
     if options.get("channels_last", False):
         unet = unet.to(memory_format=torch.channels_last)
     network = torch.compile(unet) if options.get("compile", False) else unet
-    scheduler = DDIMScheduler(**OmegaConf.to_container(config.scheduler))
+    scheduler = DDIMScheduler(**architecture["scheduler"])
     optimizer = torch.optim.AdamW(unet.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     ema = [parameter.detach().clone() for parameter in unet.parameters()]
     generator = torch.Generator(device).manual_seed(options.seed)
