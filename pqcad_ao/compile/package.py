@@ -55,7 +55,7 @@ def export_pt2(
 
     The package holds machine code for this machine's processor and the packed weights. What it calls at each step is
     compiled code and the ``pqcad::`` kernels; :func:`load_pt2` registers these, and no Python of this package runs
-    between two steps. A process without Python needs the kernels' library (``pqcad_ao/ops/cpu/cpu.cpp`` and the
+    between two steps. A process without Python needs the kernels' library (``pqcad_ao/ops/cpu/`` and the
     operators' schemas) registered with the dispatcher before it loads the package.
 
     Args:

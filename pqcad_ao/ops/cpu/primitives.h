@@ -1,0 +1,12 @@
+// The primitives that the kernels are written against: chosen here, for the instruction set that is compiled for.
+//
+// An instruction set is one file that defines what generic.h does and says there. It is added below.
+#pragma once
+
+#if defined(PQCAD_GENERIC)
+#include "generic.h"
+#elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
+#include "avx512.h"
+#else
+#define PQCAD_NO_PRIMITIVES
+#endif
