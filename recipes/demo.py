@@ -1,35 +1,31 @@
 """The demo: a teacher goes in; pictures, a compressed model, a ``.pte`` and a summary of measurements come out."""
 
 import copy
-import json
-import os
 import shlex
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from pqcad_ao import ops
-from pqcad_ao.bench.compile.contenders import frozen, module_bytes
-from pqcad_ao.bench.compile.workload import Step
+from pqcad_ao.bench.compile.contenders import module_bytes
 from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.denoiser import sample_shape
 from pqcad_ao.diffusion.images import checked_images
 from pqcad_ao.diffusion.recording import Recorder
 from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.distill import check_distillation, distill_
+from pqcad_ao.edge.sampler import PTESampler
 from pqcad_ao.evaluate.features import RealFeatures, embedded_features, extract_features
 from pqcad_ao.evaluate.fid import fid_kid
 from pqcad_ao.evaluate.sqnr import sqnr_db, trajectory_sqnr
@@ -37,13 +33,13 @@ from pqcad_ao.models import load_model, save_model
 from pqcad_ao.nn.state import QuantizedState, quantized_state
 from pqcad_ao.ops.cpu import loader
 from pqcad_ao.quantize import quantize_
+from pqcad_ao.recipes.forms import compiled_forms, exporting, load_step, median_ms
 from pqcad_ao.report import LATENCY_NAMES, ROW_NAMES, save_learning, save_samples, text_report, write_html, write_json
 from pqcad_ao.utils.checks import check_count, check_counts
 from pqcad_ao.utils.machine import describe
 from pqcad_ao.utils.quiet import start_executorch
 
 TRAJECTORY_ROWS = 8  # images whose trajectories carry the SQNR
-WARMUP_CALLS = 3
 
 
 class Stages:
@@ -60,17 +56,42 @@ class Stages:
         self.seconds[name] = time.perf_counter() - begin
 
 
-@torch.no_grad()
-def median_ms(call: Callable[[], Any], calls: int) -> float:
-    """Median wall time of ``call()`` in milliseconds, after some calls that are not counted."""
-    for _ in range(WARMUP_CALLS):
-        call()
-    times = []
-    for _ in range(calls):
-        begin = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begin)
-    return 1000 * median(times)
+@dataclass(frozen=True)
+class Row:
+    """A network and how it is sampled.
+
+    Attributes:
+        name: of ``ROW_NAMES``: the way it was made, and whether it takes all the steps ("full") or half of them.
+    """
+
+    name: str
+    unet: nn.Module
+    scheduler: Any
+    steps: int
+
+    @property
+    def way(self) -> str:
+        return self.name.partition("_")[0]
+
+    @property
+    def length(self) -> str:
+        return self.name.partition("_")[2]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What saving, exporting and timing the networks gave; keys as in ``summary.json``.
+
+    Attributes:
+        pictures: (N, C, H, W) that unet.pte sampled. skipped: what could not be measured, and why.
+    """
+
+    bytes: dict[str, int]
+    latency_ms: dict[str, float]
+    sqnr_db: dict[str, float]
+    pte_arithmetic: dict[str, int]
+    skipped: dict[str, str]
+    pictures: Tensor
 
 
 def run(
@@ -115,8 +136,6 @@ def run(
     check_counts(steps=steps, batch_size=batch_size, latency_calls=latency_calls, pictures=pictures)
     if cad is not None and (cad.steps != steps or cad.halvings != 1):
         raise ValueError(f"cad is for {cad.steps} steps and {cad.halvings} halvings: the demo halves its {steps} once")
-    from pqcad_ao.edge.sampler import PTESampler  # wants executorch, which is optional
-
     start_executorch(torch.get_num_threads())
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -124,197 +143,188 @@ def run(
     stages = Stages(say)
     # the kernels' compiler works while the teacher calibrates; the first quantized layer waits for what is left
     threading.Thread(target=loader.load, daemon=True).start()
-
     with stages("load the teacher"):
         teacher, scheduler = load_model(model)
         network, real = features or embedded_features()
-        shape = sample_shape(teacher)
-        noise = torch.randn(images, *shape, generator=torch.Generator().manual_seed(seed))
+        noise = torch.randn(images, *sample_shape(teacher), generator=torch.Generator().manual_seed(seed))
         extract_features(noise[:2], network)  # a network for other images is refused now, not after sampling
 
-    networks = {"fp_full": teacher, "ptq_full": copy.deepcopy(teacher)}
-    with tempfile.TemporaryDirectory() as folder:  # the trajectories that calibrate are the ones to learn from
-        if cad is not None:  # first: it finds out what cannot be distilled
-            with stages(f"draw {cad.points} pictures to distill from"):
-                ddim, _ = check_distillation(teacher, scheduler, cad)
-                kept: dict[str, Any] = {"folder": folder, "callback": None, "progress": progress}
-                checked_images(teacher, ddim, shape, cad, None, images=None, **kept)
-        with stages("fixed bits: calibrate on the teacher's own trajectories"):
-            fixed = replace(config, mode="ptq")
-            quantize_(networks["ptq_full"], fixed, scheduler=scheduler, folder=folder, progress=progress)
-        if config.learns:
-            with stages(f"progressive: learn on the same trajectories, {config.iterations} updates"):
-                networks["pq_full"] = copy.deepcopy(teacher)
-                quantize_(networks["pq_full"], config, scheduler=scheduler, folder=folder, progress=progress)
-        name, compressed = list(networks.items())[-1]
-        sampler_of = dict.fromkeys(networks, scheduler)
-        lengths = {"full": steps} | ({"half": steps // 2} if steps % 2 == 0 else {})
-        rows = {row: (unet, "full") for row, unet in networks.items()}
-        if cad is not None:
-            with stages(f"distill to {steps // 2} steps, {cad.iterations} updates"):
-                compressed, name = copy.deepcopy(compressed), "pqcad_half"
-                halved = distill_(compressed, teacher, scheduler, cad, folder=folder, progress=progress)
-            # both kinds of full precision first
-            rows = {"fp_full": rows.pop("fp_full"), "fp_half": (teacher, "half"), **rows, name: (compressed, "half")}
-            sampler_of |= {"fp_half": scheduler, name: halved}
-        elif "half" in lengths:
-            half = name.replace("full", "half")
-            rows[half], sampler_of[half] = (compressed, "half"), scheduler
-    learned = cast(QuantizedState, quantized_state(compressed))
-    resolved = learned.plan
-    say(f"           {resolved.summary()}")
-
-    recorder = Recorder(teacher, most=steps)  # the first batch of images
-    drawn: dict[str, Tensor] = {}
-    for row, (unet, length) in rows.items():
-        with stages(f"sample {images} images in {lengths[length]} steps: {ROW_NAMES[row]}"):
-            drawn[row] = sample(
-                recorder if row == "fp_full" else unet,
-                sampler_of[row],
-                noise,
-                lengths[length],
-                batch_size=batch_size,
-                progress=progress,
-            )
+    rows, result = make_rows(Row("fp_full", teacher, scheduler, steps), config, cad, stages, progress)
+    state = cast(QuantizedState, quantized_state(result.unet))
+    say(f"           {state.plan.summary()}")
+    drawn, visited = draw(rows, noise, batch_size, stages, progress)
     with stages("evaluate: FID, SQNR"):
-        fid = {row: fid_kid(pixels, network, real, seed=seed)["fid"] for row, pixels in drawn.items()}
-        points = [(call.x_t[:TRAJECTORY_ROWS], call.timesteps[:TRAJECTORY_ROWS]) for call in recorder.calls]
+        fid = {name: fid_kid(pixels, network, real, seed=seed)["fid"] for name, pixels in drawn.items()}
         sqnr = {
-            row.replace("full", "step"): trajectory_sqnr(teacher, unet, points)["sqnr_db"]
-            for row, unet in networks.items()
-            if row != "fp_full"
+            f"{row.way}_step": trajectory_sqnr(teacher, row.unet, visited)["sqnr_db"]
+            for row in rows[1:]
+            if row.length == "full"
         }
-
-    with tempfile.TemporaryDirectory() as scratch:
-        places = {"fp32": Path(scratch) / "fp32.pte", "compressed": out / "unet.pte"}
-        with stages("save both models"):
-            fp32_checkpoint = save_model(teacher, scheduler, Path(scratch) / "model").stat().st_size
-            checkpoint = save_model(compressed, sampler_of[name], out / "model").stat().st_size
-        x_t, timestep = noise[:1], recorder.calls[0].timesteps[0]
-        compiled = {
-            "fp32_compile": lambda: partial(frozen(Step(copy.deepcopy(teacher)), (x_t, timestep)), x_t, timestep),
-            "compressed_compile": lambda: partial(
-                torch.compile(compressed, backend="pqcad", fullgraph=True), x_t, timestep
-            ),
-        }
-        with (
-            stages("export unet.pte and its fp32 counterpart in processes of their own; meanwhile torch.compile"),
-            exporting(Path(scratch) / "model", places["fp32"], "--full-precision") as finish_fp32,
-            exporting(out / "model", places["compressed"], "--steps", str(lengths[rows[name][1]])) as finish,
-        ):
-            calls, skipped = build(compiled)
-            fp32_exported, exported = finish_fp32(), finish()
-        shown = min(pictures, images)
-        with stages(f"sample {shown} images with unet.pte"):
-            sampler = PTESampler(places["compressed"])
-            pte_full = sampler.sample(noise[:shown], progress=progress)
-        sqnr["pte_vs_eager"] = min(exported["sqnr_db"].values())
-        sqnr["pte_images"] = sqnr_db(drawn[name][:shown], pte_full)
-        calls["fp32_eager"] = partial(teacher, x_t, timestep)
-        calls["pte_fp32"] = partial(load_step(places["fp32"]), [x_t, timestep.reshape(1)])
-        calls["pte"] = partial(sampler.predict, x_t, 0)
-        with stages("time one step of each"):
-            latency = {name: median_ms(calls[name], latency_calls) for name in LATENCY_NAMES if name in calls}
+    shown, timestep = min(pictures, images), visited[0][1][0]
+    measured = measure_forms(rows[0], result, noise[:shown], timestep, out, latency_calls, stages, progress)
+    sqnr |= measured.sqnr_db
+    sqnr["pte_images"] = sqnr_db(drawn[result.name][:shown], measured.pictures)
 
     summary: dict[str, Any] = {
-        "steps": lengths,
+        "steps": {row.length: row.steps for row in rows},
         "fid": fid,
         "fid_n": images,
-        "bytes": {
-            "fp32_checkpoint": fp32_checkpoint,
-            "checkpoint": checkpoint,
-            "fp32_pte": fp32_exported["bytes"],
-            "pte": exported["bytes"],
-            "resident_weights": module_bytes(compressed),
-        },
-        "latency_ms": latency,
+        "bytes": measured.bytes,
+        "latency_ms": measured.latency_ms,
         "latency_batch": 1,
         "sqnr_db": sqnr,
         "arithmetic": ops.arithmetic(),
-        "pte_arithmetic": dict(Counter(exported["arithmetic"].values()).most_common()),
-        "plan_summary": resolved.summary(),
+        "pte_arithmetic": measured.pte_arithmetic,
+        "plan_summary": state.plan.summary(),
         "model": str(model),
         "seed": seed,
         "command": command or shlex.join(sys.argv),
         **describe(torch.get_num_threads()),
         "stages_s": stages.seconds,
     }
-    if "half" in lengths and {"fp32_compile", "compressed_compile"} <= latency.keys():
-        whole, rest = latency["fp32_compile"] * steps, latency["compressed_compile"] * lengths["half"]
-        summary["speedup_end_to_end"] = whole / rest
+    summary |= _speedup(summary)
     if config.learns:
-        summary["transitions"] = learned.transitions
-    if skipped:
-        summary["skipped"] = skipped
-    bits = f"W{config.weight_bits}A{config.activation_bits or ' float'}"
-    ways = {"fp": "full precision", "ptq": f"{bits} fixed", "pq": f"{bits} progressive", "pqcad": f"{bits} distilled"}
-
-    def label(row: str) -> str:
-        way, _, length = row.partition("_")
-        return f"{ways[way]}, {lengths[length]} steps"
-
-    panels = {f"{label(row)}\nFID {fid[row]:.1f}": pixels[:shown] for row, pixels in drawn.items()}
-    panels[f"{label(name)}, unet.pte\n{sqnr['pte_images']:.0f} dB SQNR against eager"] = pte_full
-    save_samples(panels, out / "samples.png")
-    write_json(out / "summary.json", summary)
-    with tempfile.TemporaryDirectory() as scratch:
-        learning = Path(scratch) / "learning.png" if config.learns else None
-        if learning is not None:
-            save_learning([asdict(update) for update in learned.log], learned.transitions, learning)
-        write_html(out / "report.html", summary, resolved.to_list(), [out / "samples.png"], learning)
+        summary["transitions"] = state.transitions
+    if measured.skipped:
+        summary["skipped"] = measured.skipped
+    panels = labelled_panels(rows, result, drawn, measured.pictures, summary, config)
+    write_results(out, summary, panels, state, learned=config.learns)
     say("\n" + text_report(summary) + f"\n\narithmetic: {summary['arithmetic']}")
     say(f"\n{sum(stages.seconds.values()):.0f} s. Open {out / 'report.html'}")
     return summary
 
 
-def load_step(path: Path) -> Callable[[list[Tensor]], Any]:
-    """The ``forward`` of a .pte in ExecuTorch's Python runtime."""
-    from executorch.runtime import Runtime
+def make_rows(
+    full: Row, config: PQCADConfig, cad: CADConfig | None, stages: Stages, progress: bool
+) -> tuple[list[Row], Row]:
+    """Quantize the teacher, learn, and distill it.
 
-    return Runtime.get().load_program(path).load_method("forward").execute
+    Args:
+        full: the teacher's row.
 
-
-@contextmanager
-def exporting(model: Path, pte: Path, *options: str) -> Iterator[Callable[[], dict[str, Any]]]:
-    """``pqcad export`` in a process of its own, for lowering is Python on one core; yields what waits for its result.
-
-    Raises (from the call):
-        RuntimeError: the export failed; with what it said.
+    Returns:
+        the rows in the tables' order, the teacher's first, and the one of the model that is saved.
     """
-    result = pte.with_suffix(".json")
-    command = ["export", "--model", str(model), "--out", str(pte), "--json", str(result), *options]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pqcad_ao.cli", *command, "--threads", "1"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    teacher, scheduler, half = full.unet, full.scheduler, full.steps // 2
+    with tempfile.TemporaryDirectory() as folder:  # the trajectories that calibrate are the ones to learn from
+        kept: dict[str, Any] = {"folder": folder, "progress": progress}
+        if cad is not None:  # first: it finds out what cannot be distilled
+            with stages(f"draw {cad.points} pictures to distill from"):
+                ddim, _ = check_distillation(teacher, scheduler, cad)
+                checked_images(teacher, ddim, sample_shape(teacher), cad, None, images=None, callback=None, **kept)
+        with stages("fixed bits: calibrate on the teacher's own trajectories"):
+            calibrated = replace(full, name="ptq_full", unet=copy.deepcopy(teacher))
+            quantize_(calibrated.unet, replace(config, mode="ptq"), scheduler=scheduler, **kept)
+        quantized = [calibrated]
+        if config.learns:
+            with stages(f"progressive: learn on the same trajectories, {config.iterations} updates"):
+                learned = replace(full, name="pq_full", unet=copy.deepcopy(teacher))
+                quantize_(learned.unet, config, scheduler=scheduler, **kept)
+            quantized.append(learned)
+        best = quantized[-1]
+        if cad is None:
+            halved = [] if full.steps % 2 else [replace(best, name=f"{best.way}_half", steps=half)]
+            return [full, *quantized, *halved], best
+        with stages(f"distill to {half} steps, {cad.iterations} updates"):
+            student = copy.deepcopy(best.unet)
+            sampler = distill_(student, teacher, scheduler, cad, **kept)
+    distilled = Row("pqcad_half", student, sampler, half)
+    # both kinds of full precision first
+    return [full, replace(full, name="fp_half", steps=half), *quantized, distilled], distilled
 
-    def finish() -> dict[str, Any]:
-        _, complaint = process.communicate()
-        if process.returncode:
-            raise RuntimeError(f"pqcad {shlex.join(command)} failed: {complaint.strip()}")
-        values = json.loads(result.read_text())
-        result.unlink()
-        return values
 
-    try:
-        yield finish
-    finally:
-        process.kill()
-        process.wait()
+def draw(
+    rows: list[Row], noise: Tensor, batch_size: int, stages: Stages, progress: bool
+) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
+    """Each row's images of the same noise, by its name, and what full precision met on its first trajectories."""
+    recorder = Recorder(rows[0].unet, most=rows[0].steps)  # the first batch of images
+    drawn: dict[str, Tensor] = {}
+    for row in rows:
+        unet = recorder if row is rows[0] else row.unet
+        with stages(f"sample {len(noise)} images in {row.steps} steps: {ROW_NAMES[row.name]}"):
+            drawn[row.name] = sample(unet, row.scheduler, noise, row.steps, batch_size=batch_size, progress=progress)
+    return drawn, [(call.x_t[:TRAJECTORY_ROWS], call.timesteps[:TRAJECTORY_ROWS]) for call in recorder.calls]
 
 
-def build(forms: Mapping[str, Callable[[], Callable[[], Any]]]) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
-    """Each form compiled and called once, and why a form could not be."""
-    calls, skipped = {}, {}
-    for name, make in forms.items():
-        try:
-            call = make()
-            with torch.no_grad():
-                call()
-            calls[name] = call
-        except torch._dynamo.exc.TorchDynamoException as error:  # Inductor without a C++ compiler, say
-            skipped[f"latency_ms.{name}"] = str(error).strip().splitlines()[0]
-    return calls, skipped
+def measure_forms(
+    full: Row, result: Row, noise: Tensor, timestep: Tensor, out: Path, calls: int, stages: Stages, progress: bool
+) -> Measured:
+    """Save, export and compile the teacher and the result, sample ``noise`` with unet.pte, and time a step of each.
+
+    Args:
+        timestep: of the timed steps, at ``noise[:1]``. out: receives model/ and unet.pte. calls: behind each median.
+    """
+    x_t, pte = noise[:1], out / "unet.pte"
+    with tempfile.TemporaryDirectory() as scratch:
+        fp32_model, fp32_pte = Path(scratch) / "model", Path(scratch) / "fp32.pte"
+        with stages("save both models"):
+            fp32_checkpoint = save_model(full.unet, full.scheduler, fp32_model).stat().st_size
+            checkpoint = save_model(result.unet, result.scheduler, out / "model").stat().st_size
+        with (
+            stages("export unet.pte and its fp32 counterpart in processes of their own; meanwhile torch.compile"),
+            exporting(fp32_model, fp32_pte, "--full-precision") as finish_fp32,
+            exporting(out / "model", pte, "--steps", str(result.steps)) as finish,
+        ):
+            forms, skipped = compiled_forms(full.unet, result.unet, x_t, timestep)
+            fp32_exported, exported = finish_fp32(), finish()
+        with stages(f"sample {len(noise)} images with unet.pte"):
+            sampler = PTESampler(pte)
+            pictures = sampler.sample(noise, progress=progress)
+        forms["fp32_eager"] = partial(full.unet, x_t, timestep)
+        forms["pte_fp32"] = partial(load_step(fp32_pte), [x_t, timestep.reshape(1)])
+        forms["pte"] = partial(sampler.predict, x_t, 0)
+        with stages("time one step of each"):
+            latency = {name: median_ms(forms[name], calls) for name in LATENCY_NAMES if name in forms}
+    sizes = {
+        "fp32_checkpoint": fp32_checkpoint,
+        "checkpoint": checkpoint,
+        "fp32_pte": fp32_exported["bytes"],
+        "pte": exported["bytes"],
+        "resident_weights": module_bytes(result.unet),
+    }
+    arithmetic = dict(Counter(exported["arithmetic"].values()).most_common())
+    worst = {"pte_vs_eager": min(exported["sqnr_db"].values())}
+    return Measured(sizes, latency, worst, arithmetic, skipped, pictures)
+
+
+def _speedup(summary: dict[str, Any]) -> dict[str, float]:
+    """``speedup_end_to_end``, where half the steps and both compiled forms were measured."""
+    steps, latency = summary["steps"], summary["latency_ms"]
+    if "half" not in steps or not {"fp32_compile", "compressed_compile"} <= latency.keys():
+        return {}
+    whole, rest = latency["fp32_compile"] * steps["full"], latency["compressed_compile"] * steps["half"]
+    return {"speedup_end_to_end": whole / rest}
+
+
+def labelled_panels(
+    rows: list[Row],
+    result: Row,
+    drawn: dict[str, Tensor],
+    pte_pictures: Tensor,
+    summary: dict[str, Any],
+    config: PQCADConfig,
+) -> dict[str, Tensor]:
+    """As many pictures of every row as unet.pte sampled, and those, each under what it is and how good it is."""
+    bits = f"W{config.weight_bits}A{config.activation_bits or ' float'}"
+    ways = {"fp": "full precision", "ptq": f"{bits} fixed", "pq": f"{bits} progressive", "pqcad": f"{bits} distilled"}
+
+    def label(row: Row) -> str:
+        return f"{ways[row.way]}, {row.steps} steps"
+
+    fid, sqnr_db = summary["fid"], summary["sqnr_db"]["pte_images"]
+    panels = {f"{label(row)}\nFID {fid[row.name]:.1f}": drawn[row.name][: len(pte_pictures)] for row in rows}
+    panels[f"{label(result)}, unet.pte\n{sqnr_db:.0f} dB SQNR against eager"] = pte_pictures
+    return panels
+
+
+def write_results(
+    out: Path, summary: dict[str, Any], panels: dict[str, Tensor], state: QuantizedState, *, learned: bool
+) -> None:
+    """Write samples.png, summary.json and report.html; of a network that learned, how it did."""
+    save_samples(panels, out / "samples.png")
+    write_json(out / "summary.json", summary)
+    with tempfile.TemporaryDirectory() as scratch:
+        learning = Path(scratch) / "learning.png" if learned else None
+        if learning is not None:
+            save_learning([asdict(update) for update in state.log], state.transitions, learning)
+        write_html(out / "report.html", summary, state.plan.to_list(), [out / "samples.png"], learning)

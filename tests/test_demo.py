@@ -13,7 +13,7 @@ from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.diffusion import images
 from pqcad_ao.evaluate.features import RealFeatures
 from pqcad_ao.nn.conv2d import QuantizedConv2d
-from pqcad_ao.recipes import demo
+from pqcad_ao.recipes import demo, forms
 
 
 class Pixels(nn.Module):
@@ -136,22 +136,22 @@ def test_sizes_out_of_range_are_refused(tmp_path: Path):
 
 def test_median_leaves_out_the_warm_up():
     calls: list[int] = []
-    demo.median_ms(lambda: calls.append(0), 5)
-    assert len(calls) == demo.WARMUP_CALLS + 5
+    forms.median_ms(lambda: calls.append(0), 5)
+    assert len(calls) == forms.WARMUP_CALLS + 5
 
 
 def test_a_form_that_cannot_be_compiled_is_named():
     def no_compiler():
         raise torch._dynamo.exc.TorchDynamoException("no C++ compiler\nand more")
 
-    calls, skipped = demo.build({"fp32_eager": lambda: lambda: None, "fp32_compile": no_compiler})
+    calls, skipped = forms.build({"fp32_eager": lambda: lambda: None, "fp32_compile": no_compiler})
     assert calls.keys() == {"fp32_eager"}
     assert skipped == {"latency_ms.fp32_compile": "no C++ compiler"}
 
 
 def test_an_export_that_fails_says_why(tmp_path: Path):
     with (
-        demo.exporting(tmp_path / "none", tmp_path / "a.pte", "--steps", "3") as finish,
+        forms.exporting(tmp_path / "none", tmp_path / "a.pte", "--steps", "3") as finish,
         pytest.raises(RuntimeError, match="no model"),
     ):
         finish()
