@@ -67,7 +67,7 @@ def initial_weights(unet: UNet2DModel, folder: str | Path) -> dict[str, Tensor]:
     return weights
 
 
-def train(
+def train(  # noqa: C901, PLR0912, PLR0915  (a recipe's loop is read in one piece)
     config: DictConfig,
     images: Tensor,
     out: str | Path,

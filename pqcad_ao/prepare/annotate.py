@@ -1,7 +1,7 @@
 """The torchao PT2E quantizer that writes a plan onto an exported graph as annotations."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ class PQCADQuantizer(Quantizer):
             layout, groups = OPERATORS[row.kind].layout, arguments.get("groups", 1)
             channels = len(layout.to_packed(torch.empty(row.shape, device="meta"), groups))
             options = {"bits": row.weight_bits, "channels": channels, "layout": layout, "groups": groups}
-            spec = (WeightFakeQuantize.with_args(**options), *weight_range(row.weight_bits))
+            spec = (WeightFakeQuantize.with_args(**options), *weight_range(cast(int, row.weight_bits)))
             return {arguments["weight"]: QuantizationSpec(torch.int8, *spec, torch.per_channel_symmetric)}
         fake_quant = ActivationFakeQuantize.with_args(
             bits=row.activation_bits,

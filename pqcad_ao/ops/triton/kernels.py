@@ -262,7 +262,8 @@ def conv2d(
     weight_scale, row_bytes = weight_scale.float().contiguous(), weight.shape[1]
     if addend is not None:
         addend = addend.contiguous() if addend.shape[2:] == (1, 1) else _image(addend)
-    pairs, output = _pairs(segments if groups == 1 else [channels]), None
+    pairs = _pairs(segments if groups == 1 else [channels])
+    output: Any = None
     even = weight_bits == 4 and channels % 2 == 0 and all(part % 2 == 0 for part in segments)
     filters, bits = weight, weight_bits
     if form.startswith("wide") and weight_bits != 8:
