@@ -71,11 +71,6 @@ def traced(node: Node) -> Any:
     return node.meta.get("example_value", node.meta.get("val"))
 
 
-def argument(node: Node, position: int, name: str, default: Any) -> Any:
-    """An argument of a call, wherever it was written."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
 def writes(node: Node) -> bool:
     """Whether a node changes a tensor in place."""
     if not node.op.startswith("call_"):  # Dynamo's names of inputs end in an underscore, too

@@ -7,8 +7,9 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from pqcad_ao.graph.arguments import bind
 from pqcad_ao.ops.dispatch import gpu_kernels
-from pqcad_ao.passes.inline import argument, finish, inline, traced
+from pqcad_ao.passes.inline import finish, inline, traced
 
 pqcad = torch.ops.pqcad
 CONV = {pqcad.conv2d, pqcad.conv2d.default}
@@ -34,17 +35,18 @@ def to_triton(graph: GraphModule, choose: Callable[[list[Sequence[Any]]], list[s
     layers: list[Node] = []
     for node in list(graph.graph.nodes):
         if node.target in QUANTIZE:
-            values = [traced(x) for x in node.args[0]]  # of one alone, from a pass, any type will do
+            given = bind(node)
+            values = [traced(x) for x in given["inputs"]]  # of one alone, from a pass, any type will do
             types = [None if value is None else value.dtype for value in values]
-            if norm.fits(types, node.args[8], node.args[3]):
-                _replace(graph, node, pqcad.triton_norm_silu_quantize.default, node.args)
+            if norm.fits(types, given["segments"], given["norm_groups"]):
+                _replace(graph, node, pqcad.triton_norm_silu_quantize.default, tuple(given.values()))
         elif node.target in CONV | LINEAR:
             layers.append(node)
     measured = [node for node in layers if choose and _is_image(node)]
     chosen = dict(zip(measured, choose([_call(node) for node in measured]) if choose else (), strict=True))
     for node in layers:
         form = chosen.get(node, kernels.DEFAULT)
-        arguments, copied = (*_arguments(node), form), form in tma.BLOCKS
+        arguments, copied = (*bind(node).values(), form), form in tma.BLOCKS  # the kernels take them in the same order
         if node.target in CONV:
             target = pqcad.tma_conv2d.default if copied else pqcad.triton_conv2d.default
             _replace(graph, node, target, arguments)
@@ -56,13 +58,6 @@ def to_triton(graph: GraphModule, choose: Callable[[list[Sequence[Any]]], list[s
     return len(layers)
 
 
-def _arguments(node: Node) -> tuple[Any, ...]:
-    """A layer's arguments, all of them: torch.export leaves out what has its default value."""
-    if node.target in LINEAR:
-        return (*node.args[:8], argument(node, 8, "addend", None))
-    return (*node.args[:13], argument(node, 13, "input_bits", 8), argument(node, 14, "addend", None))
-
-
 def _is_image(node: Node) -> bool:
     """Whether a layer is a convolution, or a linear on (B, L, C), which is an image of L pixels."""
     return node.target in CONV or traced(node).dim() == 3
@@ -70,7 +65,7 @@ def _is_image(node: Node) -> bool:
 
 def _call(node: Node) -> tuple[Any, ...]:
     """What a layer's arguments stood for, as those of a convolution."""
-    values = map_arg(_arguments(node), traced)
+    values = map_arg(tuple(bind(node).values()), traced)
     return values if node.target in CONV else as_convolution(values)
 
 
