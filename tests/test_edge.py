@@ -293,12 +293,6 @@ def test_bounds_give_way_to_what_rounding_alone_does(small, exported, monkeypatc
         check([(90.0, 90.0), (-math.inf, -math.inf)], [(3.0, 3.0), (3.0, 3.0)])
 
 
-def test_decibels():
-    assert parity._decibels(100.0, 1.0) == 20
-    assert parity._decibels(1.0, 0.0) == math.inf
-    assert parity._decibels(1.0, math.nan) == parity._decibels(1.0, math.inf) == -math.inf
-
-
 def test_moving_the_last_bit_moves_little_and_is_undone(small):
     x_t, t = noise(2), torch.tensor([500, 500])
     with torch.no_grad():
