@@ -26,8 +26,10 @@ WEIGHT_BITS = range(2, 9)
 ACTIVATION_BITS = range(2, 9)
 MAX_BATCH = 63  # diffusers 0.42 branches at a batch of 64 in Upsample2D; one captured graph holds one branch
 
-# torchao rebuilds a config from JSON only from modules on its allow-list (torchao 0.18, core/config.py).
-ALLOWED_AO_MODULES.add("pqcad_ao")
+# torchao rebuilds a config from JSON by calling whatever a module on this list has under the name that the JSON gives
+# (torchao 0.18, core/config.py). This module holds nothing but configurations and checks of numbers; the package, which
+# holds import_module and load_pt2, must never stand there.
+ALLOWED_AO_MODULES.add(__name__)
 
 
 def _check_bits(name: str, value: Any, allowed: range, where: str = "") -> None:
@@ -68,6 +70,29 @@ def _check_numbers(config: Any, names: tuple[str, ...], most: float = 1) -> None
 def _check_seed(seed: Any) -> None:
     if not is_whole(seed, 0, 2**63 - 1):
         raise ValueError(f"seed={seed!r}: allowed are whole numbers from 0 to 2^63 - 1")
+
+
+def config_from_json(values: Any) -> "PQCADConfig":
+    """The configuration that torchao's ``config_to_dict`` wrote; no name in ``values`` is looked up or called.
+
+    Raises:
+        ValueError, TypeError: it is of another class or version, or holds what a configuration does not.
+    """
+    kind = values.get("_type") if isinstance(values, dict) else type(values).__name__
+    if kind != PQCADConfig.__name__:
+        raise ValueError(f"its config is a {kind}, not a PQCADConfig")
+    if values.keys() != {"_type", "_version", "_data"} or values["_version"] != PQCADConfig.version:
+        raise ValueError(f"its config is of version {values.get('_version')!r}: allowed is {PQCADConfig.version}")
+    if not isinstance(values["_data"], dict) or _holds_type(values["_data"]):
+        raise ValueError("its config names a type within its values, which are numbers, words, lists and overrides")
+    return PQCADConfig(**values["_data"])
+
+
+def _holds_type(value: Any) -> bool:
+    """Whether a ``_type`` stands anywhere in a JSON value."""
+    if isinstance(value, dict):
+        return "_type" in value or any(_holds_type(entry) for entry in value.values())
+    return isinstance(value, list) and any(_holds_type(entry) for entry in value)
 
 
 @dataclass

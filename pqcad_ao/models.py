@@ -10,9 +10,9 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from pqcad_ao.diffusion.process import FAMILY, as_ddim
-from pqcad_ao.nn.state import quantized_state
+from pqcad_ao.nn.state import Method, quantized_state
 from pqcad_ao.utils.assets import asset_path
-from pqcad_ao.utils.files import write_whole
+from pqcad_ao.utils.files import read_json, write_whole
 
 ARCHITECTURES = ("ddpm-cifar10", "sd15")  # published ones, of which the assets hold the configuration
 NAMES = ("demo", *ARCHITECTURES)
@@ -54,6 +54,7 @@ def load_model(name_or_dir: str | Path) -> tuple[nn.Module, DDIMScheduler]:
             f"scheduler.save_pretrained({str(unet_dir.parent / 'scheduler')!r})"
         )
     unet_class = _class_of(unet_dir / "config.json", UNETS)
+    _check_quantizer(unet_dir / "config.json")
     scheduler = _class_of(scheduler_dir / "scheduler_config.json", SCHEDULERS).from_pretrained(scheduler_dir)
     try:
         unet, report = unet_class.from_pretrained(
@@ -66,13 +67,23 @@ def load_model(name_or_dir: str | Path) -> tuple[nn.Module, DDIMScheduler]:
     return unet.eval(), as_ddim(scheduler)
 
 
+def _check_quantizer(config: Path) -> None:
+    """Raises ValueError: the network of a config file was quantized by another library, whose loader is not ours."""
+    quantization = read_json(config).get("quantization_config")
+    if quantization is None:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if method != Method.PQCAD.value:
+        raise ValueError(
+            f"{config} names the quantizer {method!r}: load_model reads full-precision networks and those that "
+            "pqcad_ao quantized; load others with their own library"
+        )
+
+
 def _class_of(config: Path, allowed: dict[str, Any]) -> Any:
     """The class that a diffusers config file names."""
-    try:
-        name = json.loads(config.read_text()).get("_class_name")
-    except (json.JSONDecodeError, AttributeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{config} is no diffusers configuration: {error}") from error
-    if name not in allowed:
+    name = read_json(config).get("_class_name")
+    if not isinstance(name, str) or name not in allowed:
         raise ValueError(f"{config} names the class {name}: allowed are {', '.join(allowed)}")
     return allowed[name]
 

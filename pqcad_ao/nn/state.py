@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchao.core.config import config_from_dict, config_to_dict
+from torchao.core.config import config_to_dict
 
-from pqcad_ao.config import ACTIVATION_BITS, WEIGHT_BITS, PQCADConfig
+from pqcad_ao.config import ACTIVATION_BITS, WEIGHT_BITS, PQCADConfig, config_from_json
 from pqcad_ao.graph.operators import OPERATORS
 from pqcad_ao.graph.plan import Plan, PlanRow
 from pqcad_ao.nn.layers import QuantizedLayer, quantized_class
@@ -64,9 +64,7 @@ def state_from_dict(values: dict[str, Any]) -> QuantizedState:
         unknown = values.keys() - FIELDS - OPTIONAL
         if unknown:
             raise ValueError(f"unknown fields {sorted(unknown)}")
-        config, plan = config_from_dict(values["config"]), Plan.from_list(values["plan"])
-        if not isinstance(config, PQCADConfig):
-            raise ValueError(f"its config is a {type(config).__name__}, not a PQCADConfig")
+        config, plan = config_from_json(values["config"]), Plan.from_list(values["plan"])
         for row in plan:
             _check_row(row)
         counts = values["timestep_groups"], values["num_train_timesteps"]

@@ -1,6 +1,7 @@
 """Write a file whole or not at all, say before the work begins if that cannot be done, and name a cached result."""
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -55,6 +56,21 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write the whole file or none."""
     with whole_file(path) as unfinished:
         unfinished.write_bytes(content)
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        OSError: it cannot be read. ValueError: it is no JSON, or another value than an object.
+    """
+    try:
+        values = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:  # of the text's encoding, too
+        raise ValueError(f"{path} is no JSON or is damaged: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}: expected a JSON object")
+    return values
 
 
 def digest(*values: Any) -> str:
