@@ -201,7 +201,7 @@ def _limited(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def start_teacher(args: argparse.Namespace, seconds: float) -> subprocess.Popen:
+def start_teacher(args: argparse.Namespace, seconds: float, environment: dict[str, str]) -> subprocess.Popen:
     """Train in a process of its own, for so long at most, from the weights of the last visit if there are any."""
     out = Path(args.out)
     command = [sys.executable, "-m", "pqcad_ao.recipes.train_teacher", "--data", args.data, "--out", str(out / "work")]
@@ -209,7 +209,7 @@ def start_teacher(args: argparse.Namespace, seconds: float) -> subprocess.Popen:
     if args.teacher:
         command += ["--start", args.teacher]
     command += TINY_TEACHER if args.rehearse else [f"train.seconds={seconds}", f"train.seed={args.seed}"]
-    return subprocess.Popen(command, stdout=(out / "teacher.log").open("w"), stderr=subprocess.STDOUT)
+    return subprocess.Popen(command, stdout=(out / "teacher.log").open("w"), stderr=subprocess.STDOUT, env=environment)
 
 
 def keep_teacher(out: Path) -> bool:
@@ -273,11 +273,12 @@ def main(argv: list[str] | None = None) -> int:
 def visit(args: argparse.Namespace, argv: list[str]) -> int:
     """Both processes side by side, until the time is over."""
     out, starts = Path(args.out), time.monotonic()
-    environment, trainer = dict(os.environ), None
+    # Two programs that each start a thread for every core keep one another waiting for minutes.
+    environment, trainer = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 4))}, None
     if args.rehearse:
         environment["TRITON_INTERPRET"] = "1"  # read when Triton is imported
     if args.data:
-        trainer = start_teacher(args, args.seconds - GRACE_S)
+        trainer = start_teacher(args, args.seconds - GRACE_S, environment)
         environment[TRAINER] = str(trainer.pid)
     command = [sys.executable, __file__, *argv, "--measure"]
     with (out / "measure.log").open("w") as log:

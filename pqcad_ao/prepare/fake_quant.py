@@ -229,8 +229,9 @@ class ActivationFakeQuantize(_Blending):
         chosen = torch.stack([rows[torch.arange(_SAMPLES) % len(rows)] for rows in turns])
         table = values[chosen].transpose(1, 2).flatten(2).flatten(0, 1)  # (groups · segments, samples · n)
         weights = self.weights.repeat(len(seen), _SAMPLES)
-        scale, low = fit_activation_grid(table, bits, weights)
-        nearest = (torch.arange(self.groups)[:, None] - seen[None]).abs().argmin(1)
+        # where the network is: on a GPU's machine, a processor that other programs share takes minutes for it
+        scale, low = fit_activation_grid(table.to(self.scale.device), bits, weights.to(self.scale.device))
+        nearest = (torch.arange(self.groups)[:, None] - seen[None]).abs().argmin(1).to(self.scale.device)
         return scale.view(len(seen), -1)[nearest], low.view(len(seen), -1)[nearest]
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ from pqcad_ao.prepare.fake_quant import (
     quantize,
     stratified,
 )
-from pqcad_ao.prepare.grids import activation_lows, fit_activation_grid, fit_weight_scale, squared_error, weight_range
+from pqcad_ao.prepare.grids import SortedRows, activation_lows, fit_activation_grid, fit_weight_scale, weight_range
 
 BITS = st.integers(2, 8)
 SCALES = st.floats(1e-4, 1e3)
@@ -186,6 +186,24 @@ def test_activation_grids_hold_zero_and_fit_into_int8(values, bits):
     assert (low + 2**bits - 1 >= 0).all()
     assert (low >= -128).all()
     assert (low + 2**bits - 1 <= 127 if bits == 8 else low + 2**bits - 1 <= 2**bits - 1).all()
+
+
+def squared_error(values: Tensor, scale: Tensor, low, high) -> Tensor:
+    """Σ (values - scale·clamp(round(values/scale), low, high))² over each row; scale, low and high are (..., R)."""
+    low, high = (bound[..., None] if isinstance(bound, Tensor) else bound for bound in (low, high))
+    return (values - scale[..., None] * quantize(values, scale[..., None], low, high)).square().sum(-1)
+
+
+@settings(max_examples=40)
+@given(rows(), grids(), st.lists(st.floats(0.1, 1.0), min_size=1, max_size=3))
+def test_running_sums_give_the_squared_error_of_every_value(values, grid, parts):
+    low, high = grid
+    scale = torch.stack([values.abs().amax(1).clamp_min(1e-8) * part / max(high, -low) for part in parts])
+    weights = torch.arange(1.0, values.shape[1] + 1).expand_as(values)  # as if values were there several times
+    counted = torch.repeat_interleave(values.double(), torch.arange(1, values.shape[1] + 1), 1)
+    error = SortedRows(values, weights).squared_error(scale, low, high - low + 1)
+    bound = 1e-6 * counted.square().sum(1)  # borders are compared in float32
+    assert ((error - squared_error(counted, scale.double(), low, high)).abs() <= bound).all()
 
 
 def _weight_error(weight: Tensor, bits: int) -> Tensor:
