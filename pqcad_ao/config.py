@@ -21,6 +21,7 @@ ROLES = (
 )
 MODES = ("ptq", "fixed", "progressive")
 TRANSITIONS = ("momentum", "schedule")
+SOLVERS = ("ddim", "dpmpp_2m")
 TIMESTEP_LAWS = ("normal", "uniform")
 WEIGHT_BITS = range(2, 9)
 ACTIVATION_BITS = range(2, 9)
@@ -236,10 +237,15 @@ class CADConfig(AOBaseConfig):
 
     Args:
         steps: N, of the full schedule; a multiple of 2^halvings. halvings: the student samples in N / 2^halvings.
-        iterations: training updates of each halving. batch_size: of an update, at most 63.
+        direct: teach all the halvings in one run of updates, not each in a run of its own.
+        iterations: training updates of each run. batch_size: of an update, at most 63.
         learning_rate: of weights, biases and norms (Adam), after a short rise falling linearly to zero.
         scale_learning_rate: of the scales, as a part of their own size, falling alike.
-        reference_weight: of the target that the full-precision network sets, with all its N steps.
+        reference_weight: of the target that the full-precision network sets: where its probability flow leads.
+        reference_solver: of that flow: ``"dpmpp_2m"``, DPM-Solver++ 2M (Lu et al. 2022), of the second order, which
+            starts anew with each of the student's steps; or ``"ddim"``, of the first.
+        reference_substeps: its steps for each of the N, at most the training timesteps between two of them: what the
+            sampler's own N steps get wrong is not handed on to the student.
         teacher_weight: of the target that the student as it was sets, with two of its own steps.
         space: of the loss: ``"v"``, where a network that predicts epsilon counts by how far its error carries over a
             jump, or ``"x"`` with the signal-to-noise weight truncated from below at 1 (Salimans & Ho 2022, §4).
@@ -256,11 +262,14 @@ class CADConfig(AOBaseConfig):
 
     steps: int = 20
     halvings: int = 1
+    direct: bool = False
     iterations: int = 400
     batch_size: int = 32
-    learning_rate: float = 2e-4
+    learning_rate: float = 6e-4
     scale_learning_rate: float = 1e-3
     reference_weight: float = 1.0
+    reference_solver: str = "dpmpp_2m"
+    reference_substeps: int = 2
     teacher_weight: float = 0.0
     space: str = "v"
     points: int = 1024
@@ -271,9 +280,11 @@ class CADConfig(AOBaseConfig):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.check_betas, bool):
-            raise TypeError(f"check_betas={self.check_betas!r}: write True or False")
-        _check_counts(self, ("steps", "halvings", "iterations", "points"))
+        for name in ("check_betas", "direct"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}={getattr(self, name)!r}: write True or False")
+        _check_counts(self, ("steps", "halvings", "iterations", "points", "reference_substeps"))
+        _check_word("reference_solver", self.reference_solver, SOLVERS)
         _check_counts(self, ("batch_size", "generation_batch_size"), most=MAX_BATCH)
         _check_numbers(self, ("learning_rate", "scale_learning_rate", "noise_injection", "own_share"))
         _check_numbers(self, ("reference_weight", "teacher_weight"), most=1000)
@@ -286,7 +297,20 @@ class CADConfig(AOBaseConfig):
             )
         _check_seed(self.seed)
 
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """Each run of updates in turn: the steps that the student takes before it, and those that it learns to take."""
+        if self.direct:
+            return [(self.steps, self.steps // 2**self.halvings)]
+        return [(self.steps // 2**number, self.steps // 2 ** (number + 1)) for number in range(self.halvings)]
+
     @classmethod
     def fast(cls, **options: Any) -> "CADConfig":
         """Fewer updates and pictures: about half a minute for a network of a million parameters on two cores."""
-        return cls(**{"iterations": 40, "points": 96, "learning_rate": 5e-4, **options})
+        return cls(**{"iterations": 40, "points": 96, **options})
+
+    @classmethod
+    def paper(cls, **options: Any) -> "CADConfig":
+        """Progressive distillation as it is published (Salimans & Ho 2022): the target is where the sampler's own N
+        DDIM steps land, what they get wrong included."""
+        return cls(**{"reference_solver": "ddim", "reference_substeps": 1, "learning_rate": 2e-4, **options})

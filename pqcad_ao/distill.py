@@ -14,7 +14,7 @@ from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.denoiser import check_conditioning
 from pqcad_ao.diffusion.images import checked_images
 from pqcad_ao.diffusion.process import find_scheduler
-from pqcad_ao.diffusion.schedule import teachable
+from pqcad_ao.diffusion.schedule import check_substeps, teachable
 from pqcad_ao.learn.halving import teach
 from pqcad_ao.learn.unfold import check_structure, dequantized_state
 from pqcad_ao.nn.state import quantized_state
@@ -48,6 +48,7 @@ def check_distillation(
     if config.batch_size % world:
         raise ValueError(f"batch_size={config.batch_size} cannot be shared by {world} processes: give a multiple")
     ddim = teachable(scheduler, config.steps, config.halvings)
+    check_substeps(ddim, config.steps, config.reference_substeps)
     shape = denoiser.sample_shape(reference, sample_shape)
     if images is None:
         return ddim, shape
@@ -83,8 +84,8 @@ def distill_(
 
     A quantized student stays quantized, on the grid widths of its plan; weights, scales, biases and norms learn. A
     full-precision student is plain progressive distillation (Salimans & Ho 2022), and only the sampler that is returned
-    knows its timesteps. What sets the targets: the full-precision ``reference`` at all ``config.steps``, and the
-    student as it was, at two of its own steps.
+    knows its timesteps. What sets the targets: the probability flow of the full-precision ``reference``, walked more
+    finely than the sampler does (``config.reference_substeps``), and the student as it was, at two of its own steps.
 
     Args:
         student: a network that ``quantize_`` has quantized, or a full-precision one.
@@ -103,8 +104,9 @@ def distill_(
         the sampler whose timesteps the student now walks: sample with ``num_inference_steps = steps / 2^halvings``.
 
     Raises:
-        ValueError: steps or scheduler that cannot be halved, betas that are not the network's, a reference of another
-            structure, no pictures in ``images``. FloatingPointError: the loss left the finite numbers or exploded.
+        ValueError: steps or scheduler that cannot be halved, substeps that the training timesteps do not hold, betas
+            that are not the network's, a reference of another structure, no pictures in ``images``.
+            FloatingPointError: the reference's flow or the loss left the finite numbers, or the loss exploded.
             Whatever is raised, the student is as it was.
     """
     config = config or CADConfig()

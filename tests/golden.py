@@ -45,7 +45,16 @@ TINY_PQ = {
     "activation_ladder": [8, 6],
 }
 PTQ = {"mode": "ptq", "calibration_points": 8, "calibration_steps": 4, "calibration_batch_size": 4}
-CAD = {"steps": 4, "iterations": 4, "batch_size": 4, "points": 8, "generation_batch_size": 4}
+CAD = {
+    "steps": 4,
+    "iterations": 4,
+    "batch_size": 4,
+    "points": 8,
+    "generation_batch_size": 4,
+    "reference_solver": "ddim",
+    "reference_substeps": 1,
+    "learning_rate": 2e-4,
+}
 
 
 def machine() -> dict[str, Any]:

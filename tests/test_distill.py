@@ -18,6 +18,7 @@ from pqcad_ao.diffusion.ddim import DDIMSchedule
 from pqcad_ao.diffusion.images import clean_images
 from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.diffusion.schedule import teachable, timesteps_of
+from pqcad_ao.diffusion.solvers import dpmpp_2m
 from pqcad_ao.learn import halving as engine
 from pqcad_ao.learn import training
 from pqcad_ao.learn.unfold import unfold
@@ -27,6 +28,7 @@ from pqcad_ao.nn.layers import QuantizedLayer
 from pqcad_ao.nn.state import quantized_state
 
 TINY = {"steps": 4, "iterations": 20, "batch_size": 4, "points": 12, "generation_batch_size": 5}
+PAPER = {"reference_solver": "ddim", "reference_substeps": 1, "learning_rate": 2e-4}
 
 
 def config(**options) -> CADConfig:
@@ -81,7 +83,7 @@ def test_golden_losses():
     student = student_of(reference)
     before = {row.fqn: (row.weight_bits, row.activation_bits) for row in plan(student).quantized}
     scales = {name: value.clone() for name, value in student.state_dict().items() if name.endswith("_scale")}
-    distill(student, reference, config(learning_rate=5e-4))
+    distill(student, reference, config(**{**PAPER, "learning_rate": 5e-4}))
     state = student.state_dict()
     assert {name.rpartition(".")[2] for name in scales} == {"weight_scale", "input_scale"}
     assert all((state[name] != value).any() for name, value in scales.items()), "scales learn, too"
@@ -111,7 +113,10 @@ def test_networks_of_every_prediction_are_taught(prediction_type):
     sampler = distill(student, reference, config(iterations=40, learning_rate=1e-3), scheduler=scheduler)
     assert sampler.config.prediction_type == prediction_type
     noise = torch.randn(16, *SHAPE, generator=torch.Generator().manual_seed(5))
-    wanted = sample(reference, scheduler, noise, 4)
+    wanted, flow = noise, DDIMSchedule.of(sampler, 4, substeps=2)
+    for step in (0, 4):
+        with torch.no_grad():
+            wanted = dpmpp_2m(reference, flow, wanted, torch.full((16,), step), 4)
     misses = [(sample(network, sampler, noise, 2) - wanted).square().mean() for network in (untaught, student)]
     assert misses[1] < 0.9 * misses[0]
 
@@ -122,9 +127,7 @@ def halving(reference: nn.Module, scheduler=None, student=None, number=0, **opti
     return engine._Halving(
         copy.deepcopy(reference) if student is None else student,
         reference,
-        DDIMSchedule.of(scheduler, settings.steps),
         scheduler,
-        settings.steps // 2**number,
         clean_images(reference, scheduler, SHAPE, settings, {}),
         settings,
         number,
@@ -137,7 +140,7 @@ def loss_of_an_error(run: engine._Halving, step: int, error: float = 0.1) -> flo
     x_t, steps, _ = run._batch(0)
     steps = torch.full_like(steps, step)
     run._batch = lambda number: (x_t, steps, {})
-    v = run._target(partial(predict_float32, run.reference), run.exact, x_t, steps, 2, {})
+    v = run._target(partial(predict_float32, run.reference), "dpmpp_2m", run.flow, x_t, 2 * steps, 4, {})
     alpha, sigma = run.schedule.alpha_sigma(steps, x_t)
     x_0, noise = alpha * x_t - sigma * v, alpha * v + sigma * x_t
     right = {"epsilon": noise, "sample": x_0, "v_prediction": v}[run.schedule.prediction_type]
@@ -171,10 +174,11 @@ def test_x_space_weighs_by_the_truncated_signal_to_noise_ratio():
 
 def test_the_second_halving_aims_where_all_the_exact_steps_lead(monkeypatch):
     reference, scheduler, found = Small(), cosine_scheduler(), {}
-    run, original = halving(reference, number=1, steps=8, teacher_weight=0.5), engine._Halving._target
+    settings = {"number": 1, "halvings": 2, "steps": 8, "teacher_weight": 0.5, **PAPER}
+    run, original = halving(reference, **settings), engine._Halving._target
 
-    def target(self, network, schedule, x_t, step, stride, conditioning):
-        v = original(self, network, schedule, x_t, step, stride, conditioning)
+    def target(self, network, solver, schedule, x_t, step, stride, conditioning):
+        v = original(self, network, solver, schedule, x_t, step, stride, conditioning)
         found[len(schedule.timesteps) - 1] = (x_t, step if schedule is self.schedule else step // 2, v)
         return v
 
@@ -191,6 +195,48 @@ def test_the_second_halving_aims_where_all_the_exact_steps_lead(monkeypatch):
                 row = scheduler.step(said, t, row).prev_sample
             ends.append(row)
         torch.testing.assert_close(run.schedule.ddim_step(v, x_t, step, 2), torch.cat(ends), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("clip", [True, False])
+def test_ddim_without_substeps_is_the_samplers_own_walk_to_the_bit(prediction_type, clip):
+    reference = Small()
+    scheduler = DDIMScheduler.from_config(sampler_of(prediction_type).config, clip_sample=clip)
+    run = halving(reference, scheduler, **PAPER)
+    x_t, step, _ = run._batch(0)
+    schedule, x = DDIMSchedule.of(scheduler, 4), x_t
+    for at in (step, step + 1):
+        x = schedule.ddim_step(predict_float32(reference, x, schedule.timesteps[at], {}), x, at)
+    expected = schedule.velocity(schedule.target_x_0(x, x_t, step, 2), x_t, step)
+    found = run._target(partial(predict_float32, reference), "ddim", run.flow, x_t, step, 2, {})
+    assert torch.equal(found, expected)
+
+
+def recorded_targets(monkeypatch, run: engine._Halving) -> list:
+    """What ``run`` asks the reference, or the student as it was, for: solver, length of the schedule, step, stride."""
+    asked, original = [], engine._Halving._target
+
+    def target(self, network, solver, schedule, x_t, step, stride, conditioning):
+        asked.append((solver, len(schedule.timesteps) - 1, step, stride))
+        return original(self, network, solver, schedule, x_t, step, stride, conditioning)
+
+    monkeypatch.setattr(engine._Halving, "_target", target)
+    run.update()
+    return asked
+
+
+@pytest.mark.parametrize(("number", "direct", "jump"), [(0, False, 2), (1, False, 2), (0, True, 4)])
+def test_the_reference_walks_the_flow_over_each_of_the_students_steps(monkeypatch, number, direct, jump):
+    options = {"steps": 8, "halvings": 2, "direct": direct, "reference_substeps": 5, "teacher_weight": 0.5}
+    run = halving(Small(), number=number, **options)
+    _, step, _ = run._batch(0)
+    assert set(step.tolist()) <= set(range(0, 8 // 2**number, jump))
+    (solver, length, at, stride), (own_solver, own_length, own_at, own_stride) = recorded_targets(monkeypatch, run)
+    assert (solver, length, stride) == ("dpmpp_2m", 40, jump * 5 * 2**number)
+    assert (own_solver, own_length, own_stride) == ("ddim", 8 // 2**number, jump)
+    assert torch.equal(own_at, step)
+    assert torch.equal(run.flow.timesteps[at], run.schedule.timesteps[step])
+    assert torch.equal(run.flow.timesteps[at + stride], run.schedule.timesteps[step + jump])
 
 
 def test_starting_points_of_its_own_are_what_the_student_meets():
@@ -212,7 +258,7 @@ def test_injected_noise_is_on_top_and_the_target_knows_it(monkeypatch):
     assert float((moved - x_t).std()) == pytest.approx(0.2, rel=0.1)
     seen, original = [], engine._Halving._target
     monkeypatch.setattr(
-        engine._Halving, "_target", lambda self, *given: seen.append(given[2]) or original(self, *given)
+        engine._Halving, "_target", lambda self, *given: seen.append(given[3]) or original(self, *given)
     )
     noisy.update()
     assert torch.equal(seen[0], moved)
@@ -235,7 +281,7 @@ def test_the_target_is_where_the_full_precision_jumps_end(prediction_type):
     x_t, step, _ = run._batch(3)
     assert step.tolist().count(0) == step.tolist().count(2) == 2  # balanced over the student's two steps
     with torch.no_grad():
-        target = run._target(partial(predict_float32, reference), schedule, x_t, step, 2, {})
+        target = run._target(partial(predict_float32, reference), "ddim", schedule, x_t, step, 2, {})
         middle = schedule.ddim_step(reference(x_t, schedule.timesteps[step]), x_t, step)
         end = schedule.ddim_step(reference(middle, schedule.timesteps[step + 1]), middle, step + 1)
         x_0 = x_t * schedule.alpha_sigma(step, x_t)[0] - target * schedule.alpha_sigma(step, x_t)[1]
@@ -408,6 +454,20 @@ def test_two_halvings_leave_a_quarter_of_the_steps():
     assert sample(student, sampler, torch.randn(2, *SHAPE), 1).isfinite().all()
 
 
+def test_both_halvings_can_be_taught_at_once():
+    reference = Small()
+    student = student_of(reference)
+    settings = config(halvings=2, direct=True, iterations=6, own_share=0.25, teacher_weight=0.5)
+    sampler = distill(student, reference, settings)
+    assert quantized_state(student).timestep.schedule == [999]
+    assert [update.stage for update in quantized_state(student).distilled] == ["2 halvings at once"] * 6
+    assert sample(student, sampler, torch.randn(2, *SHAPE), 1).isfinite().all()
+    one, other = student_of(reference), student_of(reference)  # of a single halving there is nothing to join
+    distill(one, reference, config(iterations=2))
+    distill(other, reference, config(iterations=2, direct=True))
+    assert losses(one) == losses(other)
+
+
 def test_compress_quantizes_and_distills(tiny_unet):
     before = copy.deepcopy(tiny_unet)
     pq = PQCADConfig(mode="ptq", calibration_points=16, timestep_groups=4)
@@ -521,6 +581,7 @@ def test_another_runs_folder_is_refused(tmp_path):
         ({"space": "epsilon"}, "space='epsilon'"),
         ({"seed": -1}, "seed=-1"),
         ({"check_betas": "no"}, "check_betas='no': write True or False"),
+        ({"direct": 1}, "direct=1: write True or False"),
     ],
 )
 def test_bad_options(options, message):
@@ -562,6 +623,23 @@ def test_what_cannot_be_distilled_is_said_before_anything_is_quantized(monkeypat
         compress(tiny_unet, DDPMScheduler(), cad=config(), progress=False)
     with pytest.raises(ValueError, match="images has shape"):
         compress(tiny_unet, cosine_scheduler(), cad=config(), images=torch.zeros(2, 3, 8, 8), progress=False)
+
+
+class Exploding(Small):
+    """Finite where the sampler's own steps and the pictures' noise are, and nowhere between."""
+
+    def forward(self, x, t):
+        between = (t + 1) % 250 != 0
+        return super().forward(x, t) / torch.where(between, 0.0, 1.0).view(-1, 1, 1, 1)
+
+
+def test_a_flow_that_leaves_the_finite_numbers_is_named():
+    reference = Exploding()
+    student = student_of(reference)
+    before = copy.deepcopy(student)
+    with pytest.raises(FloatingPointError, match="left the finite numbers while walking its flow: check the network's"):
+        distill(student, reference)
+    assert same_weights(student, before)
 
 
 def test_a_diverging_run_stops():

@@ -176,7 +176,7 @@ class _Bench:
             sampler = distill_(unet, self.teacher, sampler, cad, **keeps)
         state = quantized_state(unet)
         updates = (config.iterations if config is not None and config.learns else 0) + (
-            cad.iterations * cad.halvings if cad is not None else 0
+            cad.iterations * len(cad.runs) if cad is not None else 0
         )
         facts = {
             # with those of the network it started from; unknown where this process made the last part alone

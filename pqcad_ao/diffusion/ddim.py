@@ -6,7 +6,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from pqcad_ao.diffusion.schedule import timesteps_of
+from pqcad_ao.diffusion.schedule import refined, timesteps_of
 
 
 @dataclass
@@ -27,9 +27,15 @@ class DDIMSchedule:
 
     @classmethod
     def of(
-        cls, scheduler: DDIMScheduler, num_inference_steps: int, device: torch.device | str = "cpu"
+        cls,
+        scheduler: DDIMScheduler,
+        num_inference_steps: int,
+        device: torch.device | str = "cpu",
+        *,
+        substeps: int = 1,
     ) -> "DDIMSchedule":
-        timesteps = timesteps_of(scheduler, num_inference_steps)
+        """That of a sampler's steps, or of ``substeps`` as many, among which are the sampler's own."""
+        timesteps = refined(timesteps_of(scheduler, num_inference_steps), substeps)
         squared = torch.cat([scheduler.alphas_cumprod[timesteps], scheduler.final_alpha_cumprod.reshape(1)]).double()
         config = scheduler.config
         return cls(
@@ -72,10 +78,18 @@ class DDIMSchedule:
     def ddim_step(self, prediction: Tensor, x_t: Tensor, step: Tensor, stride: int = 1) -> Tensor:
         """DDIM (Song et al. 2021, eq. 12 with σ = 0) from each sample's step to the one ``stride`` on."""
         x_0, noise = self.x_0_and_noise(prediction, x_t, step)
-        if self.clip is not None:
-            x_0 = x_0.clamp(-self.clip, self.clip)
         alpha_t, sigma_t = self.alpha_sigma(step + stride, x_t)
-        return alpha_t * x_0 + sigma_t * noise
+        return alpha_t * self.clipped(x_0) + sigma_t * noise
+
+    def clipped(self, x_0: Tensor) -> Tensor:
+        """x_0 within the sampler's range, where it has one."""
+        return x_0 if self.clip is None else x_0.clamp(-self.clip, self.clip)
+
+    def step_towards(self, x_0: Tensor, x_t: Tensor, step: Tensor) -> Tensor:
+        """Where one step leads from x_t in which x_0 is the image: :meth:`ddim_step` with no need of the noise."""
+        (alpha_t, sigma_t), (alpha_next, sigma_next) = self.alpha_sigma(step, x_t), self.alpha_sigma(step + 1, x_t)
+        ratio = sigma_next / sigma_t
+        return ratio * x_t + (alpha_next - ratio * alpha_t) * x_0
 
     def target_x_0(self, x_next: Tensor, x_t: Tensor, step: Tensor, stride: int) -> Tensor:
         """The x_0 for which one step over ``stride`` leads from x_t to x_next (Salimans & Ho 2022, algorithm 2)."""

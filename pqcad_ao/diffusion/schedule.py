@@ -52,6 +52,40 @@ def timesteps_of(scheduler: DDIMScheduler, num_inference_steps: int) -> list[int
     return walked.timesteps.tolist()
 
 
+def refined(timesteps: list[int], substeps: int) -> list[int]:
+    """Timesteps with others between each two of them, and behind the last one: ``substeps`` times as many, evenly
+    spaced up to rounding."""
+    ends = [*timesteps[1:], -1]
+    return [
+        start - round(number * (start - end) / substeps)
+        for start, end in zip(timesteps, ends, strict=True)
+        for number in range(substeps)
+    ]
+
+
+def check_substeps(ddim: DDIMScheduler, num_inference_steps: int, substeps: int) -> None:
+    """Look whether the flow can be walked in ``substeps`` for each step of the sampler, which :func:`teachable` made.
+
+    Raises:
+        ValueError: more than the training timesteps hold, or the noise does not grow from one visited timestep to the
+            next, so that no solver has a step there.
+    """
+    trained = ddim.config.num_train_timesteps
+    between = trained // num_inference_steps
+    if substeps > between:
+        raise ValueError(
+            f"reference_substeps={substeps}: {num_inference_steps} of {trained} training timesteps are {between} "
+            f"apart, and the reference stops at training timesteps alone: write at most {between}"
+        )
+    visited = refined(timesteps_of(ddim, num_inference_steps), substeps)
+    signal = ddim.alphas_cumprod[visited]
+    if not (bool((signal.diff() > 0).all()) and float(signal[-1]) < 1):
+        raise ValueError(
+            f"the scheduler adds no noise between some of the {len(visited)} timesteps that the reference visits: its "
+            "betas must be above 0, or give fewer reference_substeps"
+        )
+
+
 def default_steps(distilled: list[int] | None) -> int:
     """Steps where the user names none: as many as the network was distilled for, or else 20."""
     return 20 if distilled is None else len(distilled)

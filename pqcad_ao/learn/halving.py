@@ -1,4 +1,4 @@
-"""CAD, calibration-assisted distillation: a network learns to take two sampling steps in one, and stays quantized."""
+"""CAD, calibration-assisted distillation: a quantized network learns to take two sampling steps, or more, in one."""
 
 import copy
 import math
@@ -19,7 +19,9 @@ from pqcad_ao.denoiser import conditioning_rows, evaluation_mode, placement, pre
 from pqcad_ao.diffusion.ddim import DDIMSchedule
 from pqcad_ao.diffusion.images import CleanImages, noise_of
 from pqcad_ao.diffusion.process import settings_of
+from pqcad_ao.diffusion.sampling import overflow
 from pqcad_ao.diffusion.schedule import timesteps_of
+from pqcad_ao.diffusion.solvers import SOLVERS
 from pqcad_ao.graph.capture import capture
 from pqcad_ao.learn.training import Learner, read_checkpoint, to_learn, train_loop
 from pqcad_ao.learn.unfold import unfold
@@ -39,7 +41,8 @@ class DistillUpdate:
     """One training update: a line of the log.
 
     Attributes:
-        update: its number, from 0. stage: "halving 1" and so on. loss: weighted sum of both parts.
+        update: its number, from 0. stage: "halving 1" and so on, or "2 halvings at once".
+        loss: weighted sum of both parts.
         reference, teacher: mean squared error against each target; None where it is not used.
     """
 
@@ -62,18 +65,16 @@ def teach(
     callback: Callable[[str, int, int], None] | None,
     progress: bool,
 ) -> DDIMScheduler:
-    """Every halving in turn; returns the last one's sampler."""
+    """Every run of updates in turn; returns the last one's sampler."""
     rank, _ = rank_and_world()
-    exact = DDIMSchedule.of(ddim, config.steps, placement(reference)[0])
     # the network that is taught once more, while the caller's is as it was
-    taught = student if config.halvings == 1 else copy.deepcopy(student)
+    taught = student if len(config.runs) == 1 else copy.deepcopy(student)
 
     def describe(update: DistillUpdate) -> dict[str, Any]:
         return {"stage": update.stage, "loss": f"{update.loss:.5f}"}
 
-    for number in range(config.halvings):
-        steps = config.steps // 2**number
-        run = _Halving(taught, reference, exact, ddim, steps, pictures, config, number, shape)
+    for number, (_, learned) in enumerate(config.runs):
+        run = _Halving(taught, reference, ddim, pictures, config, number, shape)
         with evaluation_mode(reference):
             train_loop(
                 run,
@@ -85,30 +86,36 @@ def teach(
                 progress=progress and rank == 0,
                 write=rank == 0,
             )
-        run.give_back(student if number == config.halvings - 1 else taught, timesteps_of(ddim, steps // 2))
+        run.give_back(student if number == len(config.runs) - 1 else taught, timesteps_of(ddim, learned))
     return ddim
 
 
 class _Halving:
-    """One halving: everything that changes with an update, and how to keep it."""
+    """One of ``config.runs``: everything that changes with an update, and how to keep it.
+
+    ``schedule`` is that of the student before it; ``jump`` of its steps become one. ``flow`` is the reference's.
+    """
 
     def __init__(
         self,
         student: nn.Module,
         reference: nn.Module,
-        exact: DDIMSchedule,
         scheduler: DDIMScheduler,
-        steps: int,
         images: CleanImages,
         config: CADConfig,
         number: int,
         shape: tuple[int, int, int],
     ) -> None:
-        self.student, self.reference, self.exact, self.images, self.config = student, reference, exact, images, config
-        self.steps, self.number, self.scheduler = steps, number, scheduler
+        self.student, self.reference, self.images, self.config = student, reference, images, config
+        self.number, self.scheduler = number, scheduler
+        self.steps, learned = config.runs[number]
+        self.jump = self.steps // learned
+        self.stage = f"halving {number + 1}" if self.jump == 2 else f"{config.halvings} halvings at once"
         self.device, _ = placement(reference)
-        self.schedule = DDIMSchedule.of(scheduler, steps, self.device)  # two of its steps are one of the student's
-        self.error_gain = self.schedule.error_gain(torch.arange(0, steps, 2, device=self.device), 2)
+        self.schedule = DDIMSchedule.of(scheduler, self.steps, self.device)
+        self.flow = DDIMSchedule.of(scheduler, config.steps, self.device, substeps=config.reference_substeps)
+        starts = torch.arange(0, self.steps, self.jump, device=self.device)
+        self.error_gain = self.schedule.error_gain(starts, self.jump)
         self.log: list[DistillUpdate] = []
         self.first: float | None = None
         conditioning = images.conditioning
@@ -144,7 +151,7 @@ class _Halving:
 
     @torch.no_grad()
     def _own_trajectories(self, conditioning: dict[str, Any]) -> Tensor:
-        """x_t (trajectories, S, C, H, W) of the student as it is, at every second timestep."""
+        """x_t (trajectories, S, C, H, W) of the student as it is, where the steps that it learns begin."""
         count, seed = OWN_TRAJECTORIES, self.config.seed + 1
         shape = self.images.drawn.shape[1:]
         noise = torch.stack([noise_of(shape, seed, row) for row in range(count)]).to(self.device)
@@ -152,10 +159,10 @@ class _Halving:
         for batch in torch.arange(count).split(self.config.generation_batch_size):
             chosen = take_rows(conditioning, batch % conditioning_rows(conditioning))
             x_t, met = noise[batch], []
-            for step in range(0, self.steps, 2):
+            for step in range(0, self.steps, self.jump):
                 met.append(x_t)
                 at = torch.full((len(x_t),), step, device=self.device)
-                x_t = self.schedule.ddim_step(self.graph(x_t, self.schedule.timesteps[at], chosen), x_t, at, 2)
+                x_t = self.schedule.ddim_step(self.graph(x_t, self.schedule.timesteps[at], chosen), x_t, at, self.jump)
             parts.append(torch.stack(met, 1))
         return torch.cat(parts)
 
@@ -165,8 +172,8 @@ class _Halving:
         seed = (config.seed * 1_000_003 + self.number * 500_009 + number) % 2**63
         generator = torch.Generator().manual_seed(seed)
         # every step of the student's equally often: the updates count through them, each in an order of its own
-        taken = (number * size + torch.arange(size)) % (self.steps // 2)
-        step = 2 * taken[torch.randperm(size, generator=generator)]
+        taken = (number * size + torch.arange(size)) % (self.steps // self.jump)
+        step = self.jump * taken[torch.randperm(size, generator=generator)]
         index = torch.randint(len(self.images), (size,), generator=generator)
         noise = torch.randn(size, *self.images.drawn.shape[1:], generator=generator)
         extra = torch.randn(noise.shape, generator=generator) if config.noise_injection else None
@@ -179,7 +186,7 @@ class _Halving:
             # the first of the batch, whose steps are in random order
             count = math.ceil(config.own_share * size)
             theirs = torch.arange(size)[mine] < count
-            x_t[theirs] = self.own[own[mine][theirs].to(self.device), step[theirs] // 2]
+            x_t[theirs] = self.own[own[mine][theirs].to(self.device), step[theirs] // self.jump]
             if conditioning:
                 count = conditioning_rows(self.images.conditioning)
                 other = take_rows(self.images.conditioning, own[mine] % count)
@@ -192,6 +199,7 @@ class _Halving:
     def _target(
         self,
         network: Callable[..., Tensor],
+        solver: str,
         schedule: DDIMSchedule,
         x_t: Tensor,
         step: Tensor,
@@ -199,23 +207,21 @@ class _Halving:
         conditioning: Any,
     ) -> Tensor:
         """The v with which one step of the student's ends where ``stride`` steps of ``network`` do."""
-        x = x_t
-        for taken in range(stride):
-            at = step + taken
-            x = schedule.ddim_step(network(x, schedule.timesteps[at], conditioning), x, at)
-        return schedule.velocity(schedule.target_x_0(x, x_t, step, stride), x_t, step)
+        end = SOLVERS[solver](lambda x, t: network(x, t, conditioning), schedule, x_t, step, stride)
+        return schedule.velocity(schedule.target_x_0(end, x_t, step, stride), x_t, step)
 
     def update(self) -> DistillUpdate:
         """One training update."""
         number, config = len(self.log), self.config
         x_t, step, conditioning = self._batch(number)
-        stride = self.config.steps // self.steps  # exact steps in one of the schedule's
         targets: dict[str, Tensor] = {}
         if config.reference_weight:
-            exact = (self.exact, x_t, stride * step, 2 * stride, conditioning)
-            targets["reference"] = self._target(partial(predict_float32, self.reference), *exact)
-        if self.teacher is not None:
-            targets["teacher"] = self._target(self.teacher, self.schedule, x_t, step, 2, conditioning)
+            network = partial(predict_float32, self.reference)
+            finer = (len(self.flow.timesteps) - 1) // self.steps  # of the flow's steps in one of the schedule's
+            walk = (self.flow, x_t, finer * step, finer * self.jump, conditioning)
+            targets["reference"] = self._target(network, config.reference_solver, *walk)
+        if self.teacher is not None:  # as it samples
+            targets["teacher"] = self._target(self.teacher, "ddim", self.schedule, x_t, step, self.jump, conditioning)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             prediction = self.forward(x_t, self.schedule.timesteps[step], conditioning)
         x_0, _ = self.schedule.x_0_and_noise(prediction.float(), x_t, step)
@@ -226,7 +232,7 @@ class _Halving:
             weight = torch.maximum(alpha_t.square(), sigma_t.square())
         elif self.schedule.prediction_type == "epsilon":
             # as v, an error of epsilon counts 1/alpha² times: the first timestep would be all that is learned
-            weight = self.error_gain[step // 2].square().view_as(weight) / self.error_gain.square().mean()
+            weight = self.error_gain[step // self.jump].square().view_as(weight) / self.error_gain.square().mean()
         parts = {name: (weight * (v - target).square()).mean() for name, target in targets.items()}
         weights = {"reference": config.reference_weight, "teacher": config.teacher_weight}
         loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
@@ -237,14 +243,16 @@ class _Halving:
         value, *shown = values.tolist()
         self.first = value if self.first is None else self.first
         if not math.isfinite(value) or value > DIVERGED * max(self.first, 1e-6):
+            if "reference" in targets and not targets["reference"].isfinite().all():
+                raise overflow("walking its flow", placement(self.reference)[1], self.scheduler)
             raise FloatingPointError(
-                f"distillation diverged in halving {self.number + 1}, update {number}: the loss is {value:.3g}, at the "
+                f"distillation diverged in {self.stage}, update {number}: the loss is {value:.3g}, at the "
                 f"start it was {self.first:.3g}. Lower learning_rate ({config.learning_rate:g}), with another folder "
                 "if you gave one"
             )
         self.learner.step(loss, number)
         named = dict(zip(parts, shown, strict=True))
-        entry = DistillUpdate(number, f"halving {self.number + 1}", value, named.get("reference"), named.get("teacher"))
+        entry = DistillUpdate(number, self.stage, value, named.get("reference"), named.get("teacher"))
         self.log.append(entry)
         return entry
 

@@ -1,0 +1,53 @@
+"""Solvers of a network's probability flow: how one walks from a noisy image to a less noisy one."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pqcad_ao.diffusion.ddim import DDIMSchedule
+
+Predict = Callable[[Tensor, Tensor], Tensor]  # f(x_t, timesteps) -> prediction
+
+
+def ddim(predict: Predict, schedule: DDIMSchedule, x_t: Tensor, step: Tensor, steps: int) -> Tensor:
+    """DDIM (Song et al. 2021, eq. 12 with σ = 0), a solver of the first order."""
+    for taken in range(steps):
+        at = step + taken
+        x_t = schedule.ddim_step(predict(x_t, schedule.timesteps[at]), x_t, at)
+    return x_t
+
+
+def dpmpp_2m(predict: Predict, schedule: DDIMSchedule, x_t: Tensor, step: Tensor, steps: int) -> Tensor:
+    """DPM-Solver++ 2M (Lu et al. 2022, algorithm 2), a solver of the second order.
+
+    Its first step, before which it knows of no other, is of the first order, and so is the one to the image, where
+    λ has no bounds (as ``lower_order_final`` says in diffusers).
+    """
+    slope, before = _slopes(schedule), None
+    for taken in range(steps):
+        at = step + taken
+        x_0 = schedule.clipped(schedule.x_0_and_noise(predict(x_t, schedule.timesteps[at]), x_t, at)[0])
+        ahead = x_0 if before is None else x_0 + slope[at].view(-1, *[1] * (x_0.dim() - 1)) * (x_0 - before)
+        x_t, before = schedule.step_towards(ahead, x_t, at), x_0
+    return x_t
+
+
+def _slopes(schedule: DDIMSchedule) -> Tensor:
+    """1 / 2r (S,) of each step: how far the change of x_0 over the step before it goes on to the middle of this one.
+
+    r = h of the step before / h of this one, with h its length in λ = log(alpha_t / sigma_t). After a start without
+    signal, where λ is -inf, it is 0.
+    """
+    length = (schedule.alphas.double().log() - schedule.sigmas.double().log()).diff()
+    slope = torch.zeros_like(length)
+    slope[1:-1] = length[1:-1] / (2 * length[:-2])
+    return slope.to(schedule.alphas.dtype)
+
+
+# Each walks ``steps`` steps of a schedule from x_t (B, C, H, W), which is at each sample's ``step`` (B,), and returns
+# the x_t (B, C, H, W) in which it arrives.
+SOLVERS: dict[str, Callable[[Predict, DDIMSchedule, Tensor, Tensor, int], Tensor]] = {
+    "ddim": ddim,
+    "dpmpp_2m": dpmpp_2m,
+}
