@@ -12,7 +12,7 @@ os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 
 from diffusers import DDIMScheduler, UNet2DModel
 from hypothesis import settings
-from networks import cosine_scheduler, quick
+from networks import SHAPE, TINY_UNET, Small, cosine_scheduler, quick
 
 from pqcad_ao import quantize_
 from pqcad_ao.models import save_model
@@ -30,17 +30,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 def _tiny_unet_prototype() -> UNet2DModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return UNet2DModel(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            layers_per_block=1,
-            block_out_channels=(8, 16),
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            norm_num_groups=4,
-            attention_head_dim=8,
-        ).eval()
+        return UNet2DModel(**TINY_UNET).eval()
 
 
 @pytest.fixture
@@ -83,3 +73,16 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no image data at {folder}: set PQCAD_DATA to the folder that holds fashion_mnist/")
     return folder
+
+
+@pytest.fixture(scope="session")
+def _small_prototype() -> Small:
+    model = Small()
+    quantize_(model, quick(), scheduler=cosine_scheduler(), sample_shape=SHAPE, progress=False)
+    return model
+
+
+@pytest.fixture
+def small(_small_prototype: Small) -> Small:
+    """A quantized plain module with a skip concatenation, attention and strides; every test gets its own copy."""
+    return copy.deepcopy(_small_prototype)

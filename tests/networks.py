@@ -1,5 +1,7 @@
 """Networks, configurations and comparisons that several test files use."""
 
+from typing import Any
+
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
@@ -8,6 +10,25 @@ from torch.nn import functional as F
 from pqcad_ao import PQCADConfig
 
 SHAPE = (1, 8, 8)  # what every network here denoises
+TINY_UNET: dict[str, Any] = {  # of a diffusers UNet that is quantized in seconds
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "layers_per_block": 1,
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 4,
+    "attention_head_dim": 8,
+}
+# the same, of a text-conditional one
+TINY_TEXT_UNET = {
+    **TINY_UNET,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": 12,
+    "attention_head_dim": 4,
+}
 QUICK = {
     "calibration_points": 16,
     "calibration_steps": 4,

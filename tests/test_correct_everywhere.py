@@ -8,26 +8,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMPipeline, UNet2DModel
-from networks import SHAPE, Small, cosine_scheduler, quick, sqnr
+from networks import SHAPE, TINY_UNET, quick, sqnr
 from torch._dynamo.utils import counters
 
 from pqcad_ao import quantize_
 from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.graph.capture import capture
 from pqcad_ao.nn.layers import QuantizedLayer
-
-
-@pytest.fixture(scope="module")
-def _small_prototype():
-    model = Small()
-    quantize_(model, quick(), scheduler=cosine_scheduler(), sample_shape=SHAPE, progress=False)
-    return model
-
-
-@pytest.fixture
-def small(_small_prototype):
-    """A quantized plain module with a skip concatenation, attention and strides."""
-    return copy.deepcopy(_small_prototype)
 
 
 @pytest.fixture(autouse=True)
@@ -273,17 +260,8 @@ def test_inside_a_diffusers_pipeline(quantized_unet, scheduler):
 def test_inductor_compiles_a_unet_without_a_graph_break(scheduler):
     """One level and no attention, so that Inductor is done in half a minute; the slow tier compiles a whole UNet."""
     torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        norm_num_groups=4,
-        add_attention=False,
-    ).eval()
+    one_level = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    unet = UNet2DModel(**{**TINY_UNET, **one_level}, add_attention=False).eval()
     quantize_(unet, quick(), scheduler=scheduler, progress=False)
     compiled = torch.compile(unet, fullgraph=True)
     x = _images(5)

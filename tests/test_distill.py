@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
-from networks import SHAPE, Small, cosine_scheduler, quick, sqnr
+from networks import SHAPE, TINY_UNET, Small, cosine_scheduler, quick, sqnr
 from torch import nn
 
 from pqcad_ao import CADConfig, PQCADConfig, compress, distill_, plan, quantize_
@@ -340,17 +340,8 @@ def test_a_reference_in_bfloat16_teaches_as_well():
 
 def test_conditioning_reaches_teacher_and_student():
     torch.manual_seed(0)
-    reference = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        num_class_embeds=3,
-    ).eval()
+    plain = {"down_block_types": ("DownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "UpBlock2D")}
+    reference = UNet2DModel(**{**TINY_UNET, **plain}, num_class_embeds=3).eval()
     labels = {"class_labels": torch.tensor([0, 1, 2])}
     student = copy.deepcopy(reference)
     quantize_(student, quick(), scheduler=cosine_scheduler(), conditioning=labels, progress=False)

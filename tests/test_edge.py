@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
-from networks import SHAPE, Plain, Small, cosine_scheduler, quick, sqnr
+from networks import SHAPE, TINY_TEXT_UNET, Plain, Small, cosine_scheduler, quick, sqnr
 from torch import nn
 from torch.fx import Graph
 
@@ -442,18 +442,7 @@ def test_diffusers_unet(quantized_unet, tmp_path):
 @pytest.mark.slow
 def test_conditional_diffusers_unet(tmp_path):
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        norm_num_groups=4,
-        cross_attention_dim=12,
-        attention_head_dim=4,
-    ).eval()
+    unet = UNet2DConditionModel(**TINY_TEXT_UNET).eval()
     text = {"encoder_hidden_states": torch.randn(4, 5, 12)}
     quantize(unet, conditioning=text)
     with pytest.raises(ValueError, match="encoder_hidden_states"):

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
-from networks import SHAPE, Plain, Small, cosine_scheduler, quick
+from networks import SHAPE, TINY_TEXT_UNET, Plain, Small, cosine_scheduler, quick
 from torch import nn
 from torch.nn import functional as F
 
@@ -218,16 +218,7 @@ def test_a_class_conditional_unet(tiny_unet):
 
 
 def test_a_text_conditional_unet():
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=8,
-        cross_attention_dim=12,
-    )
+    unet = UNet2DConditionModel(**TINY_TEXT_UNET)
     rows = plan(unet, conditioning={"encoder_hidden_states": torch.randn(2, 5, 12)})
     _check_complete(rows, unet)
     block = "down_blocks.1.attentions.0.transformer_blocks.0"

@@ -14,7 +14,7 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
-from networks import SHAPE, Plain, Small, cosine_scheduler, quick, sqnr
+from networks import SHAPE, TINY_TEXT_UNET, Plain, Small, cosine_scheduler, quick, sqnr
 from torch import nn
 from torch.fx import Interpreter
 from torchao.core.config import config_from_dict, config_to_dict
@@ -275,18 +275,9 @@ def test_overrides_reach_the_layers():
 
 def test_a_text_conditional_unet():
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=4,
-        cross_attention_dim=12,
-    ).eval()
+    unet = UNet2DConditionModel(**TINY_TEXT_UNET).eval()
     text = torch.randn(5, 7, 12)
-    x, t = torch.randn(4, 4, 8, 8), torch.tensor([0, 300, 600, 999])
+    x, t = torch.randn(4, *SHAPE), torch.tensor([0, 300, 600, 999])
     with torch.no_grad():
         expected = unet(x, t, text[:4]).sample
         quantize_(

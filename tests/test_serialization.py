@@ -16,7 +16,7 @@ from torch import nn
 from torchao.core.config import config_to_dict
 from torchao.quantization import Int8WeightOnlyConfig
 
-from pqcad_ao import PQCADConfig, load_quantized, plan, quantize_, save_quantized
+from pqcad_ao import load_quantized, plan, quantize_, save_quantized
 from pqcad_ao.nn.layers import QuantizedLayer
 from pqcad_ao.ops.packing import packed_size
 
@@ -29,18 +29,6 @@ def saved(_quantized_unet_prototype, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
     _quantized_unet_prototype.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def _small_prototype():
-    model = Small()
-    quantize_(model, quick(), scheduler=cosine_scheduler(), sample_shape=SHAPE, progress=False)
-    return model
-
-
-@pytest.fixture
-def small(_small_prototype):
-    return copy.deepcopy(_small_prototype)
 
 
 def _inputs() -> tuple[torch.Tensor, torch.Tensor]:
