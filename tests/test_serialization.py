@@ -164,6 +164,7 @@ def _retensor(change):
         tensors = load_file(folder / WEIGHTS)
         change(tensors)
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        _edit(lambda _, values: values.pop("weights"))(folder)
 
     return damage
 
@@ -194,7 +195,7 @@ DAMAGE = {
     "shape": (
         _retensor(lambda t: t.update({"conv_in.weight": t["conv_in.weight"][:, 1:].contiguous()})),
         ValueError,
-        r"conv_in.weight has shape \(8, 8\), the plan in config.json says \(8, 9\)",
+        r"conv_in.weight has shape \(8, 8\), the plan says \(8, 9\)",
     ),
     "type": (
         _retensor(lambda t: t.update({"conv_in.weight_scale": t["conv_in.weight_scale"].half()})),
@@ -313,6 +314,7 @@ def _resave(change):
     def damage(path):
         with safe_open(path, "pt") as file:
             metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata.pop("sha256")
         change(metadata, tensors)
         save_file(tensors, path, metadata=metadata)
 

@@ -74,6 +74,7 @@ def test_a_file_of_any_module_calls_nothing_by_name(hide, tmp_path, evil):
     save_quantized(model, path)
     with safe_open(path, "pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    metadata.pop("sha256")
     header = json.loads(metadata["pqcad"])
     header["config"] = hide(header["config"])
     save_file(tensors, path, {**metadata, "pqcad": json.dumps(header)})

@@ -1,5 +1,7 @@
 """Saving and loading through diffusers: the quantizer that ``from_pretrained`` finds."""
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,14 +11,16 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from pqcad_ao.nn.layers import QuantizedLayer
-from pqcad_ao.nn.state import ATTRIBUTE, Method, QuantizedState, insert_layers, make_layers, state_from_dict
+from pqcad_ao.nn.layers import QuantizedLayer, check_saved
+from pqcad_ao.nn.state import ATTRIBUTE, WEIGHTS, Method, QuantizedState, insert_layers, make_layers, state_from_dict
+from pqcad_ao.utils.tensor_files import checksum, checksum_of, join_checksums
 
 
 def attach(model: nn.Module, state: QuantizedState) -> None:
     """Make ``model`` remember how it was quantized, for ``plan(model)``, for the report and for saving."""
     if isinstance(model, ConfigMixin):
         quantization_config = PQCADQuantizationConfig(**state.to_dict())
+        quantization_config.owner = _Owner(model)
         model.register_to_config(quantization_config=quantization_config)
         model.hf_quantizer = PQCADDiffusersQuantizer(quantization_config, pre_quantized=True)
         # diffusers refuses .to(dtype) where this is set; our layers keep their grids in float32 through any cast
@@ -29,13 +33,33 @@ class PQCADQuantizationConfig(QuantizationConfigMixin):
 
     def __init__(self, quant_method: str = Method.PQCAD.value, **values: Any) -> None:
         self.quant_method = Method(quant_method)
+        self.weights = values.pop(WEIGHTS, None)  # checksum of those that config.json was written with
         self.values = values
+        self.owner: _Owner | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": self.quant_method.value, **self.values}
+        """For config.json; with the checksum of the weights that the network has now, which are saved with it."""
+        model = None if self.owner is None else self.owner.model()
+        tensors = {} if model is None else model.state_dict()
+        known = bool(tensors) and not any(value.is_meta for value in tensors.values())
+        return {**self.to_diff_dict(), **({WEIGHTS: checksum(tensors)} if known else {})}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        return self.to_dict()  # diffusers' repr asks for it, its base class does not have it
+        """For diffusers' repr."""
+        return {"quant_method": self.quant_method.value, **self.values}
+
+
+class _Owner:
+    """The network that a configuration is of. It does not keep it alive, and is of the copy where both are copied."""
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self.model: Callable[[], nn.Module | None] = (lambda: None) if model is None else weakref.ref(model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Owner":
+        return _Owner(memo.get(id(self.model()), self.model()))
+
+    def __reduce__(self) -> tuple[type, tuple[None]]:
+        return _Owner, (None,)
 
 
 class PQCADDiffusersQuantizer(DiffusersQuantizer):
@@ -45,6 +69,7 @@ class PQCADDiffusersQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         self.state = state_from_dict(self.quantization_config.to_dict())
+        self.read: dict[str, str] = {}  # checksums of the tensors, as they are in the file
         insert_layers(model, make_layers(model, self.state), self.state.timestep)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -53,20 +78,23 @@ class PQCADDiffusersQuantizer(DiffusersQuantizer):
             raise ValueError(
                 f"the checkpoint is damaged: it holds no {', '.join(empty[:3])}{' ...' if len(empty) > 3 else ''}"
             )
+        if self.quantization_config.weights not in (None, join_checksums(self.read.values())):
+            raise ValueError(
+                "the checkpoint is damaged: the weights are not those that config.json was written with, by its "
+                "checksum. They are of another save, or were changed"
+            )
         attach(model, self.state)
         return model
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:
-        owner, _, _ = param_name.rpartition(".")
-        return isinstance(model.get_submodule(owner), QuantizedLayer)
-
-    def check_quantized_param_shape(self, param_name: str, current: Tensor | torch.Size, loaded: Tensor) -> bool:
-        raise ValueError(
-            f"the checkpoint is damaged: {param_name} has shape {tuple(loaded.shape)}, the plan in config.json says "
-            f"{tuple(getattr(current, 'shape', current))}"
-        )
+        """Whether a tensor is one of a quantized layer; diffusers asks for each, so each is looked at here."""
+        owner = model.get_submodule(param_name.rpartition(".")[0])
+        # state_dict still holds the saved type; param_value was cast to torch_dtype
+        check_saved(param_name, state_dict[param_name], owner)
+        self.read[param_name] = checksum_of(param_name, state_dict[param_name])
+        return isinstance(owner, QuantizedLayer)
 
     def create_quantized_param(
         self,
@@ -79,14 +107,8 @@ class PQCADDiffusersQuantizer(DiffusersQuantizer):
         **kwargs: Any,
     ) -> None:
         owner, _, name = param_name.rpartition(".")
-        # state_dict still holds the saved type; param_value was cast to torch_dtype, which would move the grid
-        value = state_dict[param_name]
-        layer = model.get_submodule(owner)
-        if value.dtype != layer._buffers[name].dtype:
-            raise ValueError(
-                f"the checkpoint is damaged: {param_name} is {value.dtype}, expected {layer._buffers[name].dtype}"
-            )
-        layer._buffers[name] = value.to(target_device)
+        # param_value was cast to torch_dtype, which would move the grid
+        model.get_submodule(owner)._buffers[name] = state_dict[param_name].to(target_device)
 
     @property
     def is_serializable(self) -> bool:

@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pqcad_ao.nn.diffusers_plugin import attach
+from pqcad_ao.nn.layers import QuantizedLayer, check_saved
 from pqcad_ao.nn.state import insert_layers, make_layers, quantized_state, required_state, state_from_dict
 from pqcad_ao.utils.tensor_files import read_tensors, write_tensors
 
@@ -42,8 +44,28 @@ def load_quantized(model: nn.Module, path: str | Path) -> nn.Module:
             f"this {type(model).__name__} is quantized already; load_quantized takes the full-precision one"
         )
     tensors, header = read_tensors(path, KIND)
-    state = state_from_dict(header)
-    layers = make_layers(model, state)
+    try:
+        state = state_from_dict(header)
+        layers = make_layers(model, state)
+        _check_fit(model, layers, tensors)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    for fqn, layer in layers.items():
+        weight: Any = model.get_submodule(fqn).weight
+        own = {name: tensors[f"{fqn}.{name}"].to(weight.device) for name in layer.state_dict()}
+        layer.load_state_dict(own, assign=True)
+    attach(model, state)
+    insert_layers(model, layers, state.timestep)
+    model.load_state_dict(tensors, strict=True)
+    return model
+
+
+def _check_fit(model: nn.Module, layers: dict[str, QuantizedLayer], tensors: dict[str, Tensor]) -> None:
+    """Look whether tensors are what ``model`` holds once ``layers`` are in it.
+
+    Raises:
+        ValueError: some are missing, unknown, of another shape or type, or hold what they cannot.
+    """
     expected = {name: value for name, value in model.state_dict().items() if name.rpartition(".")[0] not in layers}
     for fqn, layer in layers.items():
         expected |= {f"{fqn}.{name}": value for name, value in layer.state_dict().items()}
@@ -54,10 +76,9 @@ def load_quantized(model: nn.Module, path: str | Path) -> nn.Module:
     )
     if wrong:
         raise ValueError(
-            f"{path} does not fit this {type(model).__name__}: missing, unknown or of another shape are "
+            f"it does not fit this {type(model).__name__}: missing, unknown or of another shape are "
             f"{', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}"
         )
-    attach(model, state)
-    insert_layers(model, layers, state.timestep)
-    model.load_state_dict(tensors, strict=True)
-    return model
+    for name, value in tensors.items():
+        fqn = name.rpartition(".")[0]
+        check_saved(name, value, layers.get(fqn) or model.get_submodule(fqn))

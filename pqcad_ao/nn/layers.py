@@ -68,6 +68,30 @@ class QuantizedLayer(nn.Module):
                 self._buffers[name] = value.to(self._buffers[name].device)
         return self
 
+    def check_buffer(self, name: str, value: Tensor) -> None:
+        """Look whether ``value`` can be the buffer ``name``, by type, shape and every number in it.
+
+        Raises:
+            ValueError: it cannot; says what it is and what was expected.
+        """
+        own = self._buffers[name]
+        if own is None or value.dtype != own.dtype:
+            raise ValueError(f"is {value.dtype}, expected {'nothing' if own is None else own.dtype}")
+        if value.shape != own.shape:
+            raise ValueError(f"has shape {tuple(value.shape)}, the plan says {tuple(own.shape)}")
+        if name in ("weight_scale", "input_scale"):
+            sound, expected = (value > 0) & value.isfinite() & value.reciprocal().isfinite(), "positive, finite numbers"
+        elif name == "input_low":
+            least, most = low_range(self.activation_bits or 0)
+            sound, expected = (value >= least) & (value <= most), f"whole numbers from {least} to {most}"
+        elif name == "weight":
+            used, value = self.reduction * self.weight_bits % 8 or 8, value[:, -1]
+            sound, expected = value <= 2**used - 1, f"last bytes of a row with nothing behind their {used} bits"
+        else:
+            sound, expected = value.isfinite(), "finite numbers"
+        if not sound.all():
+            raise ValueError(f"holds {value[~sound].flatten()[0].item():g}, expected are {expected}")
+
     def set_weight(self, integers: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         """Store (O, K) integers, their (O,) scale and the (O,) bias."""
         self.weight = pack(integers, self.weight_bits).to(self.weight.device)
@@ -102,6 +126,33 @@ class QuantizedLayer(nn.Module):
         activation = f"A{self.activation_bits}" if self.activation_bits else "A float"
         split = f", split={self.segments}" if len(self.segments) > 1 else ""
         return f"W{self.weight_bits}{activation[0]}{activation[1:]}{split}"
+
+
+def check_saved(name: str, value: Tensor, owner: nn.Module) -> None:
+    """Look whether a tensor that was read can be what the module ``owner`` holds under the last part of ``name``.
+
+    Raises:
+        ValueError: it is of another type, or holds numbers that it cannot; of a quantized layer also its shape.
+    """
+    attribute = name.rpartition(".")[2]
+    try:
+        if isinstance(owner, QuantizedLayer):
+            owner.check_buffer(attribute, value)
+            return
+        own = getattr(owner, attribute)
+        # networks are cast, and what is saved in bfloat16 loads in float32
+        if value.dtype != own.dtype and not (value.is_floating_point() and own.is_floating_point()):
+            raise ValueError(f"is {value.dtype}, expected {own.dtype}")
+        # as quantize_ has it: a buffer may be a mask that ends in infinity
+        if value.isnan().any() or (isinstance(own, nn.Parameter) and not value.isfinite().all()):
+            raise ValueError("holds NaN or infinity")
+    except ValueError as error:
+        raise ValueError(f"the checkpoint is damaged: {name} {error}") from error
+
+
+def low_range(bits: int) -> tuple[int, int]:
+    """Where a grid of ``bits`` bits may begin: it has a zero, and all of its integers are int8."""
+    return (-128, -128) if bits == 8 else (1 - 2**bits, 0)
 
 
 def quantized_class(operator: Operator) -> type[Any]:

@@ -1,7 +1,10 @@
 """What a quantized network knows about itself, and the empty layers that this describes."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import pairwise
+from math import prod
 from typing import Any
 
 import torch
@@ -18,6 +21,8 @@ from pqcad_ao.utils.checks import is_whole
 FORMAT = 1
 FIELDS = {"quant_method", "format", "config", "plan", "timestep_groups", "num_train_timesteps", "transitions"}
 OPTIONAL = {"schedule"}
+MOST_TIMESTEPS = 2**20  # of a noise process; of those that are known most have 1000
+WEIGHTS = "weights"  # field of a config.json, beside those of a state: the checksum of what was saved with it
 ATTRIBUTE = "_pqcad_state"  # of a quantized network
 
 
@@ -67,26 +72,40 @@ def state_from_dict(values: dict[str, Any]) -> QuantizedState:
         config, plan = config_from_json(values["config"]), Plan.from_list(values["plan"])
         for row in plan:
             _check_row(row)
+        names = Counter(row.fqn for row in plan)
+        for row in plan.quantized:
+            if names[row.fqn] > 1:
+                raise ValueError(f"its plan has {names[row.fqn]} rows for {row.fqn!r}")
         counts = values["timestep_groups"], values["num_train_timesteps"]
-        if not all(is_whole(count) for count in counts):
+        if not all(is_whole(count, most=MOST_TIMESTEPS) for count in counts):
             raise ValueError(f"timestep_groups and num_train_timesteps are {counts}")
         timestep, schedule = Timestep(*counts), values.get("schedule")
-        if schedule is not None and not all(is_whole(t, 0, counts[1] - 1) for t in schedule):
-            raise ValueError(f"schedule is {schedule}")
+        if schedule is not None and not _is_schedule(schedule, counts[1]):
+            raise ValueError(f"schedule is {schedule}, expected are falling timesteps from {counts[1] - 1} to 0")
         timestep.schedule = schedule
+        if not all(isinstance(entry, dict) for entry in values["transitions"]):
+            raise ValueError(f"transitions is {values['transitions']!r}")
         return QuantizedState(config, plan, timestep, values["transitions"])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         detail = error if isinstance(error, ValueError) else repr(error)
         raise ValueError(f"the checkpoint's quantization config is damaged: {detail}") from error
 
 
+def _is_schedule(schedule: Any, num_train_timesteps: int) -> bool:
+    sound = isinstance(schedule, list) and all(is_whole(t, 0, num_train_timesteps - 1) for t in schedule)
+    return sound and len(schedule) > 0 and all(a > b for a, b in pairwise(schedule))
+
+
 def _check_row(row: PlanRow) -> None:
+    words, lists, width = (row.fqn, row.kind, row.role, row.reason), (row.shape, row.segments), row.activation_bits
     sound = (
-        isinstance(row.fqn, str)
-        and all(is_whole(n) for n in [*row.shape, *row.segments])
-        and (row.weight_bits is None or row.weight_bits in WEIGHT_BITS)
-        and (row.activation_bits is None or row.activation_bits in ACTIVATION_BITS)
-        and (row.segments or not row.quantized)
+        all(isinstance(word, str) for word in words)
+        and all(isinstance(numbers, list) and all(is_whole(n) for n in numbers) for numbers in lists)
+        and is_whole(row.parameters, 0)
+        and (row.weight_bits is None or is_whole(row.weight_bits, WEIGHT_BITS[0], WEIGHT_BITS[-1]))
+        and (width is None or (row.quantized and is_whole(width, ACTIVATION_BITS[0], ACTIVATION_BITS[-1])))
+        and (row.sensitivity is None or isinstance(row.sensitivity, float))
+        and (not row.quantized or (row.segments and row.fqn and row.parameters == prod(row.shape)))
     )
     if not sound:
         raise ValueError(f"{row} has values out of range")
@@ -113,7 +132,9 @@ def required_state(model: nn.Module, otherwise: str = "") -> QuantizedState:
 
 
 def make_layers(model: nn.Module, state: QuantizedState) -> dict[str, QuantizedLayer]:
-    """Quantized layers with nothing in them yet for the plan's layers of a full-precision skeleton, by name.
+    """Quantized layers for the plan's layers of a full-precision skeleton, by name.
+
+    They are on the meta device: what a file says takes no memory before its tensors are found to fit.
 
     Raises:
         ValueError: the skeleton does not have a layer of the plan, or has it in another shape.
@@ -137,7 +158,7 @@ def make_layers(model: nn.Module, state: QuantizedState) -> dict[str, QuantizedL
             raise ValueError(
                 f"the checkpoint splits {row.fqn} into {row.segments}; the network has {channels} channels"
             )
-        with torch.device(original.weight.device):
+        with torch.device("meta"):
             layer = quantized_class(operator).like(
                 original, row.weight_bits, row.activation_bits, row.segments, state.timestep
             )

@@ -1,0 +1,72 @@
+"""One run at a time in a folder."""
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pqcad_ao.utils.files import sweep
+from pqcad_ao.utils.locks import try_lock
+from pqcad_ao.utils.processes import rank_and_world
+
+LOCK = ".pqcad.lock"
+
+_mine: dict[tuple[str, int], int] = {}  # how often each folder is held, by the thread that holds it
+
+
+@contextmanager
+def only_run_in(folder: str | Path | None) -> Iterator[None]:
+    """Keep other runs out of a folder meanwhile, and delete first what a killed one left unfinished there.
+
+    Within a run it may be asked for again. Of several processes that share a run the first one does this for all.
+
+    Args:
+        folder: made if it is not there; None: nothing to keep.
+
+    Raises:
+        BlockingIOError: another process, or thread, is at work there; says which. OSError: the folder cannot be made or
+            written.
+    """
+    if folder is None or rank_and_world()[0] != 0:
+        yield
+        return
+    folder = Path(folder).absolute()
+    held = (os.path.realpath(folder), threading.get_ident())
+    if held in _mine:
+        _mine[held] += 1
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _hold(folder / LOCK)
+        _mine[held] = 1
+        sweep(folder)
+    try:
+        yield
+    finally:
+        _mine[held] -= 1
+        if not _mine[held]:
+            del _mine[held]
+            (folder / LOCK).unlink(missing_ok=True)  # while it is held: who waits finds another file, or none
+            os.close(descriptor)
+
+
+def _hold(file: Path) -> int:
+    """The descriptor of a lock file that is this process's now."""
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        if try_lock(descriptor) is False:
+            owner = os.read(descriptor, 200).decode(errors="replace") or "another process"
+            os.close(descriptor)
+            raise BlockingIOError(
+                f"{file.parent} is in use by {owner}: wait until it is done, or give another folder to this one"
+            )
+        try:
+            current = os.stat(file).st_ino
+        except FileNotFoundError:
+            current = None
+        if current == os.fstat(descriptor).st_ino:
+            os.truncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+            return descriptor
+        os.close(descriptor)  # whoever held it has deleted it: there is another one, or none
