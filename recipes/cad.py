@@ -12,17 +12,14 @@ import copy
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import distributed as dist
 from torch import nn
-from yaml import YAMLError  # OmegaConf's own parser raises it
 
 from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.data import some_images
@@ -36,6 +33,7 @@ from pqcad_ao.nn.state import quantized_state
 from pqcad_ao.quantize import quantize_
 from pqcad_ao.utils.files import digest
 from pqcad_ao.utils.machine import check_device
+from pqcad_ao.utils.options import read_options
 from pqcad_ao.utils.processes import rank_and_world, wait_for_all
 
 
@@ -112,18 +110,8 @@ def compress_on_all(
 
 
 def from_dotted(kind: type, asked: list[str]) -> Any:
-    """A configuration from ``name=value`` arguments.
-
-    Raises:
-        ValueError: no ``name=value``, or a name that it does not have.
-    """
-    try:
-        values: Any = OmegaConf.to_container(OmegaConf.from_dotlist(asked))
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ValueError(f"{' '.join(asked)!r} cannot be read as NAME=VALUE: {str(error).splitlines()[0]}") from error
-    known = {field.name for field in fields(kind)}
-    if unknown := sorted(values.keys() - known):
-        raise ValueError(f"{kind.__name__} has no {', '.join(unknown)}: allowed are {', '.join(sorted(known))}")
+    """A configuration from ``name=value`` arguments. Raises ValueError: as :func:`read_options`, or a bad value."""
+    values = read_options(kind, asked)
     try:
         return kind(**values)
     except TypeError as error:

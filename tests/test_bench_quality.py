@@ -1,15 +1,17 @@
 """The quality benchmark on a tiny network: rows, seeds, what is kept and reused."""
 
 import argparse
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pqcad_ao import CADConfig
 from pqcad_ao.bench.quality import command, measure
-from pqcad_ao.bench.quality.rows import ABLATIONS, ROWS, SETS
+from pqcad_ao.bench.quality.rows import ABLATIONS, ROWS, SETS, SOLVED
 from pqcad_ao.data import to_uint8
 from pqcad_ao.diffusion import images
 from pqcad_ao.diffusion.sampling import sample
@@ -146,9 +148,52 @@ def test_every_row_has_a_valid_configuration():
         assert row.base is None or row.base in ROWS
         cad = None if row.cad is None else CADConfig(**row.cad)
         assert cad is None or row.part == 2**cad.halvings
-        assert config or cad or name in ("fp_full", "fp_half", "pq_half")
+        assert config or cad or row.solver or name in ("fp_full", "fp_half", "pq_half")
     learned = [row.cad.get("iterations") for name, row in ABLATIONS.items() if row.cad and name != "cad_joint"]
     assert set(learned) == {None}  # what is compared takes the same number of updates
+
+
+@pytest.mark.parametrize("name", SOLVED)
+def test_rows_of_other_solvers_sample_as_their_pipeline_does(tiny_dir, tmp_path, name):
+    row, steps = ROWS[name], 8
+    result, _ = run(tiny_dir, tmp_path, rows=[name], steps=steps)
+    assert result["rows"][0]["steps"] == steps // row.part
+    assert result["rows"][0]["sqnr_db"] is None
+    teacher, scheduler = load_model(tiny_dir)
+    x_t = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    solver = row.solver.from_config(scheduler.config)
+    solver.set_timesteps(steps // row.part)
+    with torch.no_grad():
+        for timestep in solver.timesteps:
+            x_t = solver.step(teacher(x_t, timestep).sample, timestep, x_t).prev_sample
+    drawn = load_file(next(tmp_path.glob("*/*.safetensors")))["images"]
+    assert (drawn.int() - to_uint8(x_t).int()).abs().max() <= 1
+
+
+def test_a_row_is_a_line_of_json_with_the_options_asked_for(tiny_dir, tmp_path, monkeypatch, capsys):
+    measure_rows, given = measure.bench_quality, {}
+
+    def measured(model, **options):
+        given.update(options)
+        generator = torch.Generator().manual_seed(0)
+        features = Pixels(), RealFeatures.from_features(torch.randn(64, 4, generator=generator))
+        return measure_rows(model, features=features, **options)
+
+    monkeypatch.setattr(command, "bench_quality", measured)
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    asked = ["--model", str(tiny_dir), "--work", str(tmp_path), "--steps", "2", "--n", "6", "--rows", "fp_full,fp_half"]
+    overrides = ["--cad", "learning_rate=6e-4", "direct=true", "--pq", "activation_ladder=[8,6]"]
+    command.run(parser.parse_args([*asked, *overrides, "--lines"]))
+    assert given["cad_options"] == {"learning_rate": 6e-4, "direct": True}
+    assert given["options"] == {"activation_ladder": [8, 6]}
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["name"], line["n"], line["device"]) for line in lines] == [
+        ("fp_full", 6, "cpu"),
+        ("fp_half", 6, "cpu"),
+    ]
+    with pytest.raises(ValueError, match="CADConfig has no substeps: allowed are"):
+        command.run(parser.parse_args([*asked, "--cad", "substeps=2"]))
 
 
 def test_sets_of_rows_have_names():
@@ -158,7 +203,16 @@ def test_sets_of_rows_have_names():
         assert parser.parse_args(["--rows", name]).rows == rows
         assert set(rows) <= ROWS.keys()
         assert "fp_full" in rows  # every ratio is to it
-    assert SETS["halving"] == [*("fp_full", "fp_half", "pq_half", "pqcad_half", "pqcad_quarter", "pqcad_half_w4a6")]
+    halved = [
+        "fp_half",
+        "pq_half",
+        "pqcad_half",
+        "pqcad_quarter",
+        "pqcad_quarter_direct",
+        "pqcad_half_w4a6",
+        "pqcad_quarter_w4a6",
+    ]
+    assert SETS["halving"] == ["fp_full", *halved, *SOLVED]
     assert parser.parse_args(["--rows", "fp_full,pq_full"]).rows == ["fp_full", "pq_full"]
 
 

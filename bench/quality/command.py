@@ -1,6 +1,7 @@
 """The options of ``pqcad bench quality``, what they run, and its table."""
 
 import argparse
+import json
 import sys
 from math import hypot
 from pathlib import Path
@@ -11,6 +12,8 @@ from tabulate import tabulate
 
 from pqcad_ao.bench.quality.measure import bench_quality
 from pqcad_ao.bench.quality.rows import DEFAULT_ROWS, ROWS, SETS
+from pqcad_ao.config import CADConfig, PQCADConfig
+from pqcad_ao.utils.options import read_options
 
 
 def table(result: dict[str, Any]) -> str:
@@ -75,6 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ROW,ROW",
         help=f"{', '.join(SETS)}, or of {', '.join(ROWS)} (default: {','.join(DEFAULT_ROWS)})",
     )
+    parser.add_argument(
+        "--pq", nargs="*", default=[], metavar="NAME=VALUE", help="of PQCADConfig, in every row that quantizes"
+    )
+    parser.add_argument(
+        "--cad", nargs="*", default=[], metavar="NAME=VALUE", help="of CADConfig, in every row that distills"
+    )
     parser.add_argument("--steps", type=int, default=20, help="sampling steps (default: 20)")
     parser.add_argument("--n", type=int, default=2000, help="images behind each FID (default: 2000)")
     parser.add_argument("--seed", type=int, default=0, help="the first seed (default: 0)")
@@ -87,10 +96,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", action="store_true", help="sample through torch.compile: for many images")
     parser.add_argument("--grid", type=Path, metavar="FILE", help="draw the first images of every row there (PNG)")
     parser.add_argument("--json", metavar="FILE", help="write the result there")
+    parser.add_argument("--lines", action="store_true", help="print each row as a line of JSON in place of the table")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure what the parsed options ask for and print the table."""
+    """Measure what the parsed options ask for and print the table, or the rows."""
     result = bench_quality(
         args.model,
         rows=args.rows,
@@ -99,10 +109,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         seeds=[*range(args.seed, args.seed + args.seeds)],
         work=args.work,
         device=args.device,
+        options=read_options(PQCADConfig, args.pq),
+        cad_options=read_options(CADConfig, args.cad),
         threads=args.threads,
         compiled=args.compile,
         grid=args.grid,
         progress=sys.stderr.isatty(),
+        say=(lambda line: None) if args.lines else print,
     )
-    print(table(result))
+    print("\n".join(map(json.dumps, result["rows"])) if args.lines else table(result))
     return result

@@ -38,7 +38,7 @@ from pqcad_ao.utils.files import digest
 from pqcad_ao.utils.machine import check_device, cpu, describe, peak_rss_bytes, reset_peak_rss
 from pqcad_ao.utils.tensor_files import write_tensors
 
-BATCH = 32  # more do not stay in the cache, and take longer for each image
+CPU_BATCH, GPU_BATCH = 32, 512  # on a CPU more do not stay in the cache, and take longer for each image
 TRAJECTORIES = 16  # images whose trajectories carry the SQNR
 BOOTSTRAP = 200
 DRAWN = 16  # images of each row that are kept, for --grid
@@ -79,8 +79,8 @@ def bench_quality(
 
     Returns:
         ``rows``, one for each name and seed (name, title, fid, fid_ci, kid, precision, recall, n, steps, seed, sqnr_db,
-        the processor and threads that it was sampled on, and what making its network took), and this run's versions,
-        threads and processor.
+        the device, processor and threads that it was sampled on, and what making its network took), and this run's
+        versions, threads and processor.
 
     Raises:
         ValueError: a row that does not exist, sizes out of range, or steps or a scheduler that cannot be distilled.
@@ -92,6 +92,7 @@ def bench_quality(
     network, real = features or embedded_features()
     place = check_device(device)
     teacher, scheduler = load_model(model)
+    network = network.to(place)
     bench = _Bench(teacher.to(place), scheduler, steps, Path(work), options or {}, cad_options or {}, progress)
     sampling = _Sampling(n, compiled, network, real, progress)
     for name in rows:
@@ -223,6 +224,8 @@ class _Sampling:
         """Make a row's network and sample it; the row of the result and all images."""
         row = ROWS[name]
         unet, scheduler, made = bench.network(name, seed)
+        if row.solver is not None:
+            scheduler = row.solver.from_config(scheduler.config)
         images, sqnr = images_of(bench.teacher, unet, scheduler, steps, self.n, seed, self.compiled, self.progress)
         quality = image_quality(images, self.network, self.real, seed=seed, bootstrap=BOOTSTRAP)
         result = {
@@ -234,6 +237,7 @@ class _Sampling:
             "sampled": "compiled" if self.compiled else "eager",
             "cpu": cpu()["name"],
             "threads": torch.get_num_threads(),
+            "device": str(placement(bench.teacher)[0]),
             "sqnr_db": sqnr if row.part == 1 else None,  # a distilled step is another function by design
             **made,
         }
@@ -251,7 +255,8 @@ def images_of(
     if compiled:
         torch.compiler.reset()  # networks of one class share their code, and so its limit of recompilations
         runs = torch.compile(unet, backend="pqcad" if quantized_state(unet) else "inductor", dynamic=False)
-    images = sample(runs, scheduler, noise, steps, batch_size=BATCH, progress=progress).cpu()
+    batch = CPU_BATCH if device.type == "cpu" else GPU_BATCH
+    images = sample(runs, scheduler, noise, steps, batch_size=batch, progress=progress).cpu()
     if unet is teacher:
         return images, None
     calls = record_calls(teacher, scheduler, noise[:TRAJECTORIES], steps)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+
 from pqcad_ao.config import PQCADConfig
 
 
@@ -15,6 +17,7 @@ class Row:
         cad: options of :class:`CADConfig`, the distillation that follows; None: none.
         base: the row whose network this one starts from, with that one's sampler; None: the teacher.
         part: the row is sampled in this part of the steps: 1, 2 (half) or 4.
+        solver: diffusers' scheduler that samples it, with the teacher's noise process; None: the network's own.
     """
 
     title: str
@@ -23,6 +26,7 @@ class Row:
     cad: dict[str, Any] | None = None
     base: str | None = None
     part: int = 1
+    solver: Any = None
 
     def config(self, seed: int, extra: dict[str, Any] | None = None) -> PQCADConfig | None:
         if self.options is None:
@@ -52,10 +56,27 @@ ROWS = {
     "pq_half": Row("progressive W4A4, half the steps", None, base="pq_full", part=2),
     "pqcad_half": _distilled("W4A4, distilled to half the steps"),
     "pqcad_quarter": _distilled("W4A4, distilled to a quarter of the steps", part=4, halvings=2),
+    "pqcad_quarter_direct": _distilled("W4A4, distilled to a quarter at once", part=4, halvings=2, direct=True),
     "pqcad_half_w4a6": _distilled("W4A6, distilled to half the steps", base="pq_w4a6"),
+    "pqcad_quarter_w4a6": _distilled(
+        "W4A6, distilled to a quarter at once", base="pq_w4a6", part=4, halvings=2, direct=True
+    ),
 }
+# Fewer steps without any training: full precision with the solvers that diffusers has for that.
+SOLVED = {
+    "fp_full_dpmpp": Row("full precision, DPM-Solver++ 2M", None, solver=DPMSolverMultistepScheduler),
+    "fp_full_unipc": Row("full precision, UniPC", None, solver=UniPCMultistepScheduler),
+    "fp_half_dpmpp": Row(
+        "full precision, DPM-Solver++ 2M, half the steps", None, part=2, solver=DPMSolverMultistepScheduler
+    ),
+    "fp_half_unipc": Row("full precision, UniPC, half the steps", None, part=2, solver=UniPCMultistepScheduler),
+}
+ROWS |= SOLVED
 # What each part of distillation adds. All take the same number of updates.
 ABLATIONS = {
+    "cad_ddim": _distilled("W4A4 distilled: the sampler's own steps", reference_solver="ddim", reference_substeps=1),
+    "cad_once": _distilled("W4A4 distilled: DPM-Solver++ 2M, no substeps", reference_substeps=1),
+    "cad_fine": _distilled("W4A4 distilled: DPM-Solver++ 2M, eight substeps", reference_substeps=8),
     "cad_teacher": _distilled("W4A4 distilled: quantized teacher alone", teacher_weight=1.0, reference_weight=0.0),
     "cad_both": _distilled("W4A4 distilled: quantized teacher and reference", teacher_weight=0.5, reference_weight=0.5),
     "cad_inject": _distilled("W4A4 distilled: noise injected", noise_injection=0.05),
@@ -84,6 +105,10 @@ SETS = {
         "pq_w3a8",
         "pq_w3a4",
     ],
-    "halving": ["fp_full", *(name for name, row in ROWS.items() if row.part > 1 and name not in ABLATIONS)],
+    "halving": [
+        "fp_full",
+        *(name for name, row in ROWS.items() if row.part > 1 and name not in ABLATIONS | SOLVED),
+        *SOLVED,
+    ],
     "ablations": ["fp_full", "pqcad_half", *ABLATIONS],
 }
