@@ -186,7 +186,7 @@ def test_casting_there_and_back_is_exact(quantized_unet):
 def test_autocast_keeps_the_sums_exact(quantized_unet):
     """What autocast rounds are the layers left in floating point; without those nothing changes."""
     layer, x = quantized_unet.mid_block.resnets[0].conv1, torch.randn(2, 16, 4, 4)
-    layer.timestep.group = torch.tensor([0, 1])
+    layer.timestep.call.group = torch.tensor([0, 1])
     expected = layer(x)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(layer(x), expected)
@@ -326,10 +326,10 @@ def test_inductor_gives_the_same_integers_and_sums(small):
     layer = small.join
 
     def step(x, group):
-        layer.timestep.group = group
+        layer.timestep.call.group = group
         integers, scale = layer.quantize_input(x, 1)
         output = layer(x)
-        layer.timestep.group = None
+        layer.timestep.call.group = None
         return integers, scale, output
 
     x, group = torch.randn(3, 16, 8, 8), torch.tensor([0, 2, 3])

@@ -158,7 +158,7 @@ def module_of(layer: nn.Module, kind: str, bits: tuple[int, int | None], segment
     layer.weight.data = form.dequantized_weight()
     if bias is not None:
         layer.bias.data = bias
-    timestep.group = torch.zeros(2, dtype=torch.int64)
+    timestep.call.group = torch.zeros(2, dtype=torch.int64)
     return form
 
 

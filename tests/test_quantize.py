@@ -115,7 +115,7 @@ def test_folded_layers_compute_what_the_prepared_graph_computes(prepared):
                 source = node.args[0]
                 raw = source.args[0] if source.op == "call_module" else source  # before its fake quantizer
                 layer = layers[fqn]
-                layer.timestep.group = points.timesteps[:8] * layer.timestep.groups // 1000
+                layer.timestep.call.group = points.timesteps[:8] * layer.timestep.groups // 1000
                 torch.testing.assert_close(layer(self.env[raw]), output, rtol=1e-4, atol=1e-5)
                 compared.append(fqn)
             return output

@@ -67,7 +67,7 @@ def build_int8(job: dict[str, Any], path: Path) -> dict[str, Any]:
         calls = [(x, t) for x_t, t in zip(met["x_t"], met["timesteps"], strict=True) for x in x_t]
         for x, t in calls[:: -(-len(calls) // CALIBRATION)]:
             prepared(x[None], t.view(1))
-        program, counted = lower(torch.export.export(convert_pt2e(prepared), _example(unet)), stock=True)
+        program, counted = lower(convert_pt2e(prepared), _example(unet), stock=True)
     write_whole(path, program)
     delegates = counted.pop("executorch_call_delegate", 0)
     return {"delegates": delegates, "portable": dict(counted), "arithmetic": "int8 × int8 products, int8 results"}

@@ -34,6 +34,7 @@ from pqcad_ao.passes.fold_timesteps import fold_timesteps
 from pqcad_ao.passes.identities import drop_identities
 from pqcad_ao.utils.checks import check_count
 from pqcad_ao.utils.files import check_writable, write_whole
+from pqcad_ao.utils.tracing import one_at_a_time
 
 
 def export_pt2(
@@ -103,7 +104,7 @@ def export_pt2(
             program = _one_schedule(unet, x_t, rows, scheduler.timesteps)
             # upwards: a distilled network warns of a walk that leaves out timesteps
             checked = scheduler.timesteps[:: max(1, num_inference_steps // 4)].flip(0)
-        built = torch._inductor.aoti_compile_and_package(
+        built = one_at_a_time(torch._inductor.aoti_compile_and_package)(
             program,
             package_path=str(Path(folder) / "unet.pt2"),
             inductor_configs={"aot_inductor.metadata": {"pqcad": json.dumps(facts)}},
@@ -153,6 +154,7 @@ def _check_parity(
         )
 
 
+@one_at_a_time
 def _any_schedule(unet: nn.Module, x_t: Tensor, rows: dict[str, Any]) -> torch.export.ExportedProgram:
     """The fused network as ``f(x_t, timesteps, conditioning)`` with a dynamic batch."""
     _, channels, height, width = x_t.shape
@@ -164,6 +166,7 @@ def _any_schedule(unet: nn.Module, x_t: Tensor, rows: dict[str, Any]) -> torch.e
     return torch.export.export(graph, inputs, dynamic_shapes=dynamic)
 
 
+@one_at_a_time
 def _one_schedule(
     unet: nn.Module, x_t: Tensor, rows: dict[str, Any], timesteps: Tensor
 ) -> torch.export.ExportedProgram:

@@ -37,6 +37,7 @@ from pqcad_ao.passes.sampling_step import add_sampling_step, ddim_table
 from pqcad_ao.passes.to_xnnpack import to_xnnpack
 from pqcad_ao.utils.checks import check_counts
 from pqcad_ao.utils.files import check_writable, write_whole
+from pqcad_ao.utils.tracing import one_at_a_time
 
 __all__ = ["PTEReport", "PTESampler", "ParityError", "export_fp32_pte", "export_pte"]
 
@@ -180,6 +181,7 @@ def export_pte(
     return PTEReport(path, len(program), delegates, dict(calls), sqnr_db, rounding_db, arithmetic, plan)
 
 
+@one_at_a_time
 def _lower(
     graph: GraphModule, inputs: tuple[Any, ...], scheduler: DDIMScheduler, constants: dict[str, Any]
 ) -> tuple[bytes, Counter[str]]:
@@ -232,7 +234,7 @@ def export_fp32_pte(
     unet = _contiguous(unet)
     with evaluation_mode(unet), torch.no_grad():
         step, inputs, _ = _step(unet, shape, batch_size, conditioning)
-        program, calls = lower(torch.export.export(step, inputs), stock=True)
+        program, calls = lower(step, inputs, stock=True)
     write_whole(path, program)
     delegates = calls.pop("executorch_call_delegate", 0)
     return PTEReport(path, len(program), delegates, dict(calls))
@@ -257,6 +259,7 @@ def _step(
     return Denoiser(unet, rebuild), inputs, list(tensors)
 
 
+@one_at_a_time
 def _capture(
     unet: nn.Module, shape: tuple[int, int, int], batch_size: int, conditioning: dict[str, Any]
 ) -> tuple[GraphModule, tuple[Any, ...], list[str]]:

@@ -9,21 +9,24 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_flatten
 
 from pqcad_ao.graph.arguments import bind
+from pqcad_ao.utils.tracing import one_at_a_time
 
 
-def lower(exported: ExportedProgram, *, stock: bool = False) -> tuple[bytes, Counter[str]]:
+@one_at_a_time
+def lower(module: nn.Module, inputs: tuple[Any, ...], *, stock: bool = False) -> tuple[bytes, Counter[str]]:
     """An ExecuTorch program with the method ``forward``, and the calls that it makes, by name.
 
     Args:
-        stock: exactly as ExecuTorch's own recipe for XNNPACK does it.
+        inputs: to export ``module`` with. stock: exactly as ExecuTorch's own recipe for XNNPACK does it.
     """
-    edge = _to_edge({"forward": exported}, stock)
+    edge = _to_edge({"forward": torch.export.export(module, inputs)}, stock)
     calls = calls_of(edge.exported_program("forward"))
     return edge.to_executorch().buffer, calls
 

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map
 
 from pqcad_ao.config import MAX_BATCH
 from pqcad_ao.denoiser import Denoiser, conditioning_rows, evaluation_mode, placement, take_rows
+from pqcad_ao.utils.tracing import one_at_a_time
 
 
 @dataclass
@@ -26,6 +27,7 @@ class Capture:
     timesteps: Node
 
 
+@one_at_a_time
 def capture(model: nn.Module, shape: tuple[int, int, int], conditioning: dict[str, Any]) -> Capture:
     """Export ``model`` in evaluation mode with a dynamic batch (1 to 63) and one timestep for each sample.
 

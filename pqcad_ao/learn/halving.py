@@ -266,7 +266,7 @@ class _Halving:
         for fqn, layer in layers.items():
             layer.train(network.get_submodule(fqn).training)
         adopt(network, self.graph, layers)
-        state.timestep.schedule, state.timestep.visited = schedule, None
+        state.timestep.schedule, state.timestep.call.visited = schedule, None
         state.distilled = [*before.distilled, *self.log]
         attach(network, state)
 

@@ -1,6 +1,7 @@
 """The timestep of the running batch: how it reaches the quantized layers of a network that is called."""
 
 import inspect
+import threading
 import warnings
 from typing import Any
 
@@ -10,18 +11,49 @@ from torch import Tensor, nn
 ATTRIBUTE = "_pqcad_timestep"  # of a quantized network
 
 
+class Call:
+    """What belongs to one call of a network.
+
+    Attributes:
+        group: (B,) int64, the timestep group of each sample; None outside of a call.
+        visited: the timestep of the last call, where the network was distilled for a schedule.
+    """
+
+    def __init__(self) -> None:
+        self.group: Tensor | None = None
+        self.visited: int | None = None
+
+
+class _Calls(threading.local):
+    """Each thread's :class:`Call`.
+
+    Dynamo (torch 2.13) looks up what a thread-local object holds in every thread anew, but loses what is written to
+    the thread-local object itself, and it does not trace a ``contextvars.ContextVar``: so what changes is inside.
+    """
+
+    def __init__(self) -> None:
+        self.running = Call()
+
+    def __reduce__(self) -> tuple[type["_Calls"], tuple[()]]:
+        return _Calls, ()  # a copy of a network is not being called
+
+
 class Timestep:
     """Which timestep group each sample of the running batch belongs to.
 
-    A network's quantized layers share one; :func:`bind_timestep` sets it when the network is called and
-    :func:`release_timestep` clears it when the network returns. One call at a time: threads need a network each.
+    A network's quantized layers share one; :func:`bind_timestep` sets the group of its ``call`` when the network is
+    called and :func:`release_timestep` clears it when the network returns. Threads may share a network.
     """
 
     def __init__(self, groups: int, num_train_timesteps: int) -> None:
         self.groups, self.num_train_timesteps = groups, num_train_timesteps
-        self.group: Tensor | None = None
         self.schedule: list[int] | None = None  # the timesteps that the network was distilled for
-        self.visited: int | None = None  # of them, the one of the last call
+        self._calls = _Calls()
+
+    @property
+    def call(self) -> Call:
+        """The call that this thread makes."""
+        return self._calls.running
 
     def current(self, batch: int) -> Tensor:
         """(B,) int64.
@@ -29,16 +61,15 @@ class Timestep:
         Raises:
             RuntimeError: outside the network's forward. ValueError: for another batch.
         """
-        if self.group is None:
+        group = self.call.group
+        if group is None:
             raise RuntimeError(
                 "a quantized layer was called outside its network: its activation scales depend on the timestep, which "
                 "reaches it through the network's forward(sample, timestep)"
             )
-        if self.group.shape[0] != batch:
-            raise ValueError(
-                f"a quantized layer got a batch of {batch}, the network one of {self.group.shape[0]} samples"
-            )
-        return self.group
+        if group.shape[0] != batch:
+            raise ValueError(f"a quantized layer got a batch of {batch}, the network one of {group.shape[0]} samples")
+        return group
 
 
 def timestep_group(timesteps: Tensor, groups: int, num_train_timesteps: int) -> Tensor:
@@ -54,11 +85,11 @@ def check_schedule(state: Timestep, timesteps: list[int]) -> None:
     schedule, asked = state.schedule or [], sorted(set(timesteps))
     wrong = [f"is asked for {t}" for t in asked if t not in schedule][:1]
     if not wrong and len(asked) == 1:
-        before, now = state.visited, asked[0]
+        before, now = state.call.visited, asked[0]
         # downwards, as samplers walk: a new walk begins above
         if before in schedule and now < before and schedule.index(now) > schedule.index(before) + 1:
             wrong = [f"goes from {before} to {now}"]
-        state.visited = now
+        state.call.visited = now
     if wrong:
         warnings.warn(
             f"this network was distilled for {len(schedule)} timesteps, {schedule[0]} to {schedule[-1]}, and "
@@ -95,12 +126,12 @@ def bind_timestep(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
             f"{timesteps.shape[0]} timesteps for a batch of {sample.shape[0]}: give one for all, or one for each sample"
         )
     timesteps = timesteps.expand(sample.shape[0])
-    state.group = timestep_group(timesteps, state.groups, state.num_train_timesteps)
+    state.call.group = timestep_group(timesteps, state.groups, state.num_train_timesteps)
 
 
 def release_timestep(module: Any, args: tuple, output: Any) -> None:
     """Forward hook: no group outlives the call that set it, a call that raised included."""
-    module._pqcad_timestep.group = None
+    module._pqcad_timestep.call.group = None
 
 
 def install_timestep(module: nn.Module, timestep: Timestep) -> None:

@@ -1,0 +1,28 @@
+"""Tracing by one thread at a time: what torch.export and torch.compile trace with is state of the whole process."""
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+from torch._dynamo.convert_frame import compile_lock  # held by every torch.compile; reentrant (torch 2.11 to 2.14)
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def one_at_a_time(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Let ``function``, which traces, run in one thread at a time, and not beside a compilation.
+
+    torch.export keeps the module hierarchy and its dispatch mode where every thread finds them, and patches classes
+    while it traces: of two exports at once both fail, and one beside a compilation loses the names of its layers.
+
+    What other threads compute meanwhile may differ in the last bit of floating-point layers: torch.export switches
+    oneDNN off, in the whole process, while it traces. Integers of quantized layers are not touched by that.
+    """
+
+    @functools.wraps(function)
+    def alone(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with compile_lock:
+            return function(*args, **kwargs)
+
+    return alone
