@@ -134,3 +134,12 @@ def check_conditioning(model: nn.Module, conditioning: dict[str, Any] | None) ->
 def conditioning_rows(conditioning: dict[str, Any]) -> int:
     """How many samples a (nested) conditioning describes; 1 where it holds no tensor."""
     return next((leaf.shape[0] for leaf in tree_leaves(conditioning) if isinstance(leaf, Tensor)), 1)
+
+
+def spread_rows(conditioning: dict[str, Any], numbers: Tensor, count: int) -> dict[str, Any]:
+    """The conditioning of some of ``count`` samples, by their numbers (B,).
+
+    Every row in turn; where there are more rows than samples, such as a class for each, rows spread evenly over all.
+    """
+    rows = conditioning_rows(conditioning)
+    return take_rows(conditioning, numbers % rows if rows <= count else numbers * rows // count)

@@ -17,11 +17,10 @@ from pqcad_ao.config import MAX_BATCH
 from pqcad_ao.denoiser import (
     Denoiser,
     check_conditioning,
-    conditioning_rows,
     evaluation_mode,
     placement,
     predict,
-    take_rows,
+    spread_rows,
 )
 from pqcad_ao.diffusion.process import matching_ddim
 from pqcad_ao.diffusion.sampling import sample
@@ -88,7 +87,7 @@ def export_pt2(
     generator = torch.Generator().manual_seed(seed)
     count = 4 if num_inference_steps is None else batch_size or 1
     x_t = torch.randn(count, *shape, generator=generator).to(dtype)
-    rows = take_rows(conditioning, torch.arange(count) % conditioning_rows(conditioning))
+    rows = spread_rows(conditioning, torch.arange(count), count)
     facts = {
         "sample_shape": list(shape),
         "dtype": str(dtype).removeprefix("torch."),

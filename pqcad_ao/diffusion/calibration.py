@@ -12,7 +12,7 @@ from torch import distributed as dist
 from tqdm.auto import tqdm
 
 from pqcad_ao.config import PQCADConfig
-from pqcad_ao.denoiser import conditioning_rows, evaluation_mode, placement, take_rows
+from pqcad_ao.denoiser import evaluation_mode, placement, spread_rows, take_rows
 from pqcad_ao.diffusion.process import as_ddim, check_signal, settings_of
 from pqcad_ao.diffusion.sampling import overflow, sample
 from pqcad_ao.utils.files import digest
@@ -162,8 +162,7 @@ def _draw(
     for index in step.unique():
         here = step == index
         trajectory[here] = torch.randperm(trajectories, generator=generator)[: int(here.sum())]
-    rows = torch.arange(trajectories) % conditioning_rows(conditioning)
-    return _Draw(step, trajectory, noise, take_rows(conditioning, rows))
+    return _Draw(step, trajectory, noise, spread_rows(conditioning, torch.arange(trajectories), trajectories))
 
 
 def _walk(

@@ -18,11 +18,10 @@ from pqcad_ao.config import CADConfig
 from pqcad_ao.denoiser import (
     cast_floats,
     check_conditioning,
-    conditioning_rows,
     evaluation_mode,
     placement,
     predict_float32,
-    take_rows,
+    spread_rows,
 )
 from pqcad_ao.diffusion.ddim import DDIMSchedule
 from pqcad_ao.diffusion.process import settings_of
@@ -55,7 +54,7 @@ class CleanImages:
         if self.extra is not None:
             real = index >= len(self.drawn)
             images[real] = self.extra[index[real] - len(self.drawn)].to(images.dtype)
-        return images, take_rows(self.conditioning, own % conditioning_rows(self.conditioning))
+        return images, spread_rows(self.conditioning, own, len(self.drawn))
 
 
 def clean_images(
@@ -131,7 +130,7 @@ def _batch(
     """The pictures of these numbers, (B, C, H, W). Raises FloatingPointError: one leaves the finite numbers."""
     device, dtype = placement(reference)
     noise = torch.stack([noise_of(shape, config.seed, int(row)) for row in rows]).to(device, dtype)
-    chosen = cast_floats(take_rows(conditioning, rows % conditioning_rows(conditioning)), dtype)
+    chosen = cast_floats(spread_rows(conditioning, rows, config.points), dtype)
     pictures = sample(
         reference, scheduler, noise, config.steps, conditioning=chosen, batch_size=config.generation_batch_size
     )

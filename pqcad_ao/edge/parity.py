@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 
-from pqcad_ao.denoiser import predict, take_rows
+from pqcad_ao.denoiser import predict, spread_rows, take_rows
 from pqcad_ao.diffusion.recording import record_calls
 from pqcad_ao.edge.lower import lower
 from pqcad_ao.edge.sampler import rows_of, tensors_of
@@ -55,9 +55,7 @@ def record(
     Returns:
         calls of ``batch_size`` images, or what is left of them.
     """
-    tensors, _ = tensors_of(conditioning)
-    length = next((len(value) for value in tensors.values()), 1)
-    chosen = take_rows(conditioning, torch.arange(len(noise)) % length)
+    chosen = spread_rows(conditioning, torch.arange(len(noise)), len(noise))
     calls = record_calls(unet, scheduler, noise, steps, conditioning=chosen, batch_size=batch_size, progress=progress)
     records = [Record(k % steps, call.x_t, call.conditioning, call.prediction) for k, call in enumerate(calls)]
     outside = []

@@ -15,7 +15,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from pqcad_ao.config import CADConfig
-from pqcad_ao.denoiser import conditioning_rows, evaluation_mode, placement, predict_float32, take_rows
+from pqcad_ao.denoiser import evaluation_mode, placement, predict_float32, spread_rows
 from pqcad_ao.diffusion.ddim import DDIMSchedule
 from pqcad_ao.diffusion.images import CleanImages, noise_of
 from pqcad_ao.diffusion.process import settings_of
@@ -157,7 +157,7 @@ class _Halving:
         noise = torch.stack([noise_of(shape, seed, row) for row in range(count)]).to(self.device)
         parts = []
         for batch in torch.arange(count).split(self.config.generation_batch_size):
-            chosen = take_rows(conditioning, batch % conditioning_rows(conditioning))
+            chosen = spread_rows(conditioning, batch, count)
             x_t, met = noise[batch], []
             for step in range(0, self.steps, self.jump):
                 met.append(x_t)
@@ -188,8 +188,7 @@ class _Halving:
             theirs = torch.arange(size)[mine] < count
             x_t[theirs] = self.own[own[mine][theirs].to(self.device), step[theirs] // self.jump]
             if conditioning:
-                count = conditioning_rows(self.images.conditioning)
-                other = take_rows(self.images.conditioning, own[mine] % count)
+                other = spread_rows(self.images.conditioning, own[mine], OWN_TRAJECTORIES)
                 conditioning = _where(theirs, other, conditioning)
         if extra is not None:
             x_t = x_t + config.noise_injection * extra[mine].to(self.device)
