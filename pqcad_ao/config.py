@@ -242,8 +242,8 @@ class CADConfig(AOBaseConfig):
         learning_rate: of weights, biases and norms (Adam), after a short rise falling linearly to zero.
         scale_learning_rate: of the scales, as a part of their own size, falling alike.
         reference_weight: of the target that the full-precision network sets: where its probability flow leads.
-        reference_solver: of that flow: ``"dpmpp_2m"``, DPM-Solver++ 2M (Lu et al. 2022), of the second order, which
-            starts anew with each of the student's steps; or ``"ddim"``, of the first.
+        reference_solver: of that flow, with which C_DC is drawn, too: ``"dpmpp_2m"``, DPM-Solver++ 2M (Lu et al. 2022),
+            of the second order, which starts anew with each of the student's steps; or ``"ddim"``, of the first.
         reference_substeps: its steps for each of the N, at most the training timesteps between two of them: what the
             sampler's own N steps get wrong is not handed on to the student.
         teacher_weight: of the target that the student as it was sets, with two of its own steps.

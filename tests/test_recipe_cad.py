@@ -30,15 +30,15 @@ from pqcad_ao.recipes import cad
 training.CHECKPOINT_EVERY = 2
 training.LARGEST_GRADIENT = 0.2
 dies_at = int(sys.argv.pop(1))
-def counted(module, name):
-    original = module.sample
+def counted(module, draws, name):
+    original = getattr(module, draws)
     def sample(*args, **options):
         with open(f"{sys.argv[4]}-{name}-{os.environ.get('RANK', 0)}", "a") as file:
             file.write("batch ")
         return original(*args, **options)
-    module.sample = sample
-counted(calibration, "walked")
-counted(images, "drawn")
+    setattr(module, draws, sample)
+counted(calibration, "sample", "walked")
+counted(images, "_batch", "drawn")
 unfold = halving.unfold
 def unfolded(*args):
     graph, skeleton = unfold(*args)

@@ -1,4 +1,4 @@
-"""C_DC: pictures that the full-precision sampler drew, and a look whether sampler and network belong together."""
+"""C_DC: pictures that full precision drew, and a look whether its noise process and the network belong together."""
 
 import json
 import math
@@ -25,7 +25,8 @@ from pqcad_ao.denoiser import (
 )
 from pqcad_ao.diffusion.ddim import DDIMSchedule
 from pqcad_ao.diffusion.process import settings_of
-from pqcad_ao.diffusion.sampling import overflow, sample
+from pqcad_ao.diffusion.sampling import overflow
+from pqcad_ao.diffusion.solvers import SOLVERS
 from pqcad_ao.utils.files import digest, whole_file, write_whole
 from pqcad_ao.utils.processes import rank_and_world, wait_for_all
 
@@ -35,7 +36,7 @@ FARTHEST = 0.04  # that a network's noise may be off; of the embedded teacher at
 
 
 class CleanImages:
-    """C_DC's pictures: drawn by the full-precision sampler, kept on disk where there is a folder, read row by row.
+    """C_DC's pictures: drawn by the full-precision network, kept on disk where there is a folder, read row by row.
 
     Args:
         extra: (N, C, H, W) further pictures in [-1, 1], such as real ones.
@@ -70,7 +71,7 @@ def clean_images(
     callback: Callable[[str, int, int], None] | None = None,
     progress: bool = False,
 ) -> CleanImages:
-    """Draw ``config.points`` pictures with the full-precision network at all of ``config.steps``.
+    """Draw ``config.points`` pictures with the full-precision network: ``config.steps`` of ``config.reference_solver``.
 
     Args:
         folder: keeps them in a file that is mapped rather than read, so that they may be more than memory holds. A draw
@@ -90,7 +91,14 @@ def clean_images(
         store = _Store(np.zeros((count, *shape), np.float32))
     else:
         key = digest(
-            reference.state_dict(), settings_of(scheduler), config.steps, config.seed, count, shape, conditioning
+            reference.state_dict(),
+            settings_of(scheduler),
+            config.steps,
+            config.reference_solver,
+            config.seed,
+            count,
+            shape,
+            conditioning,
         )
         store = _Store.open(Path(folder), key, (count, *shape), size)
     done = store.batches_done(len(starts))
@@ -119,6 +127,7 @@ def clean_images(
     return pictures
 
 
+@torch.no_grad()
 def _batch(
     reference: nn.Module,
     scheduler: DDIMScheduler,
@@ -129,11 +138,13 @@ def _batch(
 ) -> Tensor:
     """The pictures of these numbers, (B, C, H, W). Raises FloatingPointError: one leaves the finite numbers."""
     device, dtype = placement(reference)
-    noise = torch.stack([noise_of(shape, config.seed, int(row)) for row in rows]).to(device, dtype)
-    chosen = cast_floats(spread_rows(conditioning, rows, config.points), dtype)
-    pictures = sample(
-        reference, scheduler, noise, config.steps, conditioning=chosen, batch_size=config.generation_batch_size
-    )
+    schedule = DDIMSchedule.of(scheduler, config.steps, device)
+    noise = torch.stack([noise_of(shape, config.seed, int(row)) for row in rows])
+    x_t = noise.to(device, memory_format=torch.channels_last)  # as convolutions like it best
+    chosen = spread_rows(conditioning, rows, config.points)
+    start = torch.zeros(len(rows), dtype=torch.int64, device=device)
+    solve = SOLVERS[config.reference_solver]
+    pictures = solve(lambda x, t: predict_float32(reference, x, t, chosen), schedule, x_t, start, config.steps)
     if not pictures.isfinite().all():
         raise overflow("drawing C_DC", dtype, scheduler)
     return pictures
