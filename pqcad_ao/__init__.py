@@ -3,7 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import pqcad_ao.utils.quiet  # noqa: F401  (before the imports that it quietens)
+import pqcad_ao.utils.quiet
+import pqcad_ao.utils.tracing  # noqa: F401  (before torchao, which does not say why PyTorch's compiler fails to import)
 from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.distill import compress, distill_
 from pqcad_ao.graph.plan import Plan, PlanRow

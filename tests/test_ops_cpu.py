@@ -1,9 +1,6 @@
 """The CPU kernels against the reference kernel: every shape, every width, exact sums."""
 
-import subprocess
-import sys
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -236,70 +233,6 @@ def test_wrong_arguments_are_named(change, message):
         arguments[position] = value
     with pytest.raises((ValueError, IndexError), match=message):
         torch.ops.pqcad.conv2d(*arguments)
-
-
-# ----------------------------------------------------------------------------------------------- finding them
-
-
-def test_the_switch_turns_them_off(monkeypatch):
-    monkeypatch.setenv(loader.SWITCH, "0")
-    assert loader._load.__wrapped__() == ""
-
-
-@pytest.mark.parametrize("error", [RuntimeError("no g++ here"), OSError(30, "Read-only file system")])
-def test_a_compiler_or_a_cache_folder_that_fails_is_a_warning(monkeypatch, error):
-    from torch._inductor.codecache import CppCodeCache
-
-    def fail(*args, **kwargs):
-        raise error
-
-    monkeypatch.delenv(loader.SWITCH, raising=False)
-    monkeypatch.setattr(CppCodeCache, "load", fail)
-    with pytest.warns(UserWarning, match=r"could not be compiled.*reference kernel.*(no g\+\+ here|Read-only)"):
-        assert loader._load.__wrapped__() == ""
-
-
-def test_a_processor_without_the_instructions_is_a_warning(monkeypatch):
-    from torch._inductor.codecache import CppCodeCache
-
-    class Kernels:
-        def __call__(self) -> bytes:
-            return b""
-
-    library = SimpleNamespace(pqcad_cpu_kernels=Kernels())
-    monkeypatch.delenv(loader.SWITCH, raising=False)
-    monkeypatch.setattr(CppCodeCache, "load", lambda *args, **kwargs: library)
-    with pytest.warns(UserWarning, match="no AVX512-VNNI"):
-        assert loader._load.__wrapped__() == ""
-
-
-ONE_CALL = """
-import torch
-from pqcad_ao import ops
-x = torch.ones(1, 8, 4, 4, dtype=torch.int8)
-weight = torch.full((4, 36), 0x11, dtype=torch.uint8)
-y = torch.ops.pqcad.conv2d(
-    x, weight, torch.ones(4), torch.ones(1, 1), None, 4, [8], [3, 3], [1, 1], [1, 1], [1, 1], 1, torch.float32, 4)
-assert y[0, 0, 1, 1] == 72 and y[0, 0, 0, 0] == 32, y
-print(ops.arithmetic())
-"""
-
-
-def test_without_them_the_reference_computes_and_says_so(monkeypatch):
-    monkeypatch.setenv(loader.SWITCH, "0")
-    result = subprocess.run([sys.executable, "-c", ONE_CALL], capture_output=True, text=True, check=True)
-    assert "floating-point multiply-accumulates" in result.stdout
-
-
-@pytest.mark.slow
-@needs_kernels
-def test_two_processes_may_compile_at_once(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    both = [subprocess.Popen([sys.executable, "-c", ONE_CALL], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    for process in both:
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0
-        assert "AVX512-VNNI" in output
 
 
 @needs_kernels

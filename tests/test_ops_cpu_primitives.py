@@ -91,9 +91,7 @@ def test_the_sums_of_the_innermost_product_stay_in_registers():
         warnings.simplefilter("ignore")
         if not loader.load():
             pytest.skip("this machine has no AVX512-VNNI, or no C++ compiler")
-    from torch._inductor.codecache import CppCodeCache
-
-    library = CppCodeCache.load(loader.source())._name
+    library = loader._library()._name
     command = ["objdump", "--disassemble", "--demangle", "--no-show-raw-insn", library]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     functions = re.findall(r"^[0-9a-f]+ <.*\bproduct<(\d+), (\d+)>.*>:\n((?:.+\n)+)", listing, re.MULTILINE)

@@ -4,7 +4,15 @@ import functools
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-from torch._dynamo.convert_frame import compile_lock  # held by every torch.compile; reentrant (torch 2.11 to 2.14)
+try:
+    from torch._dynamo.convert_frame import compile_lock  # held by every torch.compile; reentrant (torch 2.13, 2.14)
+except OSError as error:
+    raise OSError(
+        error.errno,
+        f"PyTorch cannot make a cache folder for its compiler ({error.strerror}): set TORCHINDUCTOR_CACHE_DIR to a "
+        "folder that can be written",
+        error.filename,
+    ) from error
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")

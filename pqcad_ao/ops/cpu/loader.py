@@ -1,15 +1,22 @@
-"""The CPU kernels: compiled on first use with the toolchain that Inductor needs, kept in Inductor's cache."""
+"""The CPU kernels: compiled on first use with the toolchain that Inductor needs, kept in this user's cache."""
 
 import ctypes
 import functools
+import hashlib
 import os
 import re
+import tempfile
 import threading
 import warnings
 from pathlib import Path
 
-SWITCH = "PQCAD_CPU_KERNELS"  # set to 0, the reference kernel runs in their place
+import torch
 
+from pqcad_ao.utils.cache import VARIABLE, cache_folder, find_code, keep_code
+from pqcad_ao.utils.machine import cpu_identity
+
+SWITCH = "PQCAD_CPU_KERNELS"
+ALLOWED = {"": "the default", "1": "the kernels, where this CPU and its compiler allow", "0": "the reference kernel"}
 
 _loading = threading.Lock()
 
@@ -44,16 +51,13 @@ def load() -> str:
 
 @functools.cache
 def _load() -> str:
-    if os.environ.get(SWITCH) == "0":
+    if _switched_off():
         return ""
     try:
-        # private: torch's own extension builder would want ninja, and has no cache that two processes can share
-        from torch._inductor.codecache import CppCodeCache
-
-        library = CppCodeCache.load(source())
+        library = _library()
         library.pqcad_cpu_kernels.restype = ctypes.c_char_p
         instructions = library.pqcad_cpu_kernels().decode()
-    except Exception as error:  # a missing compiler, a cache folder that cannot be written: each has its own type
+    except Exception as error:  # a missing compiler, a full disk: each has its own type
         warnings.warn(
             f"the CPU kernels could not be compiled, the slower reference kernel runs in their place: {error}",
             stacklevel=4,
@@ -65,3 +69,60 @@ def _load() -> str:
             stacklevel=4,
         )
     return instructions
+
+
+def _switched_off() -> bool:
+    value = os.environ.get(SWITCH, "")
+    if value not in ALLOWED:
+        allowed = ", ".join(f"{name or 'unset'} ({meaning})" for name, meaning in ALLOWED.items())
+        raise ValueError(f"{SWITCH}={value!r} in the environment: allowed are {allowed}")
+    return value == "0"
+
+
+def _library() -> ctypes.CDLL:
+    """The kernels' library out of the cache, compiled first where it is not there; without a cache, just compiled."""
+    text = source()
+    # what this processor's machine code depends on: a home folder may be shared by machines of several kinds
+    facts = (text, torch.__version__, torch.__file__, cpu_identity())
+    name = f"kernels-{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}"
+    folder = path = None
+    with tempfile.TemporaryDirectory(prefix="pqcad-") as build:  # 0700; what is loaded stays when its name is gone
+        try:
+            folder = cache_folder()
+            path = find_code(folder, name)
+        except OSError as error:
+            _say_not_kept(error)
+        if path is None:
+            path = compiled(text, Path(build))
+            if folder is not None:
+                try:
+                    path = keep_code(folder, name, path.read_bytes())
+                except OSError as error:
+                    _say_not_kept(error)
+        return ctypes.CDLL(str(path))
+
+
+def _say_not_kept(error: OSError) -> None:
+    warnings.warn(
+        f"every process compiles the CPU kernels anew, for it cannot keep them: {error}. Set {VARIABLE} to a folder of "
+        "your own",
+        stacklevel=7,
+    )
+
+
+def compiled(text: str, folder: Path) -> Path:
+    """The library that ``text`` compiles to, made in ``folder``.
+
+    Raises:
+        RuntimeError: there is no compiler, or it fails.
+    """
+    # private, as torch's own extension builder would want ninja; checked with torch 2.13 and 2.14. Inductor's cache is
+    # not used: it lies under a name that others can foresee, in a folder that they can make first
+    from torch._inductor.cpp_builder import CppBuilder, CppTorchDeviceOptions
+
+    file = folder / "kernels.cpp"
+    file.write_text(text)
+    options = CppTorchDeviceOptions(device_type="cpu")
+    builder = CppBuilder(name="kernels", sources=str(file), BuildOption=options, output_dir=str(folder))
+    builder.build()
+    return Path(builder.get_target_file_path())

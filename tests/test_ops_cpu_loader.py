@@ -1,0 +1,176 @@
+"""Finding the CPU kernels: the switch, the compiler, and the folder that keeps what was compiled."""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pqcad_ao.ops.cpu import loader
+from pqcad_ao.utils import cache
+
+
+def test_the_switch_turns_them_off(monkeypatch):
+    monkeypatch.setenv(loader.SWITCH, "0")
+    assert loader._load.__wrapped__() == ""
+
+
+@pytest.mark.parametrize("value", ["no", "off", "00", "true"])
+def test_another_value_of_the_switch_is_refused(monkeypatch, value):
+    monkeypatch.setenv(loader.SWITCH, value)
+    with pytest.raises(ValueError, match=rf"PQCAD_CPU_KERNELS='{value}' .*unset .*, 1 .*, 0 "):
+        loader._load.__wrapped__()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no g++ here"), FileNotFoundError(2, "no g++ here")])
+def test_a_compiler_that_fails_is_a_warning(monkeypatch, tmp_path, error):
+    def fail(*args):
+        raise error
+
+    monkeypatch.delenv(loader.SWITCH, raising=False)
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(loader, "compiled", fail)
+    with pytest.warns(UserWarning, match=r"could not be compiled.*reference kernel.*no g\+\+ here") as warned:
+        assert loader._load.__wrapped__() == ""
+    assert len(warned) == 1
+
+
+def test_a_processor_without_the_instructions_is_a_warning(monkeypatch):
+    class Kernels:
+        def __call__(self) -> bytes:
+            return b""
+
+    monkeypatch.delenv(loader.SWITCH, raising=False)
+    monkeypatch.setattr(loader, "_library", lambda: SimpleNamespace(pqcad_cpu_kernels=Kernels()))
+    with pytest.warns(UserWarning, match="no AVX512-VNNI"):
+        assert loader._load.__wrapped__() == ""
+
+
+# ------------------------------------------------------------------------------------------------- keeping them
+
+
+@pytest.fixture
+def builds(monkeypatch, tmp_path) -> list[Path]:
+    """Where libraries were compiled; ``tmp_path / "cache"`` is the user's folder, and a library returns a number."""
+    made: list[Path] = []
+
+    def compiled(text: str, folder: Path) -> Path:
+        made.append(folder)
+        (folder / "kernels.c").write_text("int answer(void) { return 42; }")
+        command = ["gcc", "-shared", "-fPIC", str(folder / "kernels.c"), "-o", str(folder / "kernels.so")]
+        subprocess.run(command, check=True)
+        return folder / "kernels.so"
+
+    monkeypatch.setattr(loader, "compiled", compiled)
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
+    return made
+
+
+needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
+
+
+@needs_gcc
+def test_a_library_is_compiled_once_into_a_folder_of_the_users_own(builds, tmp_path):
+    for _ in range(2):
+        assert loader._library().answer() == 42
+    assert len(builds) == 1
+    folder = tmp_path / "cache"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert [path.suffix for path in folder.iterdir()] == [".so"]
+    assert not builds[0].exists()
+
+
+@needs_gcc
+@pytest.mark.parametrize("damage", [lambda code: code[:1000], lambda code: b"", lambda code: code + b"x"])
+def test_a_damaged_library_is_compiled_again(builds, tmp_path, damage):
+    loader._library()
+    (path,) = (tmp_path / "cache").iterdir()
+    whole = path.read_bytes()
+    path.unlink()  # a new file: the old one is mapped into this process
+    path.write_bytes(damage(whole))
+    assert loader._library().answer() == 42
+    assert len(builds) == 2
+    assert path.read_bytes() == whole
+
+
+@needs_gcc
+@pytest.mark.parametrize("whose", ["folder", "file"])
+def test_what_another_user_planted_is_not_run(builds, tmp_path, monkeypatch, whose):
+    loader._library()
+    folder = tmp_path / "cache"
+    (path,) = folder.iterdir()
+    if os.geteuid() == 0:
+        os.chown(folder if whose == "folder" else path, 12345, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.warns(UserWarning, match=r"compiles the CPU kernels anew.*belongs to user.*PQCAD_CACHE"):
+        assert loader._library().answer() == 42
+    assert len(builds) == 2
+
+
+@needs_gcc
+def test_a_folder_that_others_may_write_is_not_used(builds, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o777)
+    with pytest.warns(UserWarning, match=r"other users may write into .*chmod go-w"):
+        assert loader._library().answer() == 42
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@needs_gcc
+def test_without_a_cache_the_library_is_compiled_all_the_same(builds, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.warns(UserWarning, match=r"cannot keep them.*exists"):
+        assert loader._library().answer() == 42
+
+
+@needs_gcc
+def test_each_processor_and_each_torch_has_a_library_of_its_own(builds, tmp_path, monkeypatch):
+    loader._library()
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    loader._library()
+    monkeypatch.setattr(loader, "cpu_identity", lambda: "another")
+    loader._library()
+    assert len(builds) == 3
+
+
+def test_without_a_folder_for_torchs_own_compiler_the_import_says_what_to_set():
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": "/proc/nothing"}
+    code = [sys.executable, "-c", "import pqcad_ao"]
+    result = subprocess.run(code, capture_output=True, text=True, env=environment, check=False)
+    assert "set TORCHINDUCTOR_CACHE_DIR to a folder that can be written" in result.stderr.splitlines()[-1]
+
+
+ONE_CALL = """
+import torch
+from pqcad_ao import ops
+x = torch.ones(1, 8, 4, 4, dtype=torch.int8)
+weight = torch.full((4, 36), 0x11, dtype=torch.uint8)
+y = torch.ops.pqcad.conv2d(
+    x, weight, torch.ones(4), torch.ones(1, 1), None, 4, [8], [3, 3], [1, 1], [1, 1], [1, 1], 1, torch.float32, 4)
+assert y[0, 0, 1, 1] == 72 and y[0, 0, 0, 0] == 32, y
+print(ops.arithmetic())
+"""
+
+
+def test_without_them_the_reference_computes_and_says_so(monkeypatch):
+    monkeypatch.setenv(loader.SWITCH, "0")
+    result = subprocess.run([sys.executable, "-c", ONE_CALL], capture_output=True, text=True, check=True)
+    assert "floating-point multiply-accumulates" in result.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_may_compile_at_once(tmp_path, monkeypatch):
+    if not loader.load():
+        pytest.skip("this machine has no AVX512-VNNI, or no C++ compiler")
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    both = [subprocess.Popen([sys.executable, "-c", ONE_CALL], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in both:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0
+        assert "AVX512-VNNI" in output
