@@ -1,6 +1,8 @@
 """Image sets on disk as one uint8 tensor: idx.gz pairs, CIFAR-10's binary batches, or a folder of images."""
 
 import gzip
+import math
+import warnings
 import zlib
 from pathlib import Path
 
@@ -11,24 +13,30 @@ from torch import Tensor
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
+DEFLATED = 1032  # bytes that one byte of a gzip file can at most become
+
+
 def read_idx(path: Path) -> np.ndarray:
     """Read one gzipped idx file (the MNIST family's format: 2 zero bytes, type 8, rank, big-endian sizes, data)."""
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     try:
         with gzip.open(path, "rb") as file:
-            raw = file.read()
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            begin = file.read(4)
+            if len(begin) < 4 or begin[0] or begin[1] or begin[2] != 8:
+                raise ValueError(f"it is no idx file of unsigned bytes: it starts with {begin!r}")
+            header = file.read(4 * begin[3])
+            if len(header) < 4 * begin[3]:
+                raise ValueError("it ends within its header")
+            shape = np.frombuffer(header, ">i4").tolist()
+            size = math.prod(shape)
+            if min(shape, default=0) < 0 or size > DEFLATED * path.stat().st_size:
+                raise ValueError(f"it promises {shape} values, and is far too small for them")
+            values = np.frombuffer(file.read(size + 1), np.uint8)
+    except (EOFError, OSError, zlib.error, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    if len(raw) < 4 or raw[0] or raw[1] or raw[2] != 8:
-        raise ValueError(f"{path} is no idx file of unsigned bytes: it starts with {raw[:4]!r}")
-    rank = raw[3]
-    if len(raw) < 4 + 4 * rank:
-        raise ValueError(f"{path} ends within its header: the file is damaged")
-    shape = np.frombuffer(raw, ">i4", rank, offset=4)
-    values = np.frombuffer(raw, np.uint8, offset=4 + 4 * rank)
-    if values.size != shape.prod():
-        raise ValueError(f"{path} promises {shape.tolist()} values and holds {values.size}: the file is damaged")
+    if values.size != size:
+        raise ValueError(f"{path} is damaged: it promises {shape} values and holds {min(values.size, size + 1)}")
     return values.reshape(shape)
 
 
@@ -77,9 +85,11 @@ def _load_folder(folder: Path, image_size: int, channels: int) -> tuple[Tensor, 
     images = torch.empty(len(files), channels, image_size, image_size, dtype=torch.uint8)
     for row, path in enumerate(files):
         try:
-            with Image.open(path) as opened:
-                picture = opened.convert("L" if channels == 1 else "RGB")
-        except OSError as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with Image.open(path) as opened:
+                    picture = opened.convert("L" if channels == 1 else "RGB")
+        except Exception as error:  # Pillow's decoders raise what they come upon: SyntaxError, struct.error, ...
             raise ValueError(f"{path} is no readable image: {error}") from error
         scale = image_size / min(picture.size)
         if scale < 1:  # shrink the short side, then cut the centre: never enlarge

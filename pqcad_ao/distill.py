@@ -21,6 +21,7 @@ from pqcad_ao.nn.state import quantized_state
 from pqcad_ao.plan import planned
 from pqcad_ao.quantize import quantize_
 from pqcad_ao.utils.processes import rank_and_world
+from pqcad_ao.utils.runs import only_run_in
 
 OUTERMOST = 1.001  # value of a real picture
 
@@ -107,7 +108,7 @@ def distill_(
         ValueError: steps or scheduler that cannot be halved, substeps that the training timesteps do not hold, betas
             that are not the network's, a reference of another structure, no pictures in ``images``.
             FloatingPointError: the reference's flow or the loss left the finite numbers, or the loss exploded.
-            Whatever is raised, the student is as it was.
+            BlockingIOError: a run is at work in ``folder``. Whatever is raised, the student is as it was.
     """
     config = config or CADConfig()
     ddim, shape = check_distillation(
@@ -115,8 +116,9 @@ def distill_(
     )
     _check_student(student, reference, ddim)
     keeps: dict[str, Any] = {"folder": folder, "callback": callback, "progress": progress}
-    pictures = checked_images(reference, ddim, shape, config, conditioning, images=images, **keeps)
-    return teach(student, reference, ddim, shape, config, pictures, **keeps)
+    with only_run_in(folder):
+        pictures = checked_images(reference, ddim, shape, config, conditioning, images=images, **keeps)
+        return teach(student, reference, ddim, shape, config, pictures, **keeps)
 
 
 def compress(
@@ -150,11 +152,12 @@ def compress(
     )
     keeps: dict[str, Any] = {"folder": folder, "callback": callback, "progress": progress}
     planned(student, pq, filter_fn, shape, check_conditioning(student, conditioning))
-    pictures = checked_images(unet, ddim, shape, cad, conditioning, images=images, **keeps)
     pq = replace(pq, calibration_steps=cad.steps)
     given = {"conditioning": conditioning, "sample_shape": sample_shape, **keeps}
-    quantize_(student, pq, filter_fn, scheduler=ddim, **given)
-    return student, teach(student, unet, ddim, shape, cad, pictures, **keeps)
+    with only_run_in(folder):
+        pictures = checked_images(unet, ddim, shape, cad, conditioning, images=images, **keeps)
+        quantize_(student, pq, filter_fn, scheduler=ddim, **given)
+        return student, teach(student, unet, ddim, shape, cad, pictures, **keeps)
 
 
 def _check_student(student: nn.Module, reference: nn.Module, ddim: DDIMScheduler) -> None:

@@ -1,6 +1,7 @@
 """Finding a network and its scheduler, by name or in a folder of diffusers layout, and writing such a folder."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,19 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DConditionModel, UNet2DM
 from omegaconf import OmegaConf
 from torch import nn
 
-from pqcad_ao.diffusion.process import FAMILY, as_ddim
+from pqcad_ao.diffusion.process import class_of, read_scheduler
+from pqcad_ao.diffusion.schedule import shown, timesteps_of
 from pqcad_ao.nn.state import Method, quantized_state
 from pqcad_ao.utils.assets import asset_path
-from pqcad_ao.utils.files import read_json, write_whole
+from pqcad_ao.utils.files import flush, read_json, settle, unfinished_folder
+from pqcad_ao.utils.runs import only_run_in
 
 ARCHITECTURES = ("ddpm-cifar10", "sd15")  # published ones, of which the assets hold the configuration
 NAMES = ("demo", *ARCHITECTURES)
 UNETS: dict[str, Any] = {kind.__name__: kind for kind in (UNet2DModel, UNet2DConditionModel)}
-SCHEDULERS: dict[str, Any] = {kind.__name__: kind for kind in FAMILY}
+LARGEST, MOST_LAYERS = 2**16, 100  # numbers of a configuration, and those that count layers; far above any UNet's
+SAVED = ".saved"  # a model that was written whole, while it moves to its place
+FACTS, WITHOUT_FACTS = "pqcad.json", "without pqcad.json"
 
 
 def load_model(name_or_dir: str | Path) -> tuple[nn.Module, DDIMScheduler]:
@@ -41,30 +46,72 @@ def load_model(name_or_dir: str | Path) -> tuple[nn.Module, DDIMScheduler]:
             f"no model {str(name_or_dir)!r}: allowed are {', '.join(map(repr, NAMES))} or a folder that holds unet/ "
             "and scheduler/"
         )
-    unet_dir = next((d for d in (folder / "unet", folder) if (d / "config.json").is_file()), None)
+    saved = folder / SAVED
+    unet_dir = next((d for d in (saved / "unet", folder / "unet", folder) if (d / "config.json").is_file()), None)
     if unet_dir is None:
         raise ValueError(
             f"{folder} holds no diffusers UNet: expected unet/config.json with its weights, or config.json itself"
         )
-    places = (folder / "scheduler", folder, folder.parent / "scheduler")
+    places = (saved / "scheduler", folder / "scheduler", folder, folder.parent / "scheduler")
     scheduler_dir = next((d for d in places if (d / "scheduler_config.json").is_file()), None)
     if scheduler_dir is None:
         raise ValueError(
             f"no scheduler for the network in {unet_dir}: put the one it was trained with beside it, with "
             f"scheduler.save_pretrained({str(unet_dir.parent / 'scheduler')!r})"
         )
-    unet_class = _class_of(unet_dir / "config.json", UNETS)
-    _check_quantizer(unet_dir / "config.json")
-    scheduler = _class_of(scheduler_dir / "scheduler_config.json", SCHEDULERS).from_pretrained(scheduler_dir)
+    scheduler = read_scheduler(scheduler_dir)
+    unet = _read_unet(unet_dir)
+    _check_together(unet, scheduler, folder)
+    return unet.eval(), scheduler
+
+
+def _read_unet(folder: Path) -> nn.Module:
+    """The network of a folder. Raises ValueError: it is not one of ours to read, or damaged."""
+    config = folder / "config.json"
+    unet_class = class_of(config, UNETS)
+    _check_quantizer(config)
+    _check_sizes(config, read_json(config))
     try:
         unet, report = unet_class.from_pretrained(
-            unet_dir, local_files_only=True, use_safetensors=True, output_loading_info=True
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
-        raise ValueError(f"{unet_dir} cannot be read as a {unet_class.__name__}: {error}") from error
+    except Exception as error:  # what a configuration says reaches every line of diffusers' constructors
+        raise ValueError(f"{folder} cannot be read as a {unet_class.__name__}: {error}") from error
     if report["missing_keys"]:
-        raise ValueError(f"{unet_dir} is damaged: its weights lack {', '.join(sorted(report['missing_keys'])[:3])} ...")
-    return unet.eval(), as_ddim(scheduler)
+        raise ValueError(f"{folder} is damaged: its weights lack {', '.join(sorted(report['missing_keys'])[:3])} ...")
+    for name, parameter in unet.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(f"{folder} is damaged: {name} holds NaN or infinity")
+    return unet
+
+
+def _check_sizes(config: Path, values: Any, name: str = "") -> None:
+    """Raises ValueError: a number of a configuration would make a network that no weights are for, and take hours."""
+    entries = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for key, entry in entries:
+        if key != "quantization_config":
+            _check_sizes(config, entry, str(key) if isinstance(values, dict) else name)
+    most = MOST_LAYERS if "layers" in name else LARGEST
+    if isinstance(values, (int, float)) and not abs(values) <= most:
+        raise ValueError(f"{config} is damaged: {name} is {values}, allowed is up to {most}")
+
+
+def _check_together(unet: nn.Module, scheduler: DDIMScheduler, folder: Path) -> None:
+    """Raises ValueError: a quantized network and the scheduler beside it were not saved together."""
+    state = quantized_state(unet)
+    if state is None:
+        return
+    trained, schedule = scheduler.config.num_train_timesteps, state.timestep.schedule
+    if trained != state.timestep.num_train_timesteps:
+        raise ValueError(
+            f"{folder}: its scheduler has {trained} training timesteps, its network was quantized for "
+            f"{state.timestep.num_train_timesteps}: they were not saved together"
+        )
+    if schedule is not None and timesteps_of(scheduler, len(schedule)) != schedule:
+        raise ValueError(
+            f"{folder}: its network was distilled for timesteps {shown(schedule)}, its scheduler walks "
+            f"{shown(timesteps_of(scheduler, len(schedule)))}: they were not saved together"
+        )
 
 
 def _check_quantizer(config: Path) -> None:
@@ -78,14 +125,6 @@ def _check_quantizer(config: Path) -> None:
             f"{config} names the quantizer {method!r}: load_model reads full-precision networks and those that "
             "pqcad_ao quantized; load others with their own library"
         )
-
-
-def _class_of(config: Path, allowed: dict[str, Any]) -> Any:
-    """The class that a diffusers config file names."""
-    name = read_json(config).get("_class_name")
-    if not isinstance(name, str) or name not in allowed:
-        raise ValueError(f"{config} names the class {name}: allowed are {', '.join(allowed)}")
-    return allowed[name]
 
 
 def architecture(name: str) -> dict[str, Any]:
@@ -121,20 +160,51 @@ def save_model(unet: nn.Module, scheduler: DDIMScheduler, folder: str | Path) ->
     Beside them, of a quantized network, ``pqcad.json`` for other programs: the ``average_bits`` of its quantized
     weights, a ``summary`` of its plan, and the ``timesteps`` that it was distilled for (null if it was not).
 
+    ``unet/`` and ``scheduler/`` are replaced as a whole. A process that is killed meanwhile leaves the model that was
+    there before or this one, as :func:`load_model` reads it; the next ``save_model`` tidies up.
+
     Returns the file that holds the weights.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError: the folder cannot be written, or there is no room for both models; the one before stays.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with only_run_in(folder):
+        _finish_saving(folder)
+        with unfinished_folder(folder / "model") as unfinished:
+            _write_model(unet, scheduler, unfinished)
+            settle(unfinished)
+            unfinished.rename(folder / SAVED)  # from now on the new model is the one that is read
+            flush(folder)
+        _finish_saving(folder)
+    return folder / "unet" / "diffusion_pytorch_model.safetensors"
+
+
+def _write_model(unet: nn.Module, scheduler: DDIMScheduler, folder: Path) -> None:
     pipeline: Any = DDIMPipeline(unet, scheduler)
     pipeline.save_pretrained(folder)
+    config = read_json(folder / "unet" / "config.json")
+    config.pop("_name_or_path", None)  # where on this machine it was read from
+    (folder / "unet" / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     state = quantized_state(unet)
-    facts = folder / "pqcad.json"
     if state is None:
-        facts.unlink(missing_ok=True)  # of another network that was here
+        (folder / WITHOUT_FACTS).touch()
     else:
         contents = {"average_bits": state.plan.average_bits, "summary": state.plan.summary()}
-        write_whole(facts, json.dumps({**contents, "timesteps": state.timestep.schedule}, indent=2).encode())
-    return folder / "unet" / "diffusion_pytorch_model.safetensors"
+        (folder / FACTS).write_text(json.dumps({**contents, "timesteps": state.timestep.schedule}, indent=2))
+
+
+def _finish_saving(folder: Path) -> None:
+    """Move a model that was saved whole to its place, also where a process was killed while it did so."""
+    saved = folder / SAVED
+    if not saved.is_dir():
+        return
+    if (saved / WITHOUT_FACTS).exists():
+        (folder / FACTS).unlink(missing_ok=True)  # of another network that was here
+    for name in ("unet", "scheduler", FACTS, "model_index.json"):
+        if (saved / name).exists():
+            if (folder / name).is_dir():
+                (folder / name).rename(saved / f"older {name}")
+            (saved / name).replace(folder / name)
+    flush(folder)
+    shutil.rmtree(saved)

@@ -27,6 +27,7 @@ from pqcad_ao.nn.timestep import Timestep, install_timestep
 from pqcad_ao.plan import planned
 from pqcad_ao.prepare.annotate import PQCADQuantizer, insert_fake_quantizers
 from pqcad_ao.prepare.fold import adopt, fold
+from pqcad_ao.utils.runs import only_run_in
 
 
 def is_root(module: nn.Module, fqn: str) -> bool:
@@ -69,7 +70,7 @@ def quantize_(
 
     Raises:
         ValueError: nothing to quantize, quantized before, conditioning missing, a foreign scheduler, a bad override,
-            too few iterations for the ladders, another run's folder.
+            too few iterations for the ladders, another run's folder. BlockingIOError: a run is at work in ``folder``.
         FloatingPointError: NaN or infinity in the weights or during calibration, or learning that diverged; says where.
         RuntimeError: ``torch.export`` cannot capture the network.
     """
@@ -78,15 +79,13 @@ def quantize_(
     scheduler = _scheduler(model, scheduler)
     shape = denoiser.sample_shape(model, sample_shape)
     num_train_timesteps = scheduler.config.num_train_timesteps
+    keeps: dict[str, Any] = {"folder": folder, "callback": callback, "progress": progress}
     with _moved(model, device):
         conditioning = check_conditioning(model, conditioning)
         captured, resolved = planned(model, config, filter_fn, shape, conditioning)
-        points = calibration_set(
-            model, scheduler, shape, config, conditioning, folder=folder, callback=callback, progress=progress
-        )
-        resolved, learned = _learn(
-            captured, resolved, points, config, num_train_timesteps, folder=folder, callback=callback, progress=progress
-        )
+        with only_run_in(folder):
+            points = calibration_set(model, scheduler, shape, config, conditioning, **keeps)
+            resolved, learned = _learn(captured, resolved, points, config, num_train_timesteps, **keeps)
         timestep = Timestep(config.timestep_groups, num_train_timesteps)
         layers = fold(learned.graph, model, resolved, timestep)
         attach(model, QuantizedState(config, resolved, timestep, learned.transitions, learned.log))

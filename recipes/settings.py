@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # OmegaConf's own parser raises it
 
 from pqcad_ao.models import architecture
 
@@ -19,10 +21,14 @@ def load_settings(name_or_file: str, overrides: Sequence[str] = ()) -> DictConfi
         overrides: such as ``train.steps=100``.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: no such architecture.
+        FileNotFoundError: no such file. ValueError: it is damaged; no such architecture.
     """
     is_file = name_or_file.endswith((".yaml", ".yml"))
-    settings = OmegaConf.load(name_or_file if is_file else CONFIGS / f"{name_or_file}.yaml")
+    path = Path(name_or_file if is_file else CONFIGS / f"{name_or_file}.yaml")
+    try:
+        settings = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no YAML or is damaged: {error}") from error
     layers = [settings, OmegaConf.from_dotlist(list(overrides))]
     name = OmegaConf.select(settings, "architecture")
     merged = OmegaConf.merge(*layers) if name is None else OmegaConf.merge(architecture(name), *layers)

@@ -20,10 +20,11 @@ from tqdm.auto import tqdm
 from pqcad_ao.data import load_images, to_unit
 from pqcad_ao.denoiser import predict
 from pqcad_ao.diffusion.sampling import sample
-from pqcad_ao.models import load_model
+from pqcad_ao.models import load_model, save_model
 from pqcad_ao.recipes.settings import load_settings
 from pqcad_ao.report import save_grid
 from pqcad_ao.utils.files import whole_file
+from pqcad_ao.utils.runs import only_run_in
 
 
 def target(scheduler: DDIMScheduler, x_0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -67,7 +68,7 @@ def initial_weights(unet: UNet2DModel, folder: str | Path) -> dict[str, Tensor]:
     return weights
 
 
-def train(  # noqa: C901, PLR0912, PLR0915  (a recipe's loop is read in one piece)
+def train(
     config: DictConfig,
     images: Tensor,
     out: str | Path,
@@ -82,21 +83,29 @@ def train(  # noqa: C901, PLR0912, PLR0915  (a recipe's loop is read in one piec
         config: as in ``configs/*.yaml``. ``train.schedule``: ``cosine`` (None) or ``constant``. ``train.compile``,
             ``train.channels_last``: for a GPU. ``train.seconds``: leave after so many with a checkpoint written.
         images: (N, C, H, W) uint8.
-        out: receives ``checkpoint.pt`` (resumed from if it is there), ``grid-STEP.png``, ``unet/`` and ``scheduler/``.
+        out: receives ``checkpoint.pt`` (resumed from if it is there), ``grid-STEP.png``, and the averaged model as
+            ``save_model`` leaves it.
         stop_after: leave after this step with a checkpoint written, as if interrupted.
         start: a folder of diffusers layout whose weights are the first ones, where ``out`` has no checkpoint: the
             averaged weights of an earlier run, which are a fifth of its checkpoint.
 
     Raises:
         FloatingPointError: the loss is not finite; the last checkpoint is kept. ValueError: no images, an unknown
-            schedule, or ``start`` holds another network.
+            schedule, a damaged checkpoint, or ``start`` holds another network. BlockingIOError: a run is at work in
+            ``out``.
     """
+    with only_run_in(out):
+        return _train(config, images, Path(out), device, stop_after, start)
+
+
+def _train(  # noqa: C901, PLR0912, PLR0915  (a recipe's loop is read in one piece)
+    config: DictConfig, images: Tensor, out: Path, device: str, stop_after: int | None, start: str | Path | None
+) -> list[float]:
+    """As :func:`train`, in a folder that is this run's."""
     if not len(images):
         raise ValueError("images holds no image: there is nothing to train on")
     if config.train.get("schedule", "cosine") not in ("cosine", "constant"):
         raise ValueError(f"train.schedule={config.train.schedule!r}: allowed are cosine and constant")
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     options = config.train
     torch.manual_seed(options.seed)
     architecture: Any = OmegaConf.to_container(config)
@@ -115,18 +124,22 @@ def train(  # noqa: C901, PLR0912, PLR0915  (a recipe's loop is read in one piec
     )
     first, checkpoint = 0, out / "checkpoint.pt"
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True, map_location=device)
-        unet.load_state_dict(state["unet"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema, first = state["ema"], state["step"]
-        generator.set_state(state["generator"].cpu())
-        torch.set_rng_state(state["rng"].cpu())  # dropout draws from the global generator
-        if "cuda_rng" in state:
-            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), device)
+        try:
+            state = torch.load(checkpoint, weights_only=True, map_location=device)
+            unet.load_state_dict(state["unet"])
+            optimizer.load_state_dict(state["optimizer"])
+            ema, first = state["ema"], state["step"]
+            generator.set_state(state["generator"].cpu())
+            torch.set_rng_state(state["rng"].cpu())  # dropout draws from the global generator
+            if "cuda_rng" in state:
+                torch.cuda.set_rng_state(state["cuda_rng"].cpu(), device)
+        except Exception as error:  # a zip of pickles: what is damaged in it may raise anything
+            raise ValueError(
+                f"{checkpoint} is damaged or of another network ({error}): delete it to begin anew"
+            ) from error
 
     def save(step: int) -> None:
-        averaged_copy(unet, ema).save_pretrained(out / "unet")
-        scheduler.save_pretrained(out / "scheduler")
+        save_model(averaged_copy(unet, ema), scheduler, out)
         state = {"unet": unet.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema, "step": step}
         state |= {"generator": generator.get_state(), "rng": torch.get_rng_state()}
         if torch.device(device).type == "cuda":

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+import zipfile
 
 import pytest
 import torch
@@ -336,6 +337,27 @@ def test_a_package_refuses_what_it_cannot_take(package):
         unet(torch.zeros(2, 1, 8, 9), 3)
     with pytest.raises(ValueError, match="1 to 63"):
         unet(torch.zeros(64, *SHAPE), 3)
+
+
+def test_a_foreign_or_damaged_package_is_refused_before_its_code_is_loaded(package, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path: pytest.fail("its code was loaded"))
+    content = package[1].read_bytes()
+    path = tmp_path / "other.pt2"
+    for at in (len(content) // 3, 2 * len(content) // 3):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        with pytest.raises(
+            ValueError, match=r"other\.pt2 is no package that pqcad_ao\.export_pt2 wrote, or is damaged"
+        ):
+            load_pt2(path)
+    for changed in (content[:-100], b"no archive", b""):
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match="or is damaged"):
+            load_pt2(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("unet/data/aotinductor/model/wrapper_metadata.json", "{}")
+        archive.writestr("unet/data/aotinductor/model/wrapper.so", b"code")
+    with pytest.raises(ValueError, match="the exporter's description is not in it"):
+        load_pt2(path)
 
 
 @pytest.mark.slow

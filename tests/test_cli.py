@@ -273,7 +273,7 @@ def damage(model_dir: Path, how: str) -> None:
     [
         ("truncated weights", "cannot be read as a UNet2DModel"),
         ("no weights", "cannot be read as a UNet2DModel"),
-        ("no JSON", "no diffusers configuration"),
+        ("no JSON", "is no JSON or is damaged"),
         ("foreign class", "allowed are UNet2DModel"),
         ("no scheduler", "scheduler.save_pretrained"),
         ("foreign scheduler", "EulerDiscreteScheduler: allowed are DDIMScheduler"),

@@ -59,8 +59,8 @@ def _rewrite(path, change) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda raw: raw[:-1], "promises .* and holds 3919: the file is damaged"),
-        (lambda raw: raw[:9], "ends within its header: the file is damaged"),
+        (lambda raw: raw[:-1], "is damaged: it promises .* and holds 3919"),
+        (lambda raw: raw[:9], "is damaged: it ends within its header"),
         (lambda raw: b"", "is no idx file of unsigned bytes"),
         (lambda raw: b"\x00\x00\x0d" + raw[3:], "is no idx file of unsigned bytes"),
         (lambda raw: struct.pack(">BBBBI", 0, 0, 8, 1, 5) + bytes(5), r"images have shape \[5\], labels \[5\]"),

@@ -5,7 +5,6 @@ seed and kept under the work folder, so that a run that was cut short goes on an
 """
 
 import copy
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from pqcad_ao.plan import plan
 from pqcad_ao.quantize import quantize_
 from pqcad_ao.report import save_samples, write_json
 from pqcad_ao.utils.checks import check_count
-from pqcad_ao.utils.files import digest
+from pqcad_ao.utils.files import digest, read_json
 from pqcad_ao.utils.machine import check_device, cpu, describe, peak_rss_bytes, reset_peak_rss
 from pqcad_ao.utils.tensor_files import write_tensors
 
@@ -166,7 +165,7 @@ class _Bench:
         device, made = placement(self.teacher)[0], home / "made.json"
         if made.is_file():
             unet, sampler = load_model(home / "model")
-            return unet.to(device), sampler, json.loads(made.read_text())
+            return unet.to(device), sampler, read_json(made)
         resumed, before = (home / "learning").exists(), facts.get("seconds", 0.0)
         reset_peak_rss()
         unet, begin = copy.deepcopy(unet), time.perf_counter()
@@ -214,7 +213,7 @@ class _Sampling:
         file = bench.home(name, seed) / f"{kind}.json"
         drawn = file.with_suffix(".safetensors")  # written first
         if file.is_file():
-            return json.loads(file.read_text()), drawn
+            return read_json(file), drawn
         result, images = self.measure(bench, name, seed, steps)
         write_tensors(drawn, {"images": to_uint8(images[:DRAWN])})
         write_json(file, result)

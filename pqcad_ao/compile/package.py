@@ -2,8 +2,10 @@
 
 import json
 import tempfile
+import zlib
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from diffusers import DDIMScheduler
@@ -34,6 +36,8 @@ from pqcad_ao.passes.identities import drop_identities
 from pqcad_ao.utils.checks import check_count
 from pqcad_ao.utils.files import check_writable, write_whole
 from pqcad_ao.utils.tracing import one_at_a_time
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 def export_pt2(
@@ -180,6 +184,23 @@ def _one_schedule(
     return torch.export.export(graph, (x_t, torch.zeros(1, dtype=torch.int64), rows))
 
 
+def _facts(path: Path) -> dict[str, Any]:
+    """What the exporter wrote into a package, read before any of its code is loaded.
+
+    Raises:
+        ValueError, BadZipFile: it is no such package, or a part of it is not what its checksum says.
+    """
+    with ZipFile(path) as archive:
+        damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"{damaged} in it is not what was written")
+        for name in archive.namelist():
+            values = json.loads(archive.read(name)) if name.endswith("_metadata.json") else None
+            if isinstance(values, dict) and "pqcad" in values:
+                return json.loads(values["pqcad"])
+    raise ValueError("the exporter's description is not in it")
+
+
 class PT2UNet:
     """A package that :func:`export_pt2` wrote, called as ``f(x_t, timestep, **conditioning) -> prediction``.
 
@@ -192,15 +213,15 @@ class PT2UNet:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
-        loader.load()
         try:
+            facts = _facts(path)
+            self.sample_shape, self.dtype = tuple(facts["sample_shape"]), DTYPES[facts["dtype"]]
+            self.timesteps, self.batch_size, config = facts["timesteps"], facts["batch_size"], facts["scheduler_config"]
+            self.scheduler = None if config is None else DDIMScheduler.from_config(json.loads(config))
+            loader.load()
             self._package = torch._inductor.aoti_load_package(str(path))
-            facts = json.loads(self._package.get_metadata()["pqcad"])
-        except (RuntimeError, KeyError) as error:
+        except (OSError, BadZipFile, zlib.error, RuntimeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no package that pqcad_ao.export_pt2 wrote, or is damaged: {error}") from error
-        self.sample_shape, self.dtype = tuple(facts["sample_shape"]), getattr(torch, facts["dtype"])
-        self.timesteps, self.batch_size, config = facts["timesteps"], facts["batch_size"], facts["scheduler_config"]
-        self.scheduler = None if config is None else DDIMScheduler.from_config(json.loads(config))
 
     def __call__(self, x_t: Tensor, timestep: Tensor | int, **conditioning: Any) -> Tensor:
         """The network's raw prediction, (B, C, H, W).
@@ -251,6 +272,10 @@ class PT2UNet:
 
 def load_pt2(path: str | Path) -> PT2UNet:
     """Load a package that :func:`export_pt2` wrote, and the kernels that it calls.
+
+    A package is machine code, which runs in this process with all its rights: load those that you or people you trust
+    have made, and no others. That a package describes itself as one of :func:`export_pt2`, and is as it was written, is
+    looked at before its code is loaded. It is a guard against mistakes, not against people, who can write that, too.
 
     Raises:
         FileNotFoundError: no such file. ValueError: it is no package of this project, or damaged.

@@ -15,7 +15,9 @@ from pqcad_ao.config import PQCADConfig
 from pqcad_ao.denoiser import evaluation_mode, placement, spread_rows, take_rows
 from pqcad_ao.diffusion.process import as_ddim, check_signal, settings_of
 from pqcad_ao.diffusion.sampling import overflow, sample
+from pqcad_ao.utils.checks import is_whole
 from pqcad_ao.utils.files import digest
+from pqcad_ao.utils.runs import only_run_in
 from pqcad_ao.utils.tensor_files import read_tensors, write_tensors
 
 SAVE_EVERY_S = 30.0
@@ -94,6 +96,22 @@ def calibration_set(
     scheduler = as_ddim(scheduler)
     scheduler.set_timesteps(config.calibration_steps)
     check_signal(scheduler, scheduler.timesteps)
+    with only_run_in(folder):
+        return _points(model, scheduler, shape, config, conditioning, folder, share, callback, progress)
+
+
+def _points(
+    model: nn.Module,
+    scheduler: Any,
+    shape: tuple[int, int, int],
+    config: PQCADConfig,
+    conditioning: dict[str, Any] | None,
+    folder: str | Path | None,
+    share: tuple[int, int],
+    callback: Callable[[str, int, int], None] | None,
+    progress: bool,
+) -> CalibrationSet:
+    """As :func:`calibration_set`, of a sampler that has its timesteps, in a folder that is this run's."""
     device, dtype = placement(model)
     drawn = _draw(scheduler, shape, config, conditioning or {}, device, dtype)
     points = CalibrationSet(
@@ -106,13 +124,13 @@ def calibration_set(
     walked = 0  # trajectories that are in the file already
     if folder is not None:
         whole = part = _file(folder, model, scheduler, config, drawn)
-        walked = _read(whole, points)
+        walked = _read(whole, points, trajectories)
         if walked == trajectories:
             return points
         if world > 1:
             part = whole.with_suffix(f".{size}-{world}-{rank}.safetensors")
             points.x_t.zero_()
-            walked = _read(part, points)
+            walked = _read(part, points, trajectories)
     starts = [*range(walked, trajectories, size)]
     if world > 1:
         starts = [start for start in range(0, trajectories, size)[rank::world] if start >= walked]
@@ -240,8 +258,8 @@ def _file(folder: str | Path, model: nn.Module, scheduler: Any, config: PQCADCon
     return Path(folder) / f"c_qc-{key}.safetensors"
 
 
-def _read(file: Path, points: CalibrationSet) -> int:
-    """Fill ``points`` from a file, if it is there; returns how many trajectories it covers.
+def _read(file: Path, points: CalibrationSet, trajectories: int) -> int:
+    """Fill ``points`` from a file, if it is there; returns how many of all trajectories it covers.
 
     Raises:
         ValueError: the file is damaged.
@@ -250,10 +268,15 @@ def _read(file: Path, points: CalibrationSet) -> int:
         return 0
     try:
         tensors, walked = read_tensors(file, "walked")
-        points.x_t.copy_(tensors["x_t"])
-        return int(walked)
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        x_t = tensors.get("x_t", torch.empty(0))
+        if x_t.shape != points.x_t.shape or x_t.dtype != points.x_t.dtype or not x_t.isfinite().all():
+            raise ValueError(f"it holds no finite x_t of {points.x_t.dtype} {tuple(points.x_t.shape)}")
+        if not is_whole(walked, 1, trajectories):
+            raise ValueError(f"it covers {walked!r} trajectories of {trajectories}")
+    except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}): delete it, and it is made again") from error
+    points.x_t.copy_(x_t)
+    return walked
 
 
 def _write(file: Path, points: CalibrationSet, walked: int) -> None:

@@ -1,9 +1,11 @@
 """C_DC: pictures that full precision drew, and a look whether its noise process and the network belong together."""
 
+import hashlib
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,9 @@ from pqcad_ao.diffusion.ddim import DDIMSchedule
 from pqcad_ao.diffusion.process import settings_of
 from pqcad_ao.diffusion.sampling import overflow
 from pqcad_ao.diffusion.solvers import SOLVERS
-from pqcad_ao.utils.files import digest, whole_file, write_whole
+from pqcad_ao.utils.files import digest, read_json, whole_file, write_whole
 from pqcad_ao.utils.processes import rank_and_world, wait_for_all
+from pqcad_ao.utils.runs import only_run_in
 
 CHECKED = 64  # pictures behind the denoising check
 LEAST_NOISE = 0.05  # power of the noise at the timesteps it looks at: of less, little is to be found
@@ -82,34 +85,49 @@ def clean_images(
         FloatingPointError: a picture leaves the finite numbers. ValueError: several processes and no folder, or a
             damaged file.
     """
+    with only_run_in(folder):
+        if folder is None:
+            if rank_and_world()[1] > 1:
+                raise ValueError("several processes share C_DC in a file: give a folder")
+            store = _Store(np.zeros((config.points, *shape), np.float32))
+        else:
+            drawn_by = (
+                reference.state_dict(),
+                settings_of(scheduler),
+                config.steps,
+                config.reference_solver,
+                config.seed,
+            )
+            key = digest(*drawn_by, config.points, shape, conditioning)
+            store = _FileStore(Path(folder), key, (config.points, *shape), config.generation_batch_size)
+        pictures = CleanImages(store.images, conditioning, images)
+        _draw(store, pictures, reference, scheduler, config, check=check, callback=callback, progress=progress)
+    return pictures
+
+
+def _draw(
+    store: "_Store",
+    pictures: CleanImages,
+    reference: nn.Module,
+    scheduler: DDIMScheduler,
+    config: CADConfig,
+    *,
+    check: Callable[[CleanImages], None] | None,
+    callback: Callable[[str, int, int], None] | None,
+    progress: bool,
+) -> None:
+    """Draw what is not in the store yet, and let ``check`` look at the first of it."""
     rank, world = rank_and_world()
     count, size = config.points, config.generation_batch_size
     starts = list(range(0, count, size))[rank::world]
-    if folder is None:
-        if world > 1:
-            raise ValueError("several processes share C_DC in a file: give a folder")
-        store = _Store(np.zeros((count, *shape), np.float32))
-    else:
-        key = digest(
-            reference.state_dict(),
-            settings_of(scheduler),
-            config.steps,
-            config.reference_solver,
-            config.seed,
-            count,
-            shape,
-            conditioning,
-        )
-        store = _Store.open(Path(folder), key, (count, *shape), size)
-    done = store.batches_done(len(starts))
-    pictures = CleanImages(store.images, conditioning, images)
+    done, shape = store.batches_done(len(starts)), store.images.shape[1:]
     bar = tqdm(total=len(starts), initial=done, desc="pictures", disable=not progress, leave=False)
 
     def draw(numbers: range) -> None:
         """These of this process's batches."""
         for number in numbers:
             rows = torch.arange(starts[number], min(starts[number] + size, count))
-            store.put(rows, _batch(reference, scheduler, shape, config, conditioning, rows), number)
+            store.put(rows, _batch(reference, scheduler, shape, config, pictures.conditioning, rows), number)
             bar.update()
             if callback is not None:
                 callback("pictures", number + 1, len(starts))
@@ -124,7 +142,6 @@ def clean_images(
         draw(range(done, len(starts)))
     if rank == 0:
         store.finish()
-    return pictures
 
 
 @torch.no_grad()
@@ -150,65 +167,142 @@ def _batch(
     return pictures
 
 
-@dataclass
 class _Store:
-    """Where pictures are kept while they are drawn: memory, or a file and marks of what is in it.
+    """Pictures in memory while they are drawn; :class:`_FileStore` keeps them.
 
     Attributes:
-        images: (N, C, H, W) float32 array, of a file mapped rather than read.
-        marks: file with the number of this process's batches that are there. whole: file that says that all are,
-            however they were shared. None in memory.
+        images: (N, C, H, W) float32 array.
     """
 
-    images: Any
-    marks: Path | None = None
-    whole: Path | None = None
-
-    @classmethod
-    def open(cls, folder: Path, key: str, shape: tuple[int, ...], batch_size: int) -> "_Store":
-        """The file of these pictures, made by the first process if it is not there."""
-        rank, world = rank_and_world()
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"c_dc-{key}.npy"
-        if rank == 0 and not file.is_file():
-            for old in folder.glob(f"c_dc-{key}.*.json"):
-                old.unlink()
-            with whole_file(file) as unfinished:
-                np.lib.format.open_memmap(unfinished, "w+", np.float32, shape).flush()
-        wait_for_all()
-        marks = folder / f"c_dc-{key}.{batch_size}-{world}-{rank}.json"
-        return cls(_mapped(file), marks, folder / f"c_dc-{key}.whole.json")
+    def __init__(self, images: Any) -> None:
+        self.images = images
 
     def batches_done(self, of: int) -> int:
         """How many of this process's batches are there."""
-        if self.whole is not None and self.whole.is_file():
-            return of
-        return json.loads(self.marks.read_text()) if self.marks is not None and self.marks.is_file() else 0
+        return 0
 
     def put(self, rows: Tensor, pictures: Tensor, number: int) -> None:
         """Keep the ``number``-th batch of this process."""
         self.images[rows.numpy()] = pictures.float().cpu().numpy()
-        if self.marks is not None:
-            self.images.flush()
-            write_whole(self.marks, json.dumps(number + 1).encode())
 
     def finish(self) -> None:
         """Remember that all are there."""
-        if self.whole is not None:
-            write_whole(self.whole, b"true")
 
 
-def _mapped(file: Path) -> Any:
-    """The pictures of a file, to read and write.
+class _FileStore(_Store):
+    """Pictures in a file that is mapped rather than read, and marks of what is in it.
+
+    Args:
+        folder, key: of the file. shape: (N, C, H, W). batch_size: of this draw.
+    """
+
+    def __init__(self, folder: Path, key: str, shape: tuple[int, ...], batch_size: int) -> None:
+        rank, world = rank_and_world()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = folder / f"c_dc-{key}.npy"
+        if rank == 0 and not self.file.is_file():
+            for old in folder.glob(f"c_dc-{key}.*.json"):
+                old.unlink()
+            _reserve(self.file, shape)
+        wait_for_all()
+        super().__init__(_mapped(self.file, shape))
+        # checksums of this process's batches that are there; of all pictures once they are, however they were shared
+        self.marks = folder / f"c_dc-{key}.{batch_size}-{world}-{rank}.json"
+        self.whole = folder / f"c_dc-{key}.whole.json"
+        self.size, self.stride = batch_size, batch_size * world
+        self.first = batch_size * rank
+        self.drawn: list[str] = []
+
+    def batches_done(self, of: int) -> int:
+        """As :meth:`_Store.batches_done`. Raises ValueError: the pictures are not those that were drawn."""
+        if self.whole.is_file():
+            self._compare(self.whole, lambda drawn: [_checksum(self.images)])
+            return of
+        if self.marks.is_file():
+            self.drawn = self._compare(self.marks, lambda drawn: [self._of_batch(n) for n in range(min(drawn, of))])
+        return len(self.drawn)
+
+    def _of_batch(self, number: int) -> str:
+        start = self.first + number * self.stride
+        return _checksum(self.images[start : start + self.size])
+
+    def _compare(self, marks: Path, checksums: Callable[[int], list[str]]) -> list[str]:
+        """What a file of marks holds, where that is ``checksums`` of as many."""
+        try:
+            values = read_json(marks).get("sha256")
+            if isinstance(values, list) and values == checksums(len(values)):
+                return values
+            raise ValueError("its checksums are others")
+        except ValueError as error:
+            raise ValueError(
+                f"{self.file} or {marks.name} beside it is damaged ({error}): delete both, and its pictures are drawn "
+                "again"
+            ) from error
+
+    def put(self, rows: Tensor, pictures: Tensor, number: int) -> None:
+        """As :meth:`_Store.put`; written, and not through the map, where a full disk would end the process."""
+        content = pictures.float().cpu().contiguous().numpy()
+        with _room(self.file.parent, content.nbytes), self.file.open("r+b") as opened:
+            opened.seek(self.images.offset + int(rows[0]) * content[0].nbytes)
+            opened.write(content.data)
+            opened.flush()
+            os.fsync(opened.fileno())
+        self.drawn.append(self._of_batch(number))
+        write_whole(self.marks, json.dumps({"sha256": self.drawn}).encode())
+
+    def finish(self) -> None:
+        write_whole(self.whole, json.dumps({"sha256": [_checksum(self.images)]}).encode())
+
+
+def _checksum(images: np.ndarray) -> str:
+    """SHA-256 of pictures that lie one behind the other."""
+    return hashlib.sha256(images.data).hexdigest()
+
+
+@contextmanager
+def _room(folder: Path, size: int) -> Iterator[None]:
+    """Say in an error of the operating system where there was not room for what."""
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(
+            error.errno, f"C_DC cannot be kept in {folder}, where it takes {size:,} bytes: {error.strerror}"
+        ) from error
+
+
+def _reserve(file: Path, shape: tuple[int, ...]) -> None:
+    """Make the file of as many pictures, all zero, with room on the disk for each.
 
     Raises:
-        ValueError: the file is damaged.
+        OSError: there is not as much; says where, and how many bytes are needed.
+    """
+    size = 4 * math.prod(shape)
+    with _room(file.parent, size), whole_file(file) as unfinished, unfinished.open("wb") as opened:
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(opened, header)
+        opened.flush()
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(opened.fileno(), opened.tell(), size)
+        else:  # macOS
+            for start in range(0, size, 2**20):
+                opened.write(bytes(min(2**20, size - start)))
+
+
+def _mapped(file: Path, shape: tuple[int, ...]) -> Any:
+    """The (N, C, H, W) float32 pictures of a file, to read.
+
+    Raises:
+        ValueError: the file is damaged, or holds something else.
     """
     try:
-        np.lib.format.open_memmap(file, "r")  # for writing, NumPy would fill up a file that was cut short with zeros
-        return np.lib.format.open_memmap(file, "r+")
-    except ValueError as error:
+        images = np.lib.format.open_memmap(file, "r")
+        if images.shape != shape or images.dtype != np.float32 or not images.flags.c_contiguous:
+            raise ValueError(f"it holds {images.dtype} {images.shape}, expected are float32 {shape}")
+        if file.stat().st_size != images.offset + images.nbytes:
+            raise ValueError("it has another size than its header says")
+    except (ValueError, EOFError, SyntaxError, TypeError, MemoryError, OverflowError) as error:
         raise ValueError(f"{file} is damaged ({error}): delete it, and its pictures are drawn again") from error
+    return images
 
 
 def noise_of(shape: tuple[int, ...], seed: int, row: int) -> Tensor:

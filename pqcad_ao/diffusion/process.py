@@ -1,13 +1,17 @@
 """The noise processes that networks are trained on, as deterministic DDIM samplers walk them."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
 from torch import Tensor, nn
 
+from pqcad_ao.utils.checks import check_count
+from pqcad_ao.utils.files import read_json
+
 # Schedulers that walk the variance-preserving process of Ho et al. 2020 on integer timesteps.
 FAMILY = (DDIMScheduler, DDPMScheduler, PNDMScheduler)
+MOST_TIMESTEPS = 2**20  # of a noise process that is read from a file; of those that are known most have 1000
 LEAST_SIGNAL = 1e-6  # power of the image in x_t
 
 
@@ -65,20 +69,50 @@ def find_scheduler(model: nn.Module) -> DDIMScheduler | None:
     """The scheduler saved beside a network that was loaded from a diffusers folder, if there is one.
 
     Raises:
-        ValueError: the one that is there is not of the DDPM/DDIM family.
+        ValueError: as :func:`read_scheduler`.
     """
     path = getattr(getattr(model, "config", None), "_name_or_path", None)
     if not path:
         return None
     for folder in (Path(path) / "scheduler", Path(path), Path(path).parent / "scheduler"):
-        file = folder / "scheduler_config.json"
-        if file.is_file():
-            scheduler_class = json.loads(file.read_text()).get("_class_name")
-            known = {kind.__name__: kind for kind in FAMILY}
-            if scheduler_class not in known:
-                raise ValueError(
-                    f"the scheduler saved in {folder} is a {scheduler_class}: allowed are {', '.join(known)}. If the "
-                    f"network was trained on a DDPM noise process, pass DDIMScheduler.from_pretrained({str(folder)!r})"
-                )
-            return as_ddim(known[scheduler_class].from_pretrained(folder))
+        if (folder / "scheduler_config.json").is_file():
+            return read_scheduler(folder)
     return None
+
+
+def read_scheduler(folder: Path) -> DDIMScheduler:
+    """The DDIM sampler of the scheduler that a folder holds.
+
+    Raises:
+        ValueError: it is not of the DDPM/DDIM family, or damaged.
+    """
+    file = folder / "scheduler_config.json"
+    kind, values = class_of(file, {kind.__name__: kind for kind in FAMILY}), read_json(file)
+    # before anything is made of them: each becomes as many numbers
+    check_count(f"{file}: num_train_timesteps", values.get("num_train_timesteps", 1000), most=MOST_TIMESTEPS)
+    try:
+        scheduler = as_ddim(kind.from_pretrained(folder))
+        sound = all(0 <= power <= 1 for power in [*scheduler.alphas_cumprod.tolist(), scheduler.final_alpha_cumprod])
+    except Exception as error:  # what a configuration says reaches every line of diffusers' constructors
+        raise ValueError(f"{file} cannot be read as a {kind.__name__}: {error}") from error
+    if not sound:
+        raise ValueError(f"{file} is damaged: with its betas the signal's power is not from 0 to 1")
+    return scheduler
+
+
+def class_of(config: Path, allowed: dict[str, Any]) -> Any:
+    """The class that a diffusers config file names.
+
+    Raises:
+        ValueError: it names another than those allowed, or is no such file.
+    """
+    name = read_json(config).get("_class_name")
+    if not isinstance(name, str) or name not in allowed:
+        hint = ""
+        if config.name == "scheduler_config.json":
+            hint = (
+                ". If the network was trained on a DDPM noise process, pass "
+                f"DDIMScheduler.from_pretrained({str(config.parent)!r})"
+            )
+        raise ValueError(f"{config} names the class {name}: allowed are {', '.join(allowed)}{hint}")
+    return allowed[name]

@@ -13,6 +13,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 from tqdm.auto import tqdm
 
 from pqcad_ao.denoiser import take_rows
+from pqcad_ao.utils.checks import is_whole
 
 FORMAT = 2  # of the methods and constants that a .pte of ours has
 
@@ -32,24 +33,33 @@ class PTESampler:
 
     def __init__(self, path: str | Path) -> None:
         require_executorch()
-        from executorch.runtime import Runtime
+        from executorch.runtime import Runtime, Verification
 
         # the runtime reads weights from these bytes as long as the method lives, and does not keep them alive itself
         self._bytes = Path(path).read_bytes()
         try:
-            self._program = Runtime.get().load_program(self._bytes)
+            self._program = Runtime.get().load_program(self._bytes, verification=Verification.InternalConsistency)
         except RuntimeError as error:
             raise ValueError(f"{path} is no ExecuTorch program, or is damaged: {error}") from error
         if "pqcad_format" not in self._program.method_names:
             raise ValueError(f"{path} is an ExecuTorch program, but not one that pqcad_ao.export_pte wrote")
+        try:
+            self._read_constants()
+        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+
+    def _read_constants(self) -> None:
         version = self._constant("pqcad_format")
         if version != FORMAT:
-            raise ValueError(f"{path} is of format {version}; this pqcad_ao reads format {FORMAT}")
+            raise ValueError(f"it is of format {version}; this pqcad_ao reads format {FORMAT}")
         self.timesteps = self._constant("timesteps").clone()
         self.sample_shape = tuple(self._constant("sample_shape").tolist())
         self.batch_size = self._constant("batch_size")
         self.conditioning = json.loads(self._constant("conditioning"))
         self.scheduler = DDIMScheduler.from_config(json.loads(self._constant("scheduler_config")))
+        counts = (self.batch_size, *self.sample_shape, len(self.timesteps))
+        if len(counts) != 5 or not all(is_whole(count, most=2**20) for count in counts):
+            raise ValueError(f"batch_size, sample_shape and timesteps say {counts}")
 
     @cached_property
     def _step(self) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pqcad_ao.data import to_uint8, to_unit
 from pqcad_ao.utils.assets import asset_path
+from pqcad_ao.utils.checks import is_whole
 from pqcad_ao.utils.tensor_files import read_tensors, write_tensors
 
 CLASSIFIER_FORMAT = "pqcad_ao.FeatureClassifier"
@@ -95,7 +96,9 @@ def _write_safetensors(path: str | Path, tensors: dict[str, Tensor], kind: str, 
 def _read_safetensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and header of a file written as ``kind``; ValueError if it is anything else, or not finite."""
     tensors, header = read_tensors(path, kind)
-    broken = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+    broken = [name for name, value in tensors.items() if value.is_complex() or not value.isfinite().all()]
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} is damaged: its header is a {type(header).__name__}")
     if broken:
         raise ValueError(f"{path} is damaged: {', '.join(broken)} holds values that are not finite")
     return tensors, header
@@ -112,8 +115,13 @@ def load_classifier(path: str | Path) -> FeatureClassifier:
     try:
         with torch.device("meta"):  # neither memory for a header that lies, nor a draw from the user's random numbers
             network = FeatureClassifier(**header["architecture"])
+        for name, own in network.state_dict().items():
+            if name in tensors and tensors[name].is_floating_point() != own.is_floating_point():
+                raise ValueError(f"{name} is {tensors[name].dtype}")
+            if name.endswith("running_var") and (tensors[name] < 0).any():
+                raise ValueError(f"{name} holds negative variances")
         network.load_state_dict(tensors, assign=True)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{path}: weights and architecture do not belong together ({error})") from error
     return network.requires_grad_(False).eval()
 
@@ -168,6 +176,8 @@ class RealFeatures:
         """Read what ``save`` wrote. FileNotFoundError: no such file. ValueError: something else in it, or damage."""
         tensors, header = _read_safetensors(path, FEATURES_FORMAT)
         try:
+            if not all(value.is_floating_point() for value in tensors.values()) or not is_whole(header["n"], 2):
+                raise ValueError(f"n is {header['n']!r}, or its statistics are no floating-point numbers")
             return cls(tensors["mean"], tensors["cov"], header["n"], tensors.get("features"))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error})") from error

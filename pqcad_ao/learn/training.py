@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from tqdm.auto import tqdm
 
 from pqcad_ao.utils.files import whole_file
+from pqcad_ao.utils.runs import only_run_in
 from pqcad_ao.utils.tensor_files import read_tensors, write_tensors
 
 KIND = "pqcad_learning"  # of the checkpoints, as their metadata names it
@@ -127,7 +128,9 @@ def read_checkpoint(path: Path, key: str) -> tuple[dict[str, Any], dict[str, Ten
         ValueError: the file is damaged, or of another run than the one that ``key`` names.
     """
     tensors, header = read_tensors(path, KIND)
-    if header["key"] != key:
+    if not isinstance(header, dict) or not all(value.isfinite().all() for value in tensors.values()):
+        raise ValueError(f"{path} is damaged: it holds NaN or infinity, or no run. Delete it to begin anew")
+    if header.get("key") != key:
         raise ValueError(
             f"{path} is of another run (another network, configuration or calibration set): give another folder, "
             "or delete it"
@@ -159,6 +162,21 @@ def train_loop(
         callback: called as ``callback(stage, done, total)``.
         write: whether this process writes to the folder; one that does not still reads from it.
     """
+    with only_run_in(folder if write else None):
+        _train(run, iterations, folder, describe, title, callback, progress, write)
+
+
+def _train(
+    run: Any,
+    iterations: int,
+    folder: str | Path | None,
+    describe: Callable[[Any], dict[str, Any]],
+    title: str,
+    callback: Callable[[str, int, int], None] | None,
+    progress: bool,
+    write: bool,
+) -> None:
+    """As :func:`train_loop`, in a folder that is this run's."""
     kept = None if folder is None else _Folder(Path(folder), run, write)
     bar = tqdm(total=iterations, initial=len(run.log), desc=title, disable=not progress)
     try:
@@ -197,7 +215,7 @@ class _Folder:
         self.before = folder / "checkpoint-before.safetensors"
         folder.mkdir(parents=True, exist_ok=True)
         if self.checkpoint.is_file():
-            run.load(self.checkpoint)
+            self._load()
         elif write:
             self.before.unlink(missing_ok=True)  # of a run whose checkpoint was deleted
             run.save(self.checkpoint)
@@ -206,6 +224,12 @@ class _Folder:
         self.log = (folder / "log.jsonl").open("w") if write else None
         if self.log is not None:
             self.log.writelines(json.dumps(asdict(update)) + "\n" for update in run.log)
+
+    def _load(self) -> None:
+        try:
+            self.run.load(self.checkpoint)
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:  # of entries that it lacks
+            raise ValueError(f"{self.checkpoint} is damaged ({error!r}). Delete it to begin anew") from error
 
     def add(self, update: Any, last: bool) -> None:
         """Log an update that succeeded, and every so often write a checkpoint."""

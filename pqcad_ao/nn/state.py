@@ -12,6 +12,7 @@ from torch import nn
 from torchao.core.config import config_to_dict
 
 from pqcad_ao.config import ACTIVATION_BITS, WEIGHT_BITS, PQCADConfig, config_from_json
+from pqcad_ao.diffusion.process import MOST_TIMESTEPS
 from pqcad_ao.graph.operators import OPERATORS
 from pqcad_ao.graph.plan import Plan, PlanRow
 from pqcad_ao.nn.layers import QuantizedLayer, quantized_class
@@ -21,7 +22,6 @@ from pqcad_ao.utils.checks import is_whole
 FORMAT = 1
 FIELDS = {"quant_method", "format", "config", "plan", "timestep_groups", "num_train_timesteps", "transitions"}
 OPTIONAL = {"schedule"}
-MOST_TIMESTEPS = 2**20  # of a noise process; of those that are known most have 1000
 WEIGHTS = "weights"  # field of a config.json, beside those of a state: the checksum of what was saved with it
 ATTRIBUTE = "_pqcad_state"  # of a quantized network
 

@@ -16,10 +16,18 @@ CHECKSUM = "sha256"  # of all that a file holds, as its metadata names it
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write contiguous tensors that share no memory, whole or not at all."""
+    """Write contiguous tensors that share no memory, whole or not at all.
+
+    Raises:
+        OSError: there is no room, or no right to.
+    """
     metadata = metadata or {}
     with whole_file(Path(path)) as unfinished:
-        save_file(tensors, unfinished, {**metadata, CHECKSUM: checksum(tensors, metadata)})
+        try:
+            save_file(tensors, unfinished, {**metadata, CHECKSUM: checksum(tensors, metadata)})
+        except SafetensorError as error:  # of the operating system
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            raise OSError(f"{path} cannot be written, its tensors take {size:,} bytes: {error}") from error
         _sort_header(unfinished)
 
 
