@@ -31,6 +31,14 @@ def pqcad(graph: GraphModule, example_inputs: list[Any], *, options: dict[str, A
     """
     from torch._inductor.compile_fx import compile_fx
 
+    if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in example_inputs):
+        # the fused operators have no gradient, the layers have
+        warnings.warn(
+            "gradients are recorded, and backend 'pqcad' fuses nothing: under torch.no_grad() this is far faster",
+            stacklevel=2,
+        )
+        unfused: Any = compile_fx(graph, example_inputs, config_patches=options)
+        return unfused
     quantizers, decompositions = fuse(graph), None
     if quantizers and any(has_gpu_kernels(device) for device in devices(graph)):
         decompositions = for_gpu(graph)

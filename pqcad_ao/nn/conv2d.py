@@ -61,12 +61,9 @@ class QuantizedConv2d(QuantizedLayer):
     def convolve(self, image: Tensor) -> Tensor:
         """``pqcad::conv2d`` of an image (B, C, H, W); a convolution in floating point where activations are."""
         if self.activation_bits is None:
-            weight, bias = self.packed_weight().to(image.dtype), None
-            if self.bias is not None:
-                bias = self.bias.to(image.dtype)
-            return nn.functional.conv2d(image, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+            return self.in_float(image)
         integers, scale = self.quantize_input(image, 1)
-        return torch.ops.pqcad.conv2d(
+        output = torch.ops.pqcad.conv2d(
             integers,
             self.weight,
             self.weight_scale,
@@ -82,6 +79,12 @@ class QuantizedConv2d(QuantizedLayer):
             image.dtype,
             self.activation_bits,
         )
+        return self.with_gradient(output, image, scale, 1)
+
+    def in_float(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        weight = self.packed_weight().to(x.dtype)
+        return nn.functional.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
         shape = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"

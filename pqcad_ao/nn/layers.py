@@ -10,6 +10,7 @@ import pqcad_ao.ops  # noqa: F401  (registers the operators)
 from pqcad_ao.graph.operators import OPERATORS, Operator, packed_weight
 from pqcad_ao.nn.timestep import Timestep
 from pqcad_ao.ops.packing import pack, packed_size, unpack
+from pqcad_ao.ops.reference import per_channel
 
 
 class QuantizedLayer(nn.Module):
@@ -109,6 +110,30 @@ class QuantizedLayer(nn.Module):
         scale = self.input_scale[group]
         grid = (scale, self.input_low[group], self.segments, self.activation_bits, channel_dim)
         return torch.ops.pqcad.quantize(x, *grid), scale
+
+    def in_float(self, x: Tensor) -> Tensor:
+        """The layer in floating point, on the weights that its integers stand for."""
+        raise NotImplementedError
+
+    def with_gradient(self, output: Tensor, x: Tensor, scale: Tensor, channel_dim: int) -> Tensor:
+        """The integer operator's ``output``, to the bit, with the gradient that x has in floating point.
+
+        The straight-through estimator (Bengio et al. 2013), which learning uses, too: rounding passes gradients on,
+        and what lies outside of the grid gets none. Guidance by a gradient and adapters need it.
+
+        Args:
+            x: what was quantized. scale: (B, segments), of its grid.
+        """
+        # an exported program is for inference: there a network's norms, which require gradients, do not count
+        if torch.compiler.is_exporting() or not (torch.is_grad_enabled() and x.requires_grad):
+            return output
+        low = self.input_low[self.timestep.current(x.shape[0])]
+        ends = (low * scale, (low + 2 ** (self.activation_bits or 0) - 1) * scale)
+        shape = [1] * x.dim()
+        shape[0], shape[channel_dim] = x.shape[0], sum(self.segments)
+        least, most = (per_channel(end, self.segments).view(shape).to(x.dtype) for end in ends)
+        smooth = self.in_float(x.clamp(least, most))
+        return output + (smooth - smooth.detach())
 
     def weight_integers(self) -> Tensor:
         """(O, K) int8, in the order in which they are packed."""

@@ -35,12 +35,16 @@ class QuantizedLinear(QuantizedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.activation_bits is None:
-            bias = None if self.bias is None else self.bias.to(x.dtype)
-            return nn.functional.linear(x, self.packed_weight().to(x.dtype), bias)
+            return self.in_float(x)
         integers, scale = self.quantize_input(x, -1)
-        return torch.ops.pqcad.linear(
+        output = torch.ops.pqcad.linear(
             integers, self.weight, self.weight_scale, scale, self.bias, self.weight_bits, self.segments, x.dtype
         )
+        return self.with_gradient(output, x, scale, -1)
+
+    def in_float(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.packed_weight().to(x.dtype), bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self._bits()}"
