@@ -1,5 +1,6 @@
 """How a network is called: its signature, sample shape, conditioning, device and type."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,16 @@ def cast_floats(values: Any, dtype: torch.dtype = torch.float32) -> Any:
     return tree_map(lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v, values)
 
 
+EXTRA_CHANNELS = "extra_channels"  # of the conditioning: what a network takes beside x_t in its first argument
+
+
+def timestep_position(network: Callable[..., Any]) -> int:
+    """Which argument of a network's forward is its timestep: the one of that name, or else the second."""
+    forward = network.forward if isinstance(network, nn.Module) else network
+    names = list(inspect.signature(forward).parameters)
+    return names.index("timestep") if "timestep" in names else 1
+
+
 def predict(
     unet: Callable[..., Any], x_t: Tensor, timestep: Tensor | int, conditioning: dict[str, Any] | None = None
 ) -> Tensor:
@@ -26,11 +37,27 @@ def predict(
 
     Args:
         x_t: (B, C, H, W). timestep: int, 0-d or (B,). conditioning: further keyword arguments of ``unet.forward``.
+            ``extra_channels`` in it (B, E, H, W) follow the sample's channels in the network's first argument, as the
+            mask and the masked picture do in inpainting.
+
+    Returns:
+        (B, C, H, W): of a network that predicts more, such as a variance, the first C channels.
     """
-    output = unet(x_t, timestep, **(conditioning or {}))
-    if isinstance(output, Tensor):
-        return output
-    return output[0] if isinstance(output, tuple) else output.sample
+    return _call(unet, timestep_position(unet), x_t, timestep, conditioning or {})
+
+
+def _call(
+    unet: Callable[..., Any], position: int, x_t: Tensor, timestep: Tensor | int, conditioning: dict[str, Any]
+) -> Tensor:
+    keywords = {name: value for name, value in conditioning.items() if name != EXTRA_CHANNELS}
+    sample = x_t
+    if EXTRA_CHANNELS in conditioning:
+        sample = torch.cat([x_t, conditioning[EXTRA_CHANNELS].to(x_t.dtype)], 1)
+    # a transformer takes text before its timestep
+    output = unet(sample, timestep, **keywords) if position == 1 else unet(sample, timestep=timestep, **keywords)
+    if not isinstance(output, Tensor):
+        output = output[0] if isinstance(output, tuple) else output.sample
+    return output if output.shape[1] == x_t.shape[1] else output[:, : x_t.shape[1]]
 
 
 @contextmanager
@@ -54,10 +81,10 @@ class Denoiser(nn.Module):
 
     def __init__(self, unet: nn.Module, to_kwargs: Callable[..., dict[str, Any]] = dict) -> None:
         super().__init__()
-        self.unet, self.to_kwargs = unet, to_kwargs
+        self.unet, self.to_kwargs, self.position = unet, to_kwargs, timestep_position(unet)
 
     def forward(self, x_t: Tensor, timesteps: Tensor, *conditioning: Any) -> Tensor:
-        return predict(self.unet, x_t, timesteps, self.to_kwargs(*conditioning))
+        return _call(self.unet, self.position, x_t, timesteps, self.to_kwargs(*conditioning))
 
 
 def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -75,6 +102,9 @@ def predict_float32(network: nn.Module, x_t: Tensor, timesteps: Tensor, conditio
 def sample_shape(model: nn.Module, given: tuple[int, ...] | None = None) -> tuple[int, int, int]:
     """(C, H, W) of the images a network denoises: as given, or from a diffusers config.
 
+    Where a network takes more channels than it predicts (a mask beside the sample) or predicts more than it takes (a
+    variance beside the mean), the smaller number is the sample's.
+
     Raises:
         ValueError: neither is there.
     """
@@ -91,7 +121,7 @@ def sample_shape(model: nn.Module, given: tuple[int, ...] | None = None) -> tupl
             "pass sample_shape=(channels, height, width)"
         )
     height, width = (size, size) if isinstance(size, int) else size
-    return in_channels, height, width
+    return min(in_channels, getattr(config, "out_channels", None) or in_channels), height, width
 
 
 def check_conditioning(model: nn.Module, conditioning: dict[str, Any] | None) -> dict[str, Any]:
@@ -116,6 +146,16 @@ def check_conditioning(model: nn.Module, conditioning: dict[str, Any] | None) ->
         needed.append("class_labels")
     if getattr(config, "addition_embed_type", None) is not None:
         needed.append("added_cond_kwargs")
+    channels = (getattr(config, "in_channels", None) or 0) - (getattr(config, "out_channels", None) or 0)
+    if channels > 0 and getattr(config, "out_channels", None):
+        extra = conditioning.get(EXTRA_CHANNELS)
+        if not isinstance(extra, Tensor) or extra.dim() != 4 or extra.shape[1] != channels:
+            given = tuple(extra.shape) if isinstance(extra, Tensor) else extra
+            raise ValueError(
+                f"{type(model).__name__} takes {channels} channels beside the sample's and conditioning has "
+                f"{EXTRA_CHANNELS}={given}: pass conditioning={{{EXTRA_CHANNELS!r}: tensor}} of (rows, {channels}, "
+                "height, width), for inpainting mask and masked picture"
+            )
     for name in needed:
         if conditioning.get(name) is None:
             raise ValueError(

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pqcad_ao.denoiser import timestep_position
+
 ATTRIBUTE = "_pqcad_timestep"  # of a quantized network
 
 
@@ -47,6 +49,7 @@ class Timestep:
 
     def __init__(self, groups: int, num_train_timesteps: int) -> None:
         self.groups, self.num_train_timesteps = groups, num_train_timesteps
+        self.position = 1  # of the timestep among the arguments of the network's forward
         self.schedule: list[int] | None = None  # the timesteps that the network was distilled for
         self._calls = _Calls()
 
@@ -112,7 +115,7 @@ def _call_argument(module: nn.Module, args: tuple, kwargs: dict[str, Any], posit
 def bind_timestep(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of a quantized network: a scalar or per-sample timestep becomes a group for each sample."""
     sample = _call_argument(module, args, kwargs, 0)
-    timesteps = _call_argument(module, args, kwargs, 1)
+    timesteps = _call_argument(module, args, kwargs, module._pqcad_timestep.position)
     if isinstance(timesteps, (int, float)):  # torch.full takes a symbolic number; as_tensor would recompile for each
         timesteps = torch.full((1,), timesteps)
     timesteps = torch.as_tensor(timesteps).reshape(-1)
@@ -137,5 +140,6 @@ def release_timestep(module: Any, args: tuple, output: Any) -> None:
 def install_timestep(module: nn.Module, timestep: Timestep) -> None:
     """Make ``module`` hand its timestep to the quantized layers that hold ``timestep``."""
     setattr(module, ATTRIBUTE, timestep)
+    timestep.position = timestep_position(module)
     module.register_forward_pre_hook(bind_timestep, with_kwargs=True)
     module.register_forward_hook(release_timestep, always_call=True)
