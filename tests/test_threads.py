@@ -1,6 +1,9 @@
 """Threads, and processes that are forked or spawned, get the results that one thread gets."""
 
 import copy
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -129,3 +132,60 @@ def test_a_thread_that_is_outside_of_a_call_is_told_so(quantized_unet):
 
     quantized_unet.mid_block.register_forward_pre_hook(wait)
     assert "called outside its network" in str(in_threads(2, work)[1])
+
+
+# ----------------------------------------------------------------------------------------------------- processes
+
+
+IN_PROCESSES = """
+import multiprocessing, sys
+import torch
+from torch.utils.data import DataLoader, Dataset
+from pqcad_ao.ops import arithmetic
+
+torch.set_num_threads(2)
+x = torch.randn(2, 64, 64, 64, generator=torch.Generator().manual_seed(0))
+grid = (torch.full((2, 1), 0.1), torch.full((2, 1), -8), [64], 4, 1)
+
+
+def total():  # in several threads, where the process has them
+    return int(torch.ops.pqcad.quantize(x, *grid).sum())
+
+
+def put(results):
+    results.put(total())
+
+
+class Rows(Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return total()
+
+
+if __name__ == "__main__":
+    here = [total()]
+    if sys.argv[1] == "DataLoader":
+        there = [int(value) for value in DataLoader(Rows(), num_workers=2, timeout=60)]
+        here = here * 2
+    else:
+        context = multiprocessing.get_context(sys.argv[1])
+        results = context.Queue()
+        process = context.Process(target=put, args=(results,), daemon=True)
+        process.start()
+        there = [results.get(timeout=60)]
+    print(here == there, arithmetic())
+"""
+
+
+@pytest.mark.parametrize(
+    "start", ["fork", pytest.param("spawn", marks=pytest.mark.slow), pytest.param("DataLoader", marks=pytest.mark.slow)]
+)
+def test_a_process_begun_after_the_kernels_ran_gets_the_same(tmp_path, start):
+    """Forked children inherit a pool of threads without its threads, for which they would wait."""
+    script = tmp_path / "script.py"
+    script.write_text(IN_PROCESSES)
+    command, environment = [sys.executable, str(script), start], {**os.environ, "OMP_NUM_THREADS": "2"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    assert result.stdout.startswith("True"), result.stdout + result.stderr

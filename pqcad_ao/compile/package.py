@@ -30,6 +30,7 @@ from pqcad_ao.diffusion.schedule import steps_to_bind
 from pqcad_ao.evaluate.sqnr import sqnr_db
 from pqcad_ao.graph.capture import capture
 from pqcad_ao.nn.state import required_state
+from pqcad_ao.nn.timestep import check_timesteps
 from pqcad_ao.ops.cpu import loader
 from pqcad_ao.passes.fold_timesteps import fold_timesteps
 from pqcad_ao.passes.identities import drop_identities
@@ -94,6 +95,7 @@ def export_pt2(
     rows = spread_rows(conditioning, torch.arange(count), count)
     facts = {
         "sample_shape": list(shape),
+        "num_train_timesteps": trained,
         "dtype": str(dtype).removeprefix("torch."),
         "scheduler_config": None if scheduler is None else scheduler.to_json_string(),
         "timesteps": None if num_inference_steps is None else scheduler.timesteps.tolist(),
@@ -206,6 +208,7 @@ class PT2UNet:
 
     Attributes:
         sample_shape: (C, H, W). dtype: of x_t. scheduler: the DDIM sampler that was exported along, or None.
+        num_train_timesteps: that the network was trained with.
         timesteps: the schedule that the package is bound to, or None. batch_size: of every call, or None: 1 to 63.
     """
 
@@ -216,6 +219,7 @@ class PT2UNet:
         try:
             facts = _facts(path)
             self.sample_shape, self.dtype = tuple(facts["sample_shape"]), DTYPES[facts["dtype"]]
+            self.num_train_timesteps = facts["num_train_timesteps"]
             self.timesteps, self.batch_size, config = facts["timesteps"], facts["batch_size"], facts["scheduler_config"]
             self.scheduler = None if config is None else DDIMScheduler.from_config(json.loads(config))
             loader.load()
@@ -234,7 +238,9 @@ class PT2UNet:
             batch = f"1 to {MAX_BATCH}" if self.batch_size is None else self.batch_size
             expected = f"({batch}, {', '.join(map(str, self.sample_shape))})"
             raise ValueError(f"x_t has shape {tuple(x_t.shape)}: this package takes {expected}")
-        timesteps = torch.as_tensor(timestep, dtype=torch.int64).reshape(-1)
+        timesteps = torch.as_tensor(timestep).reshape(-1)
+        check_timesteps(timesteps, self.num_train_timesteps)
+        timesteps = timesteps.to(torch.int64)
         if self.timesteps is None:
             timesteps = timesteps.expand(len(x_t)).contiguous()
         else:

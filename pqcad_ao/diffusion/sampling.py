@@ -5,21 +5,57 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
 from pqcad_ao.denoiser import predict, take_rows
+from pqcad_ao.utils.checks import NOT_FINITE
+
+
+def _cause(dtype: torch.dtype, scheduler) -> str:
+    """What makes a sampler leave the finite numbers, most likely."""
+    if dtype == torch.float16:
+        return "float16 ends at 65504, which the network's activations may exceed: give it in float32 or bfloat16"
+    return (
+        "check the network's weights and that the scheduler is the one it was trained with "
+        f"({scheduler.config.prediction_type}, {scheduler.config.beta_schedule})"
+    )
 
 
 def overflow(doing: str, dtype: torch.dtype, scheduler) -> FloatingPointError:
     """The error of a full-precision sampler that meets NaN or infinity, with its likeliest cause."""
-    cause = (
-        "float16 ends at 65504, which the network's activations may exceed: give it in float32 or bfloat16"
-        if dtype == torch.float16
-        else "check the network's weights and that the scheduler is the one it was trained with "
-        f"({scheduler.config.prediction_type}, {scheduler.config.beta_schedule})"
+    return FloatingPointError(
+        f"the full-precision sampler left the finite numbers while {doing}: {_cause(dtype, scheduler)}"
     )
-    return FloatingPointError(f"the full-precision sampler left the finite numbers while {doing}: {cause}")
+
+
+def first_overflow(unet: Any, x_t: Tensor, timesteps: Tensor, conditioning: dict[str, Any]) -> str:
+    """The first layer, by name, whose result for finite inputs is not finite; "" where none is found."""
+    network = getattr(unet, "_orig_mod", unet)  # what torch.compile wraps
+    if not isinstance(network, nn.Module):
+        return ""
+    found: list[str] = []
+
+    def look(fqn: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, output: Any) -> None:
+            tensors = [[v for v in tree_leaves(values) if isinstance(v, Tensor)] for values in (args, output)]
+            given, made = (all(bool(v.isfinite().all()) for v in values) for values in tensors)
+            if not found and given and not made:
+                found.append(fqn)
+
+        return hook
+
+    leaves = {fqn: layer for fqn, layer in network.named_modules() if fqn and not any(layer.children())}
+    handles = [layer.register_forward_hook(look(fqn)) for fqn, layer in leaves.items()]
+    try:
+        predict(network, x_t, timesteps, conditioning)
+    except FloatingPointError as error:  # a quantized layer that names itself
+        return str(error)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return "first in the result of layer " + found[0] if found else ""
 
 
 @torch.no_grad()
@@ -46,7 +82,13 @@ def sample(
 
     Returns:
         (N, C, H, W) float tensor, on the noise's device.
+
+    Raises:
+        FloatingPointError: NaN or infinity in the noise or after a step; names the step and, where the network can be
+            looked into, the layer. On a GPU a batch is looked at when its last step is done.
     """
+    if not noise.isfinite().all():
+        raise FloatingPointError("the noise that sampling starts from holds NaN or infinity")
     scheduler = type(scheduler).from_config(scheduler.config)
     scheduler.set_timesteps(num_inference_steps)
     # the scheduler looks its constants up on the CPU: a timestep from a GPU would have to be waited for at every step
@@ -68,13 +110,34 @@ def sample(
             scheduler.set_timesteps(num_inference_steps)  # some keep a history of the last batch
             x_t = noise[rows] * scheduler.init_noise_sigma
             chosen = take_rows(conditioning, rows)
+            finite: list[Tensor] = []
             for index, timestep in enumerate(timesteps):
                 # oneDNN and cuDNN convolve in this layout, and a network keeps its input's from end to end
                 x_t = x_t.to(memory_format=torch.channels_last)
                 if callback is not None:
                     callback(first, index, timestep, x_t)
-                prediction = predict(unet, x_t, shown[index].repeat(len(x_t)), chosen)
+                inputs = (x_t, shown[index].repeat(len(x_t)), chosen)
+                try:
+                    prediction = predict(unet, *inputs)
+                except (ArithmeticError, ValueError, RuntimeError) as error:
+                    if NOT_FINITE not in str(error) and not isinstance(error, FloatingPointError):
+                        raise
+                    raise _left(unet, inputs, scheduler, index) from error
                 x_t = scheduler.step(prediction, timestep, x_t).prev_sample
+                finite.append(x_t.isfinite().all())
+                if x_t.device.type == "cpu" and not finite[-1]:
+                    raise _left(unet, inputs, scheduler, index)
                 bar.update()
+            if not torch.stack(finite).all():  # on a GPU, where nothing waits for a single step
+                raise _left(None, inputs, scheduler, torch.stack(finite).tolist().index(False))
             images[rows] = x_t
     return images
+
+
+def _left(unet: Any, inputs: tuple[Tensor, Tensor, dict[str, Any]], scheduler, index: int) -> FloatingPointError:
+    """The error of a sampler after whose step ``index`` x_t is not finite."""
+    where = first_overflow(unet, *inputs)
+    return FloatingPointError(
+        f"the sampler left the finite numbers in step {index + 1} of {len(scheduler.timesteps)} (timestep "
+        f"{int(scheduler.timesteps[index])}){', ' if where else ''}{where}: {_cause(inputs[0].dtype, scheduler)}"
+    )

@@ -102,12 +102,18 @@ class PTESampler:
     def sample(self, noise: Tensor, conditioning: dict[str, Any] | None = None, *, progress: bool = False) -> Tensor:
         """Walk the schedule from ``noise`` (N, C, H, W) to images in [-1, 1], as ``diffusion.sampling.sample`` does.
 
-        Any N will do: the last call of a step is filled up with copies of its last image.
+        Any N will do: the last call of a step is filled up with copies of its last image. What a network's integers
+        hide, XNNPACK hides, too: NaN or infinity inside of a step may leave finite images.
+
+        Raises:
+            FloatingPointError: NaN or infinity in the noise, or in x_t after a step.
         """
         if noise.dim() != 4 or tuple(noise.shape[1:]) != self.sample_shape:
             raise ValueError(
                 f"noise has shape {tuple(noise.shape)}: expected (N, {', '.join(map(str, self.sample_shape))})"
             )
+        if not noise.isfinite().all():
+            raise FloatingPointError("the noise that sampling starts from holds NaN or infinity")
         images = torch.empty_like(noise)
         groups = torch.arange(len(noise)).split(self.batch_size)
         bar = tqdm(total=len(groups) * len(self.timesteps), desc="sampling", disable=not progress, leave=False)
@@ -118,6 +124,11 @@ class PTESampler:
                 chosen = take_rows(conditioning or {}, rows)
                 for index in range(len(self.timesteps)):
                     x_t = self.step(x_t, index, chosen)
+                    if not x_t.isfinite().all():
+                        raise FloatingPointError(
+                            f"the program left the finite numbers in step {index + 1} of {len(self.timesteps)} "
+                            f"(timestep {int(self.timesteps[index])})"
+                        )
                     bar.update()
                 images[group] = x_t[: len(group)]
         return images

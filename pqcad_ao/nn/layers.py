@@ -11,6 +11,7 @@ from pqcad_ao.graph.operators import OPERATORS, Operator, packed_weight
 from pqcad_ao.nn.timestep import Timestep
 from pqcad_ao.ops.packing import pack, packed_size, unpack
 from pqcad_ao.ops.reference import per_channel
+from pqcad_ao.utils.checks import NOT_FINITE
 
 
 class QuantizedLayer(nn.Module):
@@ -20,7 +21,8 @@ class QuantizedLayer(nn.Module):
     ``like(original, weight_bits, activation_bits, segments, timestep)``.
 
     Attributes:
-        kind: the layer's row in ``graph.operators.OPERATORS``. kernel_size, groups: of the packed operator's weight.
+        fqn: its name in its network. kind: the layer's row in ``graph.operators.OPERATORS``.
+        kernel_size, groups: of the packed operator's weight.
 
     Buffers (scales and bias stay float32 whatever the network's type, so that bfloat16 does not move the grid):
         weight: (O, ceil(K·bits/8)) uint8, packed along the reduction dimension.
@@ -29,6 +31,7 @@ class QuantizedLayer(nn.Module):
     """
 
     kind: str
+    fqn = "?"  # until it stands in a network
     kernel_size: list[int] = []  # noqa: RUF012  (replaced, never changed)
     groups = 1
     float32_buffers = ("weight_scale", "bias", "input_scale")
@@ -109,7 +112,13 @@ class QuantizedLayer(nn.Module):
         group = self.timestep.current(x.shape[0])
         scale = self.input_scale[group]
         grid = (scale, self.input_low[group], self.segments, self.activation_bits, channel_dim)
-        return torch.ops.pqcad.quantize(x, *grid), scale
+        try:
+            return torch.ops.pqcad.quantize(x, *grid), scale
+        except ValueError as error:
+            if NOT_FINITE not in str(error):
+                raise
+            hint = ": float16 ends at 65504, take float32 or bfloat16" if x.dtype == torch.float16 else ""
+            raise FloatingPointError(f"NaN or infinity at the input of layer {self.fqn}{hint}") from error
 
     def in_float(self, x: Tensor) -> Tensor:
         """The layer in floating point, on the weights that its integers stand for."""

@@ -83,6 +83,16 @@ def timestep_group(timesteps: Tensor, groups: int, num_train_timesteps: int) -> 
     return timesteps.to(torch.int64).clamp(0, num_train_timesteps - 1) * groups // num_train_timesteps
 
 
+def check_timesteps(timesteps: Tensor, num_train_timesteps: int) -> None:
+    """Raise ValueError where a timestep is no whole number of [0, num_train_timesteps)."""
+    sound = (timesteps >= 0) & (timesteps < num_train_timesteps) & (timesteps == timesteps.floor())
+    if not sound.all():
+        raise ValueError(
+            f"timestep {timesteps[~sound][0].item():g}: this network takes whole numbers from 0 to "
+            f"{num_train_timesteps - 1}, the timesteps that it was trained with"
+        )
+
+
 def check_schedule(state: Timestep, timesteps: list[int]) -> None:
     """Warn where a network that was distilled for a schedule is asked for other timesteps, or walks past some."""
     schedule, asked = state.schedule or [], sorted(set(timesteps))
@@ -121,8 +131,10 @@ def bind_timestep(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     timesteps = torch.as_tensor(timesteps).reshape(-1)
     state = module._pqcad_timestep
     # one that is on a GPU would have to be waited for at every step; pqcad_ao's own sampler looks before it starts
-    if state.schedule is not None and timesteps.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_schedule(state, timesteps.tolist())
+    if timesteps.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_timesteps(timesteps, state.num_train_timesteps)
+        if state.schedule is not None:
+            check_schedule(state, timesteps.tolist())
     timesteps = timesteps.to(sample.device)
     if timesteps.shape[0] != 1 and timesteps.shape[0] != sample.shape[0]:
         raise ValueError(
@@ -141,5 +153,8 @@ def install_timestep(module: nn.Module, timestep: Timestep) -> None:
     """Make ``module`` hand its timestep to the quantized layers that hold ``timestep``."""
     setattr(module, ATTRIBUTE, timestep)
     timestep.position = timestep_position(module)
+    for fqn, layer in module.named_modules():
+        if getattr(layer, "timestep", None) is timestep:
+            layer.fqn = fqn
     module.register_forward_pre_hook(bind_timestep, with_kwargs=True)
     module.register_forward_hook(release_timestep, always_call=True)

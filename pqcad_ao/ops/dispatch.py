@@ -15,7 +15,8 @@ ones.
     input: (B, ..., K) int8; weight, scales and bias alike; addend: (B, ..., O).
 ``pqcad::quantize``
     Floating point to the integers clamp(round(input / scale), low, low + 2^bits - 1), int8. scale, low: (B, segments);
-    channel_dim: along which the segments lie, 1 of 4 dimensions (the result is channels last) or the last.
+    channel_dim: along which the segments lie, 1 of 4 dimensions (the result is channels last) or the last. On a CPU
+    NaN and infinity are a ValueError; on a GPU they become some integer.
 ``pqcad::norm_silu_quantize``
     The same of the inputs side by side along dimension 1 (B, Cᵢ, H, W), after GroupNorm where norm_groups is not 0,
     SiLU where silu is set, and nearest upsampling by a whole factor; channels last.

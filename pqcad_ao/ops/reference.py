@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pqcad_ao.ops.packing import unpack
+from pqcad_ao.utils.checks import NOT_FINITE
 
 
 def unpack_conv_weight(weight: Tensor, bits: int, in_channels: int, kernel_size: list[int]) -> Tensor:
@@ -146,6 +147,9 @@ def quantize(input: Tensor, scale: Tensor, low: Tensor, segments: list[int], bit
         _check_grid(name, values, segments, input.shape[0], input.shape[channel_dim])
     shape = [1] * input.dim()
     shape[0], shape[channel_dim] = input.shape[0], sum(segments)
+    # on a GPU nobody waits for what a look at the values would say
+    if input.device.type == "cpu" and not input.isfinite().all():
+        raise ValueError(f"{NOT_FINITE}: integers would hide it")
     scale, low = (per_channel(values.float(), segments).view(shape) for values in (scale, low))
     # nothing in place: on a GPU Inductor is given this function for the operator
     integers = (input.float() * scale.reciprocal()).round().clamp(low, low + (2**bits - 1))

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+NOT_FINITE = "NaN or infinity in what is quantized"  # so begin the errors of the operators, in C++ as well
+
 
 def is_whole(value: Any, least: int = 1, most: int | None = None) -> bool:
     """Whether ``value`` is an int (no bool) from ``least`` to ``most``."""

@@ -68,6 +68,9 @@ def _load() -> str:
             "this CPU has no AVX512-VNNI, which the CPU kernels need: the slower reference kernel runs in their place",
             stacklevel=4,
         )
+    # a forked child has its parent's pool of threads, but not the threads: it would wait for them forever
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))  # as DataLoader's workers do
     return instructions
 
 

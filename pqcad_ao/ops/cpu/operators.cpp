@@ -160,7 +160,7 @@ Tensor norm_silu_quantize(at::TensorList inputs, const std::optional<Tensor>& we
     if (bias) b = bias->to(at::kFloat).contiguous(), p.norm_bias = b.const_data_ptr<float>();
     p.scale = s.const_data_ptr<float>(), p.low = l.const_data_ptr<int64_t>();
     p.output = output.mutable_data_ptr<int8_t>();
-    quantize(p);
+    TORCH_CHECK_VALUE(quantize(p), "NaN or infinity in what is quantized: integers would hide it");
   }
   return output;
 }

@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -72,14 +73,17 @@ void moments(const Quantize& p, int64_t sample, int64_t from, int64_t to, double
                  [&](auto width) { moments<width>(p, source, c, sample, from, to, sums); });
 }
 
-// What every channel of a sample is multiplied with and gets added, its reciprocal scale, and its grid's ends.
-void coefficients(const Quantize& p, int64_t sample, const double* sums, float* of) {
+// What every channel of a sample is multiplied with and gets added, its reciprocal scale, and its grid's ends. Whether
+// the moments are finite: squares that overflow would make a norm of zeros.
+bool coefficients(const Quantize& p, int64_t sample, const double* sums, float* of) {
   float *factor = of, *shift = of + p.C, *steps = of + 2 * p.C, *low = of + 3 * p.C, *high = of + 4 * p.C;
+  bool finite = true;
   if (p.norm_groups > 0) {
     const int64_t size = p.C / p.norm_groups;
     for (int64_t g = 0; g < p.norm_groups; g++) {
       double sum = 0, squares = 0;
       for (int64_t c = g * size; c < (g + 1) * size; c++) sum += sums[c], squares += sums[p.C + c];
+      finite = finite && std::isfinite(sum) && std::isfinite(squares);
       const double count = (double)size * p.H * p.W, mean = sum / count;
       const double rstd = 1 / std::sqrt(std::max(squares / count - mean * mean, 0.0) + p.eps);
       for (int64_t c = g * size; c < (g + 1) * size; c++) {
@@ -96,12 +100,15 @@ void coefficients(const Quantize& p, int64_t sample, const double* sums, float* 
       low[c] = (float)p.low[sample * count + s];
       high[c] = low[c] + (float)((1 << p.bits) - 1);
     }
+  return finite;
 }
 
+// Whether all values were finite: integers cannot say it.
 template <bool NORM, bool SILU>
-void quantize_rows(const Quantize& p, int64_t sample, int64_t from, int64_t to, const float* of) {
+bool quantize_rows(const Quantize& p, int64_t sample, int64_t from, int64_t to, const float* of) {
   const float *factor = of, *shift = of + p.C, *steps = of + 2 * p.C, *low = of + 3 * p.C, *high = of + 4 * p.C;
   const int64_t U = p.upsample, line = p.W * U * p.C;
+  Floats nothing{};  // a zero for each finite value, added up
   for (int64_t h = from; h < to; h++) {
     int8_t* top = p.output + (sample * p.H + h) * U * line;
     for (auto& source : p.sources)
@@ -117,15 +124,21 @@ void quantize_rows(const Quantize& p, int64_t sample, int64_t from, int64_t to, 
           Floats v = load_floats(x, lanes);
           if (NORM) v = fma(v, factors, shifts);
           if (SILU) v = silu_of(v);
+          nothing = fma(v, all_floats(0.f), nothing);
           const LaneBytes bytes = to_bytes(min(max(v * step, least), most));  // integers: rounding keeps within them
           for (int64_t u = 0; u < U; u++) store(to + u * p.C, bytes, lanes);
         }
       }
     for (int64_t u = 1; u < U; u++) std::memcpy(top + u * line, top, line);
   }
+  alignas(BYTES) float sums[LANES];
+  store(sums, nothing);
+  return std::all_of(sums, sums + LANES, [](float sum) { return sum == 0; });
 }
 
-void quantize(const Quantize& p) {
+// Whether all values were finite.
+bool quantize(const Quantize& p) {
+  std::atomic<bool> finite{true};
   const auto rows_of = p.norm_groups > 0 ? (p.silu ? quantize_rows<true, true> : quantize_rows<true, false>)
                                          : (p.silu ? quantize_rows<false, true> : quantize_rows<false, false>);
   const int64_t threads = at::get_num_threads(), rows = p.B * p.H;
@@ -136,11 +149,11 @@ void quantize(const Quantize& p) {
       for (int64_t b = begin; b < end; b++) {
         std::fill(sums.begin(), sums.end(), 0.0);
         if (p.norm_groups > 0) moments(p, b, 0, p.H, sums.data());
-        coefficients(p, b, sums.data(), of.data());
-        rows_of(p, b, 0, p.H, of.data());
+        const bool moments_finite = coefficients(p, b, sums.data(), of.data());
+        if (!rows_of(p, b, 0, p.H, of.data()) || !moments_finite) finite = false;
       }
     });
-    return;
+    return finite;
   }
   std::vector<double> sums(p.norm_groups > 0 ? rows * 2 * p.C : 2 * p.C);  // of each row, so that no two threads meet
   std::vector<float> of(p.B * 5 * p.C);
@@ -152,12 +165,13 @@ void quantize(const Quantize& p) {
     double* of_sample = sums.data() + (p.norm_groups > 0 ? b * p.H * 2 * p.C : 0);
     for (int64_t r = 1; r < p.H && p.norm_groups > 0; r++)
       for (int64_t c = 0; c < 2 * p.C; c++) of_sample[c] += of_sample[r * 2 * p.C + c];
-    coefficients(p, b, of_sample, of.data() + b * 5 * p.C);
+    if (!coefficients(p, b, of_sample, of.data() + b * 5 * p.C)) finite = false;
   }
   at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++)
-      rows_of(p, r / p.H, r % p.H, r % p.H + 1, of.data() + r / p.H * 5 * p.C);
+      if (!rows_of(p, r / p.H, r % p.H, r % p.H + 1, of.data() + r / p.H * 5 * p.C)) finite = false;
   });
+  return finite;
 }
 
 }  // namespace
