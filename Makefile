@@ -8,7 +8,7 @@ OUT ?= demo-out
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: venv demo test test-slow lint
+.PHONY: venv demo test test-slow lint sbom
 
 venv: $(INSTALLED)
 
@@ -30,3 +30,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# what .venv holds, with versions and licences, as CycloneDX; the tool stands apart, so that it is not in it
+sbom: $(INSTALLED)
+	$(PYTHON) -m venv $(VENV)/sbom
+	$(VENV)/sbom/bin/python -m pip install --quiet 'cyclonedx-bom>=7'
+	$(VENV)/sbom/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o sbom.json $(BIN)/python

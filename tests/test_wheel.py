@@ -42,9 +42,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built by the setuptools that is installed: an isolated build would fetch its own, and a test needs no network."""
-    folder = tmp_path_factory.mktemp("wheel")
+    return _built(source, tmp_path_factory.mktemp("wheel"))
+
+
+def _built(source: Path, folder: Path, **environment: str) -> Path:
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
-    _run(*pip, "--wheel-dir", folder, source)
+    _run(*pip, "--wheel-dir", folder, source, **environment)
     return next(folder.glob("*.whl"))
 
 
@@ -86,3 +89,15 @@ def test_the_wheel_runs_away_from_the_checkout(installed: Path):
 
 def test_the_command_runs_away_from_the_checkout(installed: Path):
     assert "compress" in _run(sys.executable, installed / "bin" / "pqcad", "--help", PYTHONPATH=str(installed))
+
+
+@pytest.mark.slow
+def test_two_builds_are_the_same_bytes(source: Path, tmp_path: Path):
+    """Built at another time from a copy in another folder; ``SOURCE_DATE_EPOCH`` is the time that the files get."""
+    built = []
+    for index in range(2):
+        copy = shutil.copytree(source, tmp_path / f"source-{index}")
+        for path in copy.rglob("*"):
+            os.utime(path, (index * 10**6, index * 10**6))
+        built.append(_built(copy, tmp_path / f"wheel-{index}", SOURCE_DATE_EPOCH="1700000000").read_bytes())
+    assert built[0] == built[1]
