@@ -84,12 +84,15 @@ def timestep_group(timesteps: Tensor, groups: int, num_train_timesteps: int) -> 
 
 
 def check_timesteps(timesteps: Tensor, num_train_timesteps: int) -> None:
-    """Raise ValueError where a timestep is no whole number of [0, num_train_timesteps)."""
-    sound = (timesteps >= 0) & (timesteps < num_train_timesteps) & (timesteps == timesteps.floor())
+    """Raise ValueError where a timestep lies outside of [0, num_train_timesteps).
+
+    Fractions are taken: samplers such as Euler's stop between two training timesteps.
+    """
+    sound = (timesteps >= 0) & (timesteps < num_train_timesteps)
     if not sound.all():
         raise ValueError(
-            f"timestep {timesteps[~sound][0].item():g}: this network takes whole numbers from 0 to "
-            f"{num_train_timesteps - 1}, the timesteps that it was trained with"
+            f"timestep {timesteps[~sound][0].item():g}: this network takes those from 0 to {num_train_timesteps - 1}, "
+            "which it was trained with"
         )
 
 
