@@ -37,7 +37,7 @@ from pqcad_ao.passes.sampling_step import add_sampling_step, ddim_table
 from pqcad_ao.passes.to_xnnpack import to_xnnpack
 from pqcad_ao.utils.checks import check_counts
 from pqcad_ao.utils.files import check_writable, write_whole
-from pqcad_ao.utils.tracing import one_at_a_time
+from pqcad_ao.utils.tracing import forgetting_sources, one_at_a_time
 
 __all__ = ["PTEReport", "PTESampler", "ParityError", "export_fp32_pte", "export_pte"]
 
@@ -147,7 +147,7 @@ def export_pte(
     path = check_writable(path)
     unet = _contiguous(unet)
     stages = tqdm(total=4, desc="recording trajectories", disable=not progress, leave=False)
-    with evaluation_mode(unet), torch.no_grad(), stages as bar:
+    with evaluation_mode(unet), torch.no_grad(), forgetting_sources(), stages as bar:
         noise = torch.randn(trajectories, *shape, generator=torch.Generator().manual_seed(seed))
         records = record(unet, scheduler, noise, num_inference_steps, conditioning, batch_size, progress)
         bar.update()
@@ -232,7 +232,7 @@ def export_fp32_pte(
     shape = denoiser.sample_shape(unet, sample_shape)
     path = check_writable(path)
     unet = _contiguous(unet)
-    with evaluation_mode(unet), torch.no_grad():
+    with evaluation_mode(unet), torch.no_grad(), forgetting_sources():
         step, inputs, _ = _step(unet, shape, batch_size, conditioning)
         program, calls = lower(step, inputs, stock=True)
     write_whole(path, program)

@@ -1,8 +1,12 @@
 """Tracing by one thread at a time: what torch.export and torch.compile trace with is state of the whole process."""
 
 import functools
-from collections.abc import Callable
+import linecache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
+
+from torch.fx import graph_module
 
 try:
     from torch._dynamo.convert_frame import compile_lock  # held by every torch.compile; reentrant (torch 2.13, 2.14)
@@ -34,3 +38,20 @@ def one_at_a_time(function: Callable[Arguments, Result]) -> Callable[Arguments, 
             return function(*args, **kwargs)
 
     return alone
+
+
+@contextmanager
+def forgetting_sources() -> Iterator[None]:
+    """Drop, on leaving, the text of the graphs that were compiled meanwhile, and are no more.
+
+    torch.fx keeps the source of every graph for tracebacks, as long as the process lives: an export of a small network
+    leaves some hundred of them behind, several megabytes.
+    """
+    sources = graph_module._loader.eval_cache  # torch 2.13, 2.14
+    before = set(sources)
+    try:
+        yield
+    finally:
+        for name in sources.keys() - before:
+            del sources[name]
+            linecache.cache.pop(name, None)
