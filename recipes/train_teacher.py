@@ -176,7 +176,8 @@ def _train(  # noqa: C901, PLR0912, PLR0915  (a recipe's loop is read in one pie
         done = step + 1
         over = done == last or (done % 50 == 0 and time.monotonic() > ends_at)
         due = done % options.checkpoint_every == 0 or over
-        if done % 50 == 0 or due:  # one synchronisation in fifty steps; nothing unsound is saved
+        drawn = done % options.grid_every == 0 or (over and last == options.steps)
+        if done % 50 == 0 or due or drawn:  # one synchronisation in fifty steps; nothing unsound is saved or drawn
             recent = torch.stack(losses[-50:]).mean().item()
             if not math.isfinite(recent):
                 raise FloatingPointError(
@@ -185,7 +186,7 @@ def _train(  # noqa: C901, PLR0912, PLR0915  (a recipe's loop is read in one pie
             bar.set_postfix(loss=f"{recent:.4f}", lr=f"{lr_at(step, options):.1e}")
         if due:
             save(done)
-        if done % options.grid_every == 0 or (over and last == options.steps):
+        if drawn:
             grid = sample(averaged_copy(unet, ema), scheduler, grid_noise, options.grid_steps)
             save_grid(grid, out / f"grid-{done}.png")
         if over:
