@@ -14,7 +14,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from pqcad_ao.data import to_uint8
-from pqcad_ao.utils.files import write_whole
+from pqcad_ao.utils.files import whole_file, write_whole
 
 ROW_NAMES = {
     "fp_full": "full precision (fp32)",
@@ -103,7 +103,8 @@ def save_grid(images: Tensor, path: str | Path, columns: int = 8) -> None:
     picture = grid(images, columns)
     array = picture[0].numpy() if picture.shape[0] == 1 else picture.permute(1, 2, 0).contiguous().numpy()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path)
+    with whole_file(Path(path)) as unfinished:
+        Image.fromarray(array).save(unfinished)
 
 
 def save_samples(
@@ -137,7 +138,8 @@ def save_samples(
         axis.imshow(array.repeat(3, 2) if array.shape[2] == 1 else array, interpolation="nearest")
         axis.set_title(textwrap.fill(label, round(side * LETTERS)), fontsize=10)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.05)
+    with whole_file(Path(path)) as unfinished:
+        figure.savefig(unfinished, dpi=150, bbox_inches="tight", pad_inches=0.05)
 
 
 def save_learning(log: list[dict[str, Any]], transitions: list[dict[str, Any]], path: str | Path) -> None:
@@ -186,7 +188,8 @@ def save_learning(log: list[dict[str, Any]], transitions: list[dict[str, Any]], 
         )
     above.legend(loc="lower right", fontsize=8)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with whole_file(Path(path)) as unfinished:
+        figure.savefig(unfinished, dpi=110)
 
 
 def quality_table(summary: dict[str, Any]) -> list[list[Any]]:

@@ -31,7 +31,7 @@ from pqcad_ao.distill import check_distillation, distill_
 from pqcad_ao.models import load_model, save_model
 from pqcad_ao.nn.state import quantized_state
 from pqcad_ao.quantize import quantize_
-from pqcad_ao.utils.files import digest
+from pqcad_ao.utils.files import digest, write_whole
 from pqcad_ao.utils.machine import check_device
 from pqcad_ao.utils.options import read_options
 from pqcad_ao.utils.processes import rank_and_world, wait_for_all
@@ -99,7 +99,7 @@ def compress_on_all(
         calibration_set(student, ddim, shape, settings, **shared)
     if unquantized and rank == 0:
         quantize_(student, settings, scheduler=ddim, folder=out / "work", progress=progress)
-        name.write_text(made_from)
+        write_whole(name, made_from.encode())
         save_model(student, scheduler, quantized)
     wait_for_all()
     student = load_model(quantized)[0].to(device)

@@ -10,6 +10,7 @@ import math
 import time
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
@@ -125,6 +126,9 @@ def _train(  # noqa: C901, PLR0912, PLR0915  (a recipe's loop is read in one pie
     first, checkpoint = 0, out / "checkpoint.pt"
     if checkpoint.exists():
         try:
+            with ZipFile(checkpoint) as archive:  # torch.load looks at no checksum
+                if damaged := archive.testzip():
+                    raise ValueError(f"{damaged} in it is not what was written")
             state = torch.load(checkpoint, weights_only=True, map_location=device)
             unet.load_state_dict(state["unet"])
             optimizer.load_state_dict(state["optimizer"])
@@ -184,11 +188,12 @@ def _train(  # noqa: C901, PLR0912, PLR0915  (a recipe's loop is read in one pie
                     f"the loss is {recent} near step {done}; lower train.lr (now {options.lr}) and resume"
                 )
             bar.set_postfix(loss=f"{recent:.4f}", lr=f"{lr_at(step, options):.1e}")
-        if due:
-            save(done)
+        # before the checkpoint, from which a killed run goes on without it
         if drawn:
             grid = sample(averaged_copy(unet, ema), scheduler, grid_noise, options.grid_steps)
             save_grid(grid, out / f"grid-{done}.png")
+        if due:
+            save(done)
         if over:
             break
     return torch.stack(losses).tolist() if losses else []

@@ -76,6 +76,14 @@ def _marks(content: str):
     return damage
 
 
+def _header(text: bytes):
+    def damage(folder):
+        content = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(3072)
+        _files(folder)[0].write_bytes(content)
+
+    return damage
+
+
 def _pickled(folder):
     np.save(_files(folder)[0], np.array([{"a": print}], object), allow_pickle=True)
 
@@ -94,6 +102,8 @@ PICTURES = {
     "a flipped bit": _flip,
     "a flipped bit while drawn": _unmarked(_flip),
     "a pickle": _pickled,
+    "a header that is no literal": _header(b"{'descr': '<f4', ("),
+    "a header in deep brackets": _header(b"[" * 10_000),
     "marks of a number": _marks("100"),
     "marks of words": _marks('{"sha256": ["a"]}'),
     "marks of nothing": _marks('{"sha256": null}'),

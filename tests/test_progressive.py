@@ -28,6 +28,7 @@ from pqcad_ao.prepare.annotate import PQCADQuantizer, insert_fake_quantizers
 from pqcad_ao.prepare.fake_quant import ActivationFakeQuantize, WeightFakeQuantize
 from pqcad_ao.prepare.fold import fold
 from pqcad_ao.prepare.observe import activation_quantizers, weight_quantizers
+from pqcad_ao.utils.tensor_files import read_tensors, write_tensors
 
 TINY = {
     "calibration_points": 16,
@@ -373,6 +374,23 @@ def test_another_runs_folder_is_refused(tmp_path):
     (tmp_path / "checkpoint.safetensors").write_bytes(b"half a file")
     with pytest.raises(ValueError, match="no safetensors file or is damaged"):
         learned(Small(), config(), folder=tmp_path)
+
+
+def test_a_checkpoint_that_says_what_cannot_be_is_named(tmp_path):
+    """Whole, with a checksum that fits."""
+    learned(Small(), config(), folder=tmp_path)
+    file = tmp_path / "checkpoint.safetensors"
+    tensors, header = read_tensors(file, training.KIND)
+    name, stage = next(iter(tensors)), header["stage"]
+    cases = [
+        (tensors, {**header, "policies": {**header["policies"], stage: {**header["policies"][stage], "budget": -6}}}),
+        (tensors, {**header, "stage": "neither"}),
+        ({**tensors, name: torch.full((2,), float("nan"))}, header),
+    ]
+    for held, says in cases:
+        write_tensors(file, held, {training.KIND: json.dumps(says)})
+        with pytest.raises(ValueError, match=r"checkpoint\.safetensors is damaged.* Delete it to begin anew"):
+            learned(Small(), config(), folder=tmp_path)
 
 
 # Bad input

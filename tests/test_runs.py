@@ -11,7 +11,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import SHAPE, Small, cosine_scheduler, quick
+from omegaconf import OmegaConf
 
+from pqcad_ao import CADConfig, compress, distill_, quantize_
+from pqcad_ao.diffusion.calibration import calibration_set
+from pqcad_ao.diffusion.images import clean_images
+from pqcad_ao.learn.training import train_loop
+from pqcad_ao.models import save_model
+from pqcad_ao.recipes.train_teacher import train
 from pqcad_ao.utils.files import check_writable, sweep, whole_file, write_whole
 from pqcad_ao.utils.runs import only_run_in
 from pqcad_ao.utils.tensor_files import read_tensors, write_tensors
@@ -49,6 +57,25 @@ def test_two_runs_in_a_folder(holder, tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == [".pqcad.lock"]
         assert str(os.getpid()) in (tmp_path / ".pqcad.lock").read_text()
     assert not [*tmp_path.iterdir()]
+
+
+def test_every_long_job_asks_whether_another_is_at_work(holder, tmp_path):
+    given = {"sample_shape": SHAPE, "folder": tmp_path, "progress": False}
+    model, before = Small(), Small().state_dict()
+    jobs = [
+        lambda: quantize_(model, quick(), scheduler=cosine_scheduler(), **given),
+        lambda: distill_(model, Small(), cosine_scheduler(), CADConfig(steps=4), **given),
+        lambda: compress(model, cosine_scheduler(), quick(), CADConfig(steps=4), **given),
+        lambda: calibration_set(model, cosine_scheduler(), SHAPE, quick(), folder=tmp_path),
+        lambda: clean_images(model, cosine_scheduler(), SHAPE, CADConfig(steps=4), {}, folder=tmp_path),
+        lambda: train_loop(None, 1, folder=tmp_path, describe=str, title=""),
+        lambda: save_model(model, cosine_scheduler(), tmp_path),
+        lambda: train(OmegaConf.create({"train": {}}), torch.zeros(1, 1, 8, 8), tmp_path),
+    ]
+    for job in jobs:
+        with pytest.raises(BlockingIOError, match=f"in use by process {holder.pid} "):
+            job()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_file_written_next_sweeps_its_own_leftovers(holder, tmp_path):

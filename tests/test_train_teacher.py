@@ -91,6 +91,32 @@ def test_golden_losses(undisturbed):
     assert losses == pytest.approx(golden, rel=2e-3)
 
 
+def test_a_run_killed_as_it_draws_still_leaves_its_pictures(undisturbed, images, tmp_path, monkeypatch):
+    """At its last step, where a checkpoint is due as well: from that one it would go on without the picture."""
+
+    def killed(*args) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_teacher, "save_grid", lambda grid, path: killed() if path.name == "grid-10.png" else None)
+        with pytest.raises(KeyboardInterrupt):
+            train(_config(), images, tmp_path)
+    train(_config(), images, tmp_path)
+    assert (tmp_path / "grid-10.png").read_bytes() == (undisturbed[1] / "grid-10.png").read_bytes()
+
+
+def test_a_damaged_checkpoint_is_named(images, tmp_path):
+    """torch.load takes a flipped bit for a weight."""
+    train(_config(), images, tmp_path, stop_after=4)
+    file = tmp_path / "checkpoint.pt"
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    for changed in (whole[:-50], whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :]):
+        file.write_bytes(changed)
+        with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged"):
+            train(_config(), images, tmp_path)
+
+
 def test_a_killed_run_goes_on_bit_for_bit(undisturbed, images, tmp_path):
     """Stopped after 3 steps, at the checkpoint of 4, and after 9; dropout's draws are part of what must be restored."""
     losses, out = undisturbed

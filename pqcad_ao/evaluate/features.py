@@ -113,10 +113,11 @@ def load_classifier(path: str | Path) -> FeatureClassifier:
     """
     tensors, header = _read_safetensors(path, CLASSIFIER_FORMAT)
     try:
+        _check_architecture(header["architecture"])
         with torch.device("meta"):  # neither memory for a header that lies, nor a draw from the user's random numbers
             network = FeatureClassifier(**header["architecture"])
         for name, own in network.state_dict().items():
-            if name in tensors and tensors[name].is_floating_point() != own.is_floating_point():
+            if name in tensors and tensors[name].dtype != own.dtype:
                 raise ValueError(f"{name} is {tensors[name].dtype}")
             if name.endswith("running_var") and (tensors[name] < 0).any():
                 raise ValueError(f"{name} holds negative variances")
@@ -124,6 +125,13 @@ def load_classifier(path: str | Path) -> FeatureClassifier:
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{path}: weights and architecture do not belong together ({error})") from error
     return network.requires_grad_(False).eval()
+
+
+def _check_architecture(values: Any) -> None:
+    """Raises ValueError, TypeError: a header's numbers are not those of a network."""
+    counts = [values[name] for name in ("in_channels", "image_size", "num_classes")]
+    if not all(is_whole(count, most=2**16) for count in [*counts, *values["channels"]]) or counts[0] not in (1, 3):
+        raise ValueError(f"its architecture is {values}")
 
 
 @dataclass(frozen=True)

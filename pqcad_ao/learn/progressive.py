@@ -291,6 +291,8 @@ class _Run:
             ValueError: the file is damaged, or of another run.
         """
         header, tensors = read_checkpoint(path, self.key)
+        if header["stage"] not in self.policies or header["policies"].keys() != self.policies.keys():
+            raise ValueError(f"{path} is damaged: it is in stage {header['stage']!r}. Delete it to begin anew")
         if header["stage"] != self.stage:
             self.stage = header["stage"]
             self._insert_activations(fit=False)

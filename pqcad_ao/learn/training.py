@@ -228,7 +228,10 @@ class _Folder:
     def _load(self) -> None:
         try:
             self.run.load(self.checkpoint)
-        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:  # of entries that it lacks
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as error:
+            if str(self.checkpoint) in str(error):
+                raise
+            # of entries that it lacks, or that cannot be
             raise ValueError(f"{self.checkpoint} is damaged ({error!r}). Delete it to begin anew") from error
 
     def add(self, update: Any, last: bool) -> None:
