@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DConditionModel, UNet2DModel
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
 from torch import nn
 
 from pqcad_ao.diffusion.process import class_of, read_scheduler
@@ -172,7 +173,10 @@ def save_model(unet: nn.Module, scheduler: DDIMScheduler, folder: str | Path) ->
     with only_run_in(folder):
         _finish_saving(folder)
         with unfinished_folder(folder / "model") as unfinished:
-            _write_model(unet, scheduler, unfinished)
+            try:
+                _write_model(unet, scheduler, unfinished)
+            except SafetensorError as error:  # of the operating system
+                raise OSError(f"the model cannot be written into {folder}: {error}") from error
             settle(unfinished)
             unfinished.rename(folder / SAVED)  # from now on the new model is the one that is read
             flush(folder)

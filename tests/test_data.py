@@ -239,3 +239,11 @@ def test_the_real_data_set(data_dir):
     assert images.shape == (10_000, 1, 32, 32)
     assert torch.bincount(labels).tolist() == [1000] * 10
     assert not images[:, :, :2].any()
+
+
+def test_a_picture_that_is_a_decompression_bomb_is_named(tmp_path, monkeypatch):
+    Image.fromarray(_images(1, 40, 40)[0], "L").save(tmp_path / "bomb.png")
+    for most in (1000, 100):  # Pillow warns of the first, and raises an error of its own at twice as many pixels
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
+        with pytest.raises(ValueError, match=r"bomb\.png is no readable image: .*decompression bomb"):
+            load_images(tmp_path)

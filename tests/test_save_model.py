@@ -3,13 +3,14 @@
 import copy
 import json
 import os
+import resource
 import sys
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from networks import cosine_scheduler
 
 from pqcad_ao.models import load_model, save_model
@@ -177,3 +178,25 @@ def test_a_configuration_of_a_network_that_cannot_be_is_refused_at_once(change, 
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(ValueError, match=r"config\.json is damaged: .* allowed is up to"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("size", [100, 60_000], ids=["configuration", "weights"])
+def test_a_full_disk_leaves_the_model_that_was_there(size, models, folder, tiny_unet):
+    larger = UNet2DModel.from_config({**tiny_unet.config, "block_out_channels": [64, 64]})
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        try:
+            save_model(larger, cosine_scheduler(), folder)
+        except OSError:
+            os._exit(3)
+        os._exit(0)
+
+    save_model(*models[0], folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    process = get_context("fork").Process(target=limited)
+    process.start()
+    process.join()
+    assert process.exitcode == 3
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert _which(folder, models) == 0
