@@ -146,16 +146,7 @@ def check_conditioning(model: nn.Module, conditioning: dict[str, Any] | None) ->
         needed.append("class_labels")
     if getattr(config, "addition_embed_type", None) is not None:
         needed.append("added_cond_kwargs")
-    channels = (getattr(config, "in_channels", None) or 0) - (getattr(config, "out_channels", None) or 0)
-    if channels > 0 and getattr(config, "out_channels", None):
-        extra = conditioning.get(EXTRA_CHANNELS)
-        if not isinstance(extra, Tensor) or extra.dim() != 4 or extra.shape[1] != channels:
-            given = tuple(extra.shape) if isinstance(extra, Tensor) else extra
-            raise ValueError(
-                f"{type(model).__name__} takes {channels} channels beside the sample's and conditioning has "
-                f"{EXTRA_CHANNELS}={given}: pass conditioning={{{EXTRA_CHANNELS!r}: tensor}} of (rows, {channels}, "
-                "height, width), for inpainting mask and masked picture"
-            )
+    _check_extra_channels(model, conditioning)
     for name in needed:
         if conditioning.get(name) is None:
             raise ValueError(
@@ -169,6 +160,22 @@ def check_conditioning(model: nn.Module, conditioning: dict[str, Any] | None) ->
         )
     device, _ = placement(model)
     return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, conditioning)
+
+
+def _check_extra_channels(model: nn.Module, conditioning: dict[str, Any]) -> None:
+    """Raises ValueError: the network takes more channels than it predicts, and the conditioning does not hold them."""
+    config = getattr(model, "config", None)
+    taken, predicted = getattr(config, "in_channels", None), getattr(config, "out_channels", None)
+    if taken is None or predicted is None or taken <= predicted:
+        return
+    extra, channels = conditioning.get(EXTRA_CHANNELS), taken - predicted
+    if not isinstance(extra, Tensor) or extra.dim() != 4 or extra.shape[1] != channels:
+        given = tuple(extra.shape) if isinstance(extra, Tensor) else extra
+        raise ValueError(
+            f"{type(model).__name__} takes {channels} channels beside the sample's and conditioning has "
+            f"{EXTRA_CHANNELS}={given}: pass conditioning={{{EXTRA_CHANNELS!r}: tensor}} of (rows, {channels}, "
+            "height, width), for inpainting mask and masked picture"
+        )
 
 
 def conditioning_rows(conditioning: dict[str, Any]) -> int:

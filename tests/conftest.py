@@ -86,3 +86,11 @@ def _small_prototype() -> Small:
 def small(_small_prototype: Small) -> Small:
     """A quantized plain module with a skip concatenation, attention and strides; every test gets its own copy."""
     return copy.deepcopy(_small_prototype)
+
+
+@pytest.fixture(scope="session")
+def saved(_quantized_unet_prototype: UNet2DModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the quantized UNet; tests that damage it take a copy."""
+    folder = tmp_path_factory.mktemp("saved")
+    _quantized_unet_prototype.save_pretrained(folder)
+    return folder

@@ -8,11 +8,11 @@ import shutil
 import pytest
 import torch
 from diffusers import UNet2DModel
-from networks import SHAPE, Small, cosine_scheduler, quick
+from networks import Small
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pqcad_ao import load_quantized, quantize_, save_quantized
+from pqcad_ao import load_quantized, save_quantized
 from pqcad_ao.nn.layers import low_range
 from pqcad_ao.prepare.grids import activation_lows
 
@@ -20,18 +20,9 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def saved(_quantized_unet_prototype, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    _quantized_unet_prototype.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    model = Small()
-    quantize_(model, quick(), scheduler=cosine_scheduler(), sample_shape=SHAPE, progress=False)
+def written(_small_prototype, tmp_path_factory):
     path = tmp_path_factory.mktemp("written") / "small.safetensors"
-    save_quantized(model, path)
+    save_quantized(_small_prototype, path)
     return path
 
 

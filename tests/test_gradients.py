@@ -50,11 +50,12 @@ def test_a_gradient_is_that_of_the_weights_within_the_grid(small):
     finally:
         layer.timestep.call.group = None
     low, scale = layer.input_low[group], layer.input_scale[group]
-    parts = [
-        (part / step.view(-1, 1, 1, 1) - start.view(-1, 1, 1, 1)) % 1e9  # above the grid's lowest integer
+    above = [  # the grid's lowest integer, by so many steps
+        part / step.view(-1, 1, 1, 1) - start.view(-1, 1, 1, 1)
         for part, step, start in zip(x.split(layer.segments, 1), scale.unbind(1), low.unbind(1), strict=True)
     ]
-    inside = torch.cat(parts, 1) <= 2**layer.activation_bits - 1
+    steps = torch.cat(above, 1)
+    inside = (steps >= 0) & (steps <= 2**layer.activation_bits - 1)
     back = torch.nn.grad.conv2d_input(
         x.shape, layer.packed_weight(), output, layer.stride, layer.padding, layer.dilation, layer.groups
     )

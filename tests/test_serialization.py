@@ -23,14 +23,6 @@ from pqcad_ao.ops.packing import packed_size
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def saved(_quantized_unet_prototype, tmp_path_factory):
-    """A folder with the quantized UNet; tests that damage it take a copy."""
-    folder = tmp_path_factory.mktemp("saved")
-    _quantized_unet_prototype.save_pretrained(folder)
-    return folder
-
-
 def _inputs() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 300, 600, 999])
 

@@ -12,7 +12,7 @@ from pqcad_ao.graph.operators import OPERATORS
 from pqcad_ao.ops import reference
 from pqcad_ao.ops.dispatch import gpu_kernels, has_gpu_kernels
 from pqcad_ao.passes.fuse_addends import fuse_addends
-from pqcad_ao.passes.fuse_quantize import fuse_quantize
+from pqcad_ao.passes.fuse_quantize import QUANTIZE, fuse_quantize
 from pqcad_ao.passes.identities import drop_identities
 from pqcad_ao.passes.inline import traced
 from pqcad_ao.passes.to_triton import to_triton
@@ -31,7 +31,8 @@ def pqcad(graph: GraphModule, example_inputs: list[Any], *, options: dict[str, A
     """
     from torch._inductor.compile_fx import compile_fx
 
-    if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in example_inputs):
+    differentiable = any(isinstance(value, Tensor) and value.requires_grad for value in example_inputs)
+    if differentiable and torch.is_grad_enabled() and any(node.target in QUANTIZE for node in graph.graph.nodes):
         # the fused operators have no gradient, the layers have
         warnings.warn(
             "gradients are recorded, and backend 'pqcad' fuses nothing: under torch.no_grad() this is far faster",
