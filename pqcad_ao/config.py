@@ -249,9 +249,10 @@ class CADConfig(AOBaseConfig):
         teacher_weight: of the target that the student as it was sets, with two of its own steps.
         space: of the loss: ``"v"``, where a network that predicts epsilon counts by how far its error carries over a
             jump, or ``"x"`` with the signal-to-noise weight truncated from below at 1 (Salimans & Ho 2022, §4).
-        points: full-precision pictures that C_DC re-noises.
+        points: pictures that full precision draws for C_DC. The student learns on the ways from noise to them.
+        renoised: keep the pictures alone, put fresh noise into them for every update, and let the reference walk from
+            there: as published, at several times the cost of an update. Real pictures are always taken so.
         noise_injection: deviation of the noise put on top of each x_t, which the targets correct.
-        own_share: part of each batch whose x_t come from the student's own trajectories, as they were at the start.
         generation_batch_size: pictures a call while C_DC is drawn.
         check_betas: look first whether the network finds the noise that this scheduler puts in.
         seed: seeds every random draw, 0 to 2^63 - 1.
@@ -273,20 +274,20 @@ class CADConfig(AOBaseConfig):
     teacher_weight: float = 0.0
     space: str = "v"
     points: int = 1024
+    renoised: bool = False
     noise_injection: float = 0.0
-    own_share: float = 0.0
     generation_batch_size: int = 32
     check_betas: bool = field(default=True, repr=False)  # the repr names what the result depends on
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("check_betas", "direct"):
+        for name in ("check_betas", "direct", "renoised"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r}: write True or False")
         _check_counts(self, ("steps", "halvings", "iterations", "points", "reference_substeps"))
         _check_word("reference_solver", self.reference_solver, SOLVERS)
         _check_counts(self, ("batch_size", "generation_batch_size"), most=MAX_BATCH)
-        _check_numbers(self, ("learning_rate", "scale_learning_rate", "noise_injection", "own_share"))
+        _check_numbers(self, ("learning_rate", "scale_learning_rate", "noise_injection"))
         _check_numbers(self, ("reference_weight", "teacher_weight"), most=1000)
         if self.reference_weight + self.teacher_weight == 0:
             raise ValueError("reference_weight=0 and teacher_weight=0 leave nothing to learn from")
@@ -311,6 +312,7 @@ class CADConfig(AOBaseConfig):
 
     @classmethod
     def paper(cls, **options: Any) -> "CADConfig":
-        """Progressive distillation as it is published (Salimans & Ho 2022): the target is where the sampler's own N
-        DDIM steps land, what they get wrong included."""
-        return cls(**{"reference_solver": "ddim", "reference_substeps": 1, "learning_rate": 2e-4, **options})
+        """Progressive distillation as it is published (Salimans & Ho 2022): from pictures that are noised anew, the
+        target is where the sampler's own N DDIM steps land, what they get wrong included."""
+        published = {"reference_solver": "ddim", "reference_substeps": 1, "renoised": True}
+        return cls(**{**published, "learning_rate": 2e-4, **options})

@@ -191,7 +191,7 @@ def golden(folder: Path) -> Iterator[tuple[str, str]]:
     quantize_(demo, PQCADConfig(**PTQ), scheduler=scheduler, **options)
     yield from of_network("demo, ptq", demo)
     yield from of_use("demo, ptq", demo, scheduler, 4, folder / "demo")
-    sampler = distill_(demo, teacher, scheduler, CADConfig(**CAD, own_share=0.25, teacher_weight=0.5), **options)
+    sampler = distill_(demo, teacher, scheduler, CADConfig(**CAD, teacher_weight=0.5), **options)
     yield from of_network("demo, distilled", demo)
     yield from of_use("demo, distilled", demo, sampler, 2, folder / "demo-distilled")
 

@@ -57,7 +57,7 @@ def _picture(change):
 
 
 def _with_nan(images):
-    images[3, 0, 2, 2] = np.nan
+    images[3, 1, 0, 2, 2] = np.nan
     return images
 
 
@@ -78,7 +78,7 @@ def _marks(content: str):
 
 def _header(text: bytes):
     def damage(folder):
-        content = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(3072)
+        content = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(9216)
         _files(folder)[0].write_bytes(content)
 
     return damage
@@ -202,7 +202,7 @@ def _limited(call, size: int, folder) -> None:
 def test_a_disk_too_small_for_the_pictures_is_said_before_they_are_drawn(tmp_path):
     said = _in_a_child(_limited, _draw, 2000, tmp_path)
     assert said.startswith("OSError")
-    assert f"C_DC cannot be kept in {tmp_path}, where it takes 3,072 bytes: File too large" in said
+    assert f"C_DC cannot be kept in {tmp_path}, where it takes 9,216 bytes: File too large" in said
     assert not [*tmp_path.iterdir()]
 
 

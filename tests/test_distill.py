@@ -3,7 +3,6 @@
 import copy
 import json
 import warnings
-from functools import partial
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from pqcad_ao.diffusion.ddim import DDIMSchedule
 from pqcad_ao.diffusion.images import clean_images
 from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.diffusion.schedule import teachable, timesteps_of
-from pqcad_ao.diffusion.solvers import dpmpp_2m
+from pqcad_ao.diffusion.solvers import SOLVERS, dpmpp_2m
 from pqcad_ao.learn import halving as engine
 from pqcad_ao.learn import training
 from pqcad_ao.learn.unfold import unfold
@@ -28,7 +27,7 @@ from pqcad_ao.nn.layers import QuantizedLayer
 from pqcad_ao.nn.state import quantized_state
 
 TINY = {"steps": 4, "iterations": 20, "batch_size": 4, "points": 12, "generation_batch_size": 5}
-PAPER = {"reference_solver": "ddim", "reference_substeps": 1, "learning_rate": 2e-4}
+PAPER = {"reference_solver": "ddim", "reference_substeps": 1, "renoised": True, "learning_rate": 2e-4}
 
 
 def config(**options) -> CADConfig:
@@ -137,10 +136,11 @@ def halving(reference: nn.Module, scheduler=None, student=None, number=0, **opti
 
 def loss_of_an_error(run: engine._Halving, step: int, error: float = 0.1) -> float:
     """The loss where all of a batch is at one step, and what the network says is off by ``error``."""
-    x_t, steps, _ = run._batch(0)
+    x_t, steps, _, _ = run._batch(0)
     steps = torch.full_like(steps, step)
-    run._batch = lambda number: (x_t, steps, {})
-    v = run._target(partial(predict_float32, run.reference), "dpmpp_2m", run.flow, x_t, 2 * steps, 4, {})
+    end = run._flow(x_t, steps, {})
+    run._batch = lambda number: (x_t, steps, end, {})
+    v = run._target(end, x_t, steps)
     alpha, sigma = run.schedule.alpha_sigma(steps, x_t)
     x_0, noise = alpha * x_t - sigma * v, alpha * v + sigma * x_t
     right = {"epsilon": noise, "sample": x_0, "v_prediction": v}[run.schedule.prediction_type]
@@ -172,29 +172,32 @@ def test_x_space_weighs_by_the_truncated_signal_to_noise_ratio():
         assert loss_of_an_error(x, step) == pytest.approx(max((alpha / sigma) ** 2, 1) * sigma**2 * error, rel=1e-3)
 
 
-def test_the_second_halving_aims_where_all_the_exact_steps_lead(monkeypatch):
-    reference, scheduler, found = Small(), cosine_scheduler(), {}
-    settings = {"number": 1, "halvings": 2, "steps": 8, "teacher_weight": 0.5, **PAPER}
-    run, original = halving(reference, **settings), engine._Halving._target
+def sampled(network, scheduler, x_t: torch.Tensor, step: torch.Tensor, steps: int, jumps: int) -> torch.Tensor:
+    """Where diffusers' sampler of ``steps`` leads each sample from its own ``step`` in ``jumps`` of them."""
+    scheduler.set_timesteps(steps)
+    ends = []
+    for row, at in zip(x_t.split(1), step.tolist(), strict=True):
+        for t in scheduler.timesteps[at : at + jumps]:
+            with torch.no_grad():
+                row = scheduler.step(network(row, t.reshape(1)), t, row).prev_sample
+        ends.append(row)
+    return torch.cat(ends)
 
-    def target(self, network, solver, schedule, x_t, step, stride, conditioning):
-        v = original(self, network, solver, schedule, x_t, step, stride, conditioning)
-        found[len(schedule.timesteps) - 1] = (x_t, step if schedule is self.schedule else step // 2, v)
-        return v
 
-    monkeypatch.setattr(engine._Halving, "_target", target)
-    run.update()
-    for steps, network in ((8, reference), (4, halving(reference).graph)):  # the reference's, and the teacher's
-        x_t, step, v = found[steps]
-        scheduler.set_timesteps(steps)
-        ends, jumps = [], 2 * steps // 4
-        for row, at in zip(x_t.split(1), (step * steps // 4).tolist(), strict=True):
-            for t in scheduler.timesteps[at : at + jumps]:
-                with torch.no_grad():
-                    said = network(row, t.reshape(1)) if steps == 8 else network(row, t.reshape(1), {})
-                row = scheduler.step(said, t, row).prev_sample
-            ends.append(row)
-        torch.testing.assert_close(run.schedule.ddim_step(v, x_t, step, 2), torch.cat(ends), rtol=1e-3, atol=1e-4)
+@pytest.mark.parametrize("renoised", [True, False])
+def test_the_second_halving_aims_where_all_the_exact_steps_lead(renoised):
+    reference, scheduler = Small(), cosine_scheduler()
+    settings = {**PAPER, "number": 1, "halvings": 2, "steps": 8, "teacher_weight": 0.5, "renoised": renoised}
+    run, teacher = halving(reference, **settings), halving(reference).graph
+    x_t, step, end, _ = run._batch(0)
+    assert set(step.tolist()) == {0, 2}  # of the four steps that the student takes before it
+    wanted = sampled(reference, scheduler, x_t, 2 * step, 8, 4)
+    torch.testing.assert_close(end, wanted, rtol=1e-3, atol=1e-4)
+    own = sampled(lambda x, t: teacher(x, t, {}), scheduler, x_t, step, 4, 2)
+    torch.testing.assert_close(run._walked(x_t, step, {}), own, rtol=1e-3, atol=1e-4)
+    for arrived in (wanted, own):
+        v = run._target(arrived, x_t, step)
+        torch.testing.assert_close(run.schedule.ddim_step(v, x_t, step, 2), arrived, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
@@ -203,65 +206,79 @@ def test_ddim_without_substeps_is_the_samplers_own_walk_to_the_bit(prediction_ty
     reference = Small()
     scheduler = DDIMScheduler.from_config(sampler_of(prediction_type).config, clip_sample=clip)
     run = halving(reference, scheduler, **PAPER)
-    x_t, step, _ = run._batch(0)
+    x_t, step, end, _ = run._batch(0)
     schedule, x = DDIMSchedule.of(scheduler, 4), x_t
     for at in (step, step + 1):
         x = schedule.ddim_step(predict_float32(reference, x, schedule.timesteps[at], {}), x, at)
+    assert torch.equal(end, x)
     expected = schedule.velocity(schedule.target_x_0(x, x_t, step, 2), x_t, step)
-    found = run._target(partial(predict_float32, reference), "ddim", run.flow, x_t, step, 2, {})
-    assert torch.equal(found, expected)
+    assert torch.equal(run._target(end, x_t, step), expected)
 
 
-def recorded_targets(monkeypatch, run: engine._Halving) -> list:
-    """What ``run`` asks the reference, or the student as it was, for: solver, length of the schedule, step, stride."""
-    asked, original = [], engine._Halving._target
-
-    def target(self, network, solver, schedule, x_t, step, stride, conditioning):
-        asked.append((solver, len(schedule.timesteps) - 1, step, stride))
-        return original(self, network, solver, schedule, x_t, step, stride, conditioning)
-
-    monkeypatch.setattr(engine._Halving, "_target", target)
-    run.update()
-    return asked
+RUNS = [(0, False, 2), (1, False, 2), (0, True, 4)]  # number, direct, jump
 
 
-@pytest.mark.parametrize(("number", "direct", "jump"), [(0, False, 2), (1, False, 2), (0, True, 4)])
+@pytest.mark.parametrize(("number", "direct", "jump"), RUNS)
 def test_the_reference_walks_the_flow_over_each_of_the_students_steps(monkeypatch, number, direct, jump):
-    options = {"steps": 8, "halvings": 2, "direct": direct, "reference_substeps": 5, "teacher_weight": 0.5}
-    run = halving(Small(), number=number, **options)
-    _, step, _ = run._batch(0)
+    options = {"steps": 8, "halvings": 2, "direct": direct, "reference_substeps": 5, "renoised": True}
+    run, asked = halving(Small(), number=number, **options), []
+    solve = SOLVERS["dpmpp_2m"]
+    monkeypatch.setitem(SOLVERS, "dpmpp_2m", lambda *given: asked.append(given[1:]) or solve(*given))
+    x_t, step, _, _ = run._batch(0)
     assert set(step.tolist()) <= set(range(0, 8 // 2**number, jump))
-    (solver, length, at, stride), (own_solver, own_length, own_at, own_stride) = recorded_targets(monkeypatch, run)
-    assert (solver, length, stride) == ("dpmpp_2m", 40, jump * 5 * 2**number)
-    assert (own_solver, own_length, own_stride) == ("ddim", 8 // 2**number, jump)
-    assert torch.equal(own_at, step)
-    assert torch.equal(run.flow.timesteps[at], run.schedule.timesteps[step])
-    assert torch.equal(run.flow.timesteps[at + stride], run.schedule.timesteps[step + jump])
+    ((schedule, start, at, stride),) = asked
+    assert torch.equal(start, x_t)
+    assert len(schedule.timesteps) == 41
+    assert stride == jump * 5 * 2**number
+    assert torch.equal(schedule.timesteps[at], run.schedule.timesteps[step])
+    assert torch.equal(schedule.timesteps[at + stride], run.schedule.timesteps[step + jump])
 
 
-def test_starting_points_of_its_own_are_what_the_student_meets():
-    reference = Small()
-    student = student_of(reference)
-    run, met = halving(reference, student=student, own_share=0.5), []
-    noise = torch.stack([images.noise_of(SHAPE, 1, row) for row in range(8)])
-    sample(student, cosine_scheduler(), noise, 2, callback=lambda first, step, t, x_t: met.append(x_t.clone()))
-    assert sqnr(torch.stack(met, 1), run.own[:8]) > 40
-    x_t, step, _ = run._batch(0)
-    own = [any(torch.equal(row, one[at // 2]) for one in run.own) for row, at in zip(x_t, step.tolist(), strict=True)]
-    assert own == [True, True, False, False]
+@pytest.mark.parametrize(("number", "direct", "jump"), RUNS)
+def test_the_ways_of_the_pictures_are_the_flow_and_no_update_walks_it(monkeypatch, number, direct, jump):
+    options = {"steps": 8, "halvings": 2, "direct": direct, "reference_substeps": 5}
+    reference, scheduler = Small(), cosine_scheduler()
+    run = halving(reference, number=number, **options)
+    noise = torch.stack([images.noise_of(SHAPE, 0, row) for row in range(12)])
+    flow, met = DDIMSchedule.of(scheduler, 8, substeps=5), [noise]
+    start = torch.zeros(12, dtype=torch.int64)
+    with torch.no_grad():
+        dpmpp_2m(reference, flow, noise, start, 40, lambda taken, x: met.append(x))
+    x_t, step, end, _ = run._batch(0)
+    monkeypatch.setattr(run, "_flow", lambda *given: pytest.fail("it walked"))
+    rows = run._batch(0)[0]
+    assert torch.equal(rows, x_t)
+    finer = 40 * jump // 8 * 2**number  # of the flow's steps in one of the student's
+    for row, at, arrived in zip(x_t, (step // jump * finer).tolist(), end, strict=True):
+        (picture,) = [number for number in range(12) if torch.allclose(met[at][number], row, atol=1e-5)]
+        torch.testing.assert_close(arrived, met[at + finer][picture], rtol=1e-4, atol=1e-5)
 
 
-def test_injected_noise_is_on_top_and_the_target_knows_it(monkeypatch):
-    plain, noisy = (halving(Small(), batch_size=32, noise_injection=sigma) for sigma in (0.0, 0.2))
-    (x_t, step, _), (moved, same, _) = plain._batch(0), noisy._batch(0)
+def test_real_pictures_are_walked_from_and_drawn_ones_are_not(monkeypatch):
+    reference, scheduler = Small(), cosine_scheduler()
+    real = torch.rand(4, *SHAPE) * 2 - 1
+    mixed = clean_images(reference, scheduler, SHAPE, config(points=4), {}, images=real)
+    run = engine._Halving(Small(), reference, scheduler, mixed, config(points=4, batch_size=16), 0, SHAPE)
+    walked, original = [], run._flow
+    monkeypatch.setattr(run, "_flow", lambda x_t, *given: walked.append(x_t) or original(x_t, *given))
+    x_t, step, end, _ = run._batch(0)
+    torch.testing.assert_close(end, original(x_t, step, {}), rtol=0.05, atol=0.02)  # the way's is of the second order
+    ((started),) = walked
+    assert 0 < len(started) < 16
+    on_a_way = torch.from_numpy(mixed.drawn).flatten(0, 1)
+    for row in started:
+        assert not any(torch.equal(row, other) for other in on_a_way)
+
+
+@pytest.mark.parametrize("renoised", [True, False])
+def test_injected_noise_is_on_top_and_the_target_leads_back(renoised):
+    plain, noisy = (halving(Small(), batch_size=32, noise_injection=sigma, renoised=renoised) for sigma in (0.0, 0.2))
+    (x_t, step, end, _), (moved, same, back, _) = plain._batch(0), noisy._batch(0)
     assert torch.equal(step, same)
+    assert torch.equal(end, back)
     assert float((moved - x_t).std()) == pytest.approx(0.2, rel=0.1)
-    seen, original = [], engine._Halving._target
-    monkeypatch.setattr(
-        engine._Halving, "_target", lambda self, *given: seen.append(given[3]) or original(self, *given)
-    )
-    noisy.update()
-    assert torch.equal(seen[0], moved)
+    found = noisy.schedule.ddim_step(noisy._target(back, moved, step), moved, step, 2)
+    torch.testing.assert_close(found, end, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("batch_size", [3, 4, 7])
@@ -277,11 +294,11 @@ def test_the_target_is_where_the_full_precision_jumps_end(prediction_type):
     """A student that is the reference itself, asked for one jump, misses by what a longer step misses alone."""
     reference, scheduler = Small(), sampler_of(prediction_type)
     schedule, velocities = DDIMSchedule.of(scheduler, 4), DDIMSchedule.of(sampler_of("v_prediction"), 4)
-    run = halving(reference, scheduler)
-    x_t, step, _ = run._batch(3)
+    run = halving(reference, scheduler, **PAPER)
+    x_t, step, arrived, _ = run._batch(3)
     assert step.tolist().count(0) == step.tolist().count(2) == 2  # balanced over the student's two steps
     with torch.no_grad():
-        target = run._target(partial(predict_float32, reference), "ddim", schedule, x_t, step, 2, {})
+        target = run._target(arrived, x_t, step)
         middle = schedule.ddim_step(reference(x_t, schedule.timesteps[step]), x_t, step)
         end = schedule.ddim_step(reference(middle, schedule.timesteps[step + 1]), middle, step + 1)
         x_0 = x_t * schedule.alpha_sigma(step, x_t)[0] - target * schedule.alpha_sigma(step, x_t)[1]
@@ -296,7 +313,7 @@ def test_the_target_is_where_the_full_precision_jumps_end(prediction_type):
         {"teacher_weight": 0.5},
         {"space": "x"},
         {"noise_injection": 0.1},
-        {"own_share": 0.5},
+        {"renoised": True},
     ],
     ids=str,
 )
@@ -345,7 +362,7 @@ def test_conditioning_reaches_teacher_and_student():
     labels = {"class_labels": torch.tensor([0, 1, 2])}
     student = copy.deepcopy(reference)
     quantize_(student, quick(), scheduler=cosine_scheduler(), conditioning=labels, progress=False)
-    distill(student, reference, config(own_share=0.5, teacher_weight=0.5), conditioning=labels)
+    distill(student, reference, config(renoised=True, teacher_weight=0.5), conditioning=labels)
     x_t, t = torch.randn(1, *SHAPE).expand(3, -1, -1, -1), torch.full((3,), 999)
     first, second, _ = student(x_t, t, class_labels=labels["class_labels"]).sample
     assert not torch.equal(first, second)
@@ -448,7 +465,7 @@ def test_two_halvings_leave_a_quarter_of_the_steps():
 def test_both_halvings_can_be_taught_at_once():
     reference = Small()
     student = student_of(reference)
-    settings = config(halvings=2, direct=True, iterations=6, own_share=0.25, teacher_weight=0.5)
+    settings = config(halvings=2, direct=True, iterations=6, teacher_weight=0.5)
     sampler = distill(student, reference, settings)
     assert quantized_state(student).timestep.schedule == [999]
     assert [update.stage for update in quantized_state(student).distilled] == ["2 halvings at once"] * 6
@@ -495,7 +512,7 @@ def test_compress_leaves_out_what_a_filter_refuses(tiny_unet):
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, killed_at):
     monkeypatch.setattr(training, "CHECKPOINT_EVERY", 4)
     reference = Small()
-    settings = config(halvings=2, iterations=10, own_share=0.25, teacher_weight=0.5)
+    settings = config(halvings=2, iterations=10, teacher_weight=0.5)
     undisturbed = student_of(reference)
     distill(undisturbed, reference, settings, folder=tmp_path / "undisturbed")
     original, made = engine._Halving.update, []
@@ -567,12 +584,13 @@ def test_another_runs_folder_is_refused(tmp_path):
         ({"steps": 6, "halvings": 2}, "steps=6 cannot be halved 2 times: give a multiple of 4"),
         ({"iterations": 0}, "iterations=0"),
         ({"batch_size": 64}, "batch_size=64: allowed are whole numbers from 1 to 63"),
-        ({"own_share": 1.5}, "own_share=1.5"),
+        ({"noise_injection": 1.5}, "noise_injection=1.5"),
         ({"reference_weight": 0.0}, "leave nothing to learn from"),
         ({"space": "epsilon"}, "space='epsilon'"),
         ({"seed": -1}, "seed=-1"),
         ({"check_betas": "no"}, "check_betas='no': write True or False"),
         ({"direct": 1}, "direct=1: write True or False"),
+        ({"renoised": None}, "renoised=None: write True or False"),
     ],
 )
 def test_bad_options(options, message):
@@ -628,9 +646,10 @@ def test_a_flow_that_leaves_the_finite_numbers_is_named():
     reference = Exploding()
     student = student_of(reference)
     before = copy.deepcopy(student)
-    with pytest.raises(FloatingPointError, match="left the finite numbers while walking its flow: check the network's"):
-        distill(student, reference)
-    assert same_weights(student, before)
+    for settings, at in ((config(), "drawing C_DC"), (config(renoised=True), "walking its flow")):
+        with pytest.raises(FloatingPointError, match=f"left the finite numbers while {at}: check the network's"):
+            distill(student, reference, settings)
+        assert same_weights(student, before)
 
 
 def test_a_diverging_run_stops():

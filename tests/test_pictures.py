@@ -24,7 +24,7 @@ def config(**options) -> CADConfig:
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
 def test_clean_images_are_the_samplers(tmp_path, solver, clip):
-    reference, settings = Small(), config(reference_solver=solver)
+    reference, settings = Small(), config(reference_solver=solver, reference_substeps=1)
     scheduler = DDIMScheduler.from_config(cosine_scheduler().config, clip_sample=clip, clip_sample_range=0.5)
     alone = clean_images(reference, scheduler, SHAPE, settings, {})
     noise = torch.stack([images.noise_of(SHAPE, settings.seed, row) for row in range(12)])
@@ -58,8 +58,8 @@ def test_pictures_of_another_size_are_drawn_anew(tmp_path):
     reference = Small()
     small = clean_images(reference, cosine_scheduler(), SHAPE, config(), {}, folder=tmp_path)
     large = clean_images(reference, cosine_scheduler(), (1, 16, 16), config(), {}, folder=tmp_path)
-    assert small.drawn.shape[1:] == SHAPE
-    assert large.drawn.shape[1:] == (1, 16, 16)
+    assert small.drawn.shape[2:] == SHAPE
+    assert large.drawn.shape[2:] == (1, 16, 16)
 
 
 def test_a_draw_that_was_cut_short_goes_on(tmp_path, monkeypatch):

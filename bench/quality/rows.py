@@ -80,7 +80,7 @@ ABLATIONS = {
     "cad_teacher": _distilled("W4A4 distilled: quantized teacher alone", teacher_weight=1.0, reference_weight=0.0),
     "cad_both": _distilled("W4A4 distilled: quantized teacher and reference", teacher_weight=0.5, reference_weight=0.5),
     "cad_inject": _distilled("W4A4 distilled: noise injected", noise_injection=0.05),
-    "cad_own": _distilled("W4A4 distilled: a quarter from its own trajectories", own_share=0.25),
+    "cad_renoised": _distilled("W4A4 distilled: pictures noised anew", renoised=True),
     "cad_x": _distilled("W4A4 distilled: x-space, truncated SNR", space="x"),
     "cad_from_fixed": _distilled("W4A4 distilled, from fixed-bit learning", base="fixed_full"),
     "cad_from_ptq": _distilled("W4A4 distilled, nothing learned before", base="ptq_full"),

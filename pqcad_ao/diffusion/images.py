@@ -1,4 +1,4 @@
-"""C_DC: pictures that full precision drew, and a look whether its noise process and the network belong together."""
+"""C_DC: the ways from noise to picture that full precision took, and a look whether network and scheduler fit."""
 
 import hashlib
 import json
@@ -39,14 +39,21 @@ FARTHEST = 0.04  # that a network's noise may be off; of the embedded teacher at
 
 
 class CleanImages:
-    """C_DC's pictures: drawn by the full-precision network, kept on disk where there is a folder, read row by row.
+    """C_DC: what the full-precision network drew, kept on disk where there is a folder, read row by row.
 
     Args:
+        drawn: (N, K + 1, C, H, W): the flow of each picture where the student's K steps begin, and the picture. Of
+            pictures that are noised anew, (N, 1, C, H, W).
         extra: (N, C, H, W) further pictures in [-1, 1], such as real ones.
     """
 
     def __init__(self, drawn: Any, conditioning: dict[str, Any], extra: Tensor | None) -> None:
         self.drawn, self.conditioning, self.extra = drawn, conditioning, extra
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a picture."""
+        return self.drawn.shape[2:]
 
     def __len__(self) -> int:
         return len(self.drawn) + (0 if self.extra is None else len(self.extra))
@@ -54,11 +61,16 @@ class CleanImages:
     def rows(self, index: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Pictures (B, C, H, W) of these numbers, on the CPU, and their conditioning."""
         own = index % len(self.drawn)
-        images = torch.from_numpy(np.array(self.drawn[own.numpy()]))
+        images = torch.from_numpy(np.array(self.drawn[own.numpy(), -1]))
         if self.extra is not None:
             real = index >= len(self.drawn)
             images[real] = self.extra[index[real] - len(self.drawn)].to(images.dtype)
         return images, spread_rows(self.conditioning, own, len(self.drawn))
+
+    def stretches(self, index: Tensor, begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+        """The flow (B, C, H, W) of drawn pictures where the steps ``begin`` and ``end`` (B,) of the student's begin."""
+        first, last = (torch.from_numpy(np.array(self.drawn[index.numpy(), at.numpy()])) for at in (begin, end))
+        return first, last
 
 
 def clean_images(
@@ -74,7 +86,10 @@ def clean_images(
     callback: Callable[[str, int, int], None] | None = None,
     progress: bool = False,
 ) -> CleanImages:
-    """Draw ``config.points`` pictures with the full-precision network: ``config.steps`` of ``config.reference_solver``.
+    """Draw ``config.points`` pictures with the full-precision network, and keep the ways that lead to them.
+
+    The way is that of ``config.reference_solver``, in ``config.steps`` with ``config.reference_substeps`` each. Of
+    pictures that are noised anew nothing else is kept, and they are drawn in ``config.steps``.
 
     Args:
         folder: keeps them in a file that is mapped rather than read, so that they may be more than memory holds. A draw
@@ -85,21 +100,23 @@ def clean_images(
         FloatingPointError: a picture leaves the finite numbers. ValueError: several processes and no folder, or a
             damaged file.
     """
+    kept = (config.points, 1 if config.renoised else config.runs[0][1] + 1, *shape)
     with only_run_in(folder):
         if folder is None:
             if rank_and_world()[1] > 1:
                 raise ValueError("several processes share C_DC in a file: give a folder")
-            store = _Store(np.zeros((config.points, *shape), np.float32))
+            store = _Store(np.zeros(kept, np.float32))
         else:
             drawn_by = (
                 reference.state_dict(),
                 settings_of(scheduler),
                 config.steps,
                 config.reference_solver,
+                _substeps(config),
                 config.seed,
             )
-            key = digest(*drawn_by, config.points, shape, conditioning)
-            store = _FileStore(Path(folder), key, (config.points, *shape), config.generation_batch_size)
+            key = digest(*drawn_by, kept, conditioning)
+            store = _FileStore(Path(folder), key, kept, config.generation_batch_size)
         pictures = CleanImages(store.images, conditioning, images)
         _draw(store, pictures, reference, scheduler, config, check=check, callback=callback, progress=progress)
     return pictures
@@ -120,7 +137,7 @@ def _draw(
     rank, world = rank_and_world()
     count, size = config.points, config.generation_batch_size
     starts = list(range(0, count, size))[rank::world]
-    done, shape = store.batches_done(len(starts)), store.images.shape[1:]
+    done, shape = store.batches_done(len(starts)), store.images.shape[2:]
     bar = tqdm(total=len(starts), initial=done, desc="pictures", disable=not progress, leave=False)
 
     def draw(numbers: range) -> None:
@@ -153,25 +170,40 @@ def _batch(
     conditioning: dict[str, Any],
     rows: Tensor,
 ) -> Tensor:
-    """The pictures of these numbers, (B, C, H, W). Raises FloatingPointError: one leaves the finite numbers."""
+    """The rows of these numbers, (B, K + 1, C, H, W). Raises FloatingPointError: one leaves the finite numbers."""
     device, dtype = placement(reference)
-    schedule = DDIMSchedule.of(scheduler, config.steps, device)
+    schedule = DDIMSchedule.of(scheduler, config.steps, device, substeps=_substeps(config))
+    steps = len(schedule.timesteps) - 1
     noise = torch.stack([noise_of(shape, config.seed, int(row)) for row in rows])
     x_t = noise.to(device, memory_format=torch.channels_last)  # as convolutions like it best
     chosen = spread_rows(conditioning, rows, config.points)
     start = torch.zeros(len(rows), dtype=torch.int64, device=device)
-    solve = SOLVERS[config.reference_solver]
-    pictures = solve(lambda x, t: predict_float32(reference, x, t, chosen), schedule, x_t, start, config.steps)
-    if not pictures.isfinite().all():
+    every = steps if config.renoised else steps // config.runs[0][1]
+    met = [] if config.renoised else [x_t]
+
+    def meet(taken: int, x: Tensor) -> None:
+        if taken % every == 0:
+            met.append(x)
+
+    SOLVERS[config.reference_solver](
+        lambda x, t: predict_float32(reference, x, t, chosen), schedule, x_t, start, steps, meet
+    )
+    ways = torch.stack(met, 1)
+    if not ways.isfinite().all():
         raise overflow("drawing C_DC", dtype, scheduler)
-    return pictures
+    return ways
+
+
+def _substeps(config: CADConfig) -> int:
+    """Solver's steps for each of the sampler's while C_DC is drawn."""
+    return 1 if config.renoised else config.reference_substeps
 
 
 class _Store:
-    """Pictures in memory while they are drawn; :class:`_FileStore` keeps them.
+    """C_DC in memory while it is drawn; :class:`_FileStore` keeps it.
 
     Attributes:
-        images: (N, C, H, W) float32 array.
+        images: (N, K + 1, C, H, W) float32 array.
     """
 
     def __init__(self, images: Any) -> None:
@@ -190,10 +222,10 @@ class _Store:
 
 
 class _FileStore(_Store):
-    """Pictures in a file that is mapped rather than read, and marks of what is in it.
+    """C_DC in a file that is mapped rather than read, and marks of what is in it.
 
     Args:
-        folder, key: of the file. shape: (N, C, H, W). batch_size: of this draw.
+        folder, key: of the file. shape: (N, K + 1, C, H, W). batch_size: of this draw.
     """
 
     def __init__(self, folder: Path, key: str, shape: tuple[int, ...], batch_size: int) -> None:
@@ -289,7 +321,7 @@ def _reserve(file: Path, shape: tuple[int, ...]) -> None:
 
 
 def _mapped(file: Path, shape: tuple[int, ...]) -> Any:
-    """The (N, C, H, W) float32 pictures of a file, to read.
+    """The float32 array of a file, to read.
 
     Raises:
         ValueError: the file is damaged, or holds something else.

@@ -8,17 +8,24 @@ from torch import Tensor
 from pqcad_ao.diffusion.ddim import DDIMSchedule
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # f(x_t, timesteps) -> prediction
+Meet = Callable[[int, Tensor], None]  # f(steps taken, the x_t in which they end)
 
 
-def ddim(predict: Predict, schedule: DDIMSchedule, x_t: Tensor, step: Tensor, steps: int) -> Tensor:
+def ddim(
+    predict: Predict, schedule: DDIMSchedule, x_t: Tensor, step: Tensor, steps: int, meet: Meet | None = None
+) -> Tensor:
     """DDIM (Song et al. 2021, eq. 12 with σ = 0), a solver of the first order."""
     for taken in range(steps):
         at = step + taken
         x_t = schedule.ddim_step(predict(x_t, schedule.timesteps[at]), x_t, at)
+        if meet is not None:
+            meet(taken + 1, x_t)
     return x_t
 
 
-def dpmpp_2m(predict: Predict, schedule: DDIMSchedule, x_t: Tensor, step: Tensor, steps: int) -> Tensor:
+def dpmpp_2m(
+    predict: Predict, schedule: DDIMSchedule, x_t: Tensor, step: Tensor, steps: int, meet: Meet | None = None
+) -> Tensor:
     """DPM-Solver++ 2M (Lu et al. 2022, algorithm 2), a solver of the second order.
 
     Its first step, before which it knows of no other, is of the first order, and so is the one to the image, where
@@ -30,6 +37,8 @@ def dpmpp_2m(predict: Predict, schedule: DDIMSchedule, x_t: Tensor, step: Tensor
         x_0 = schedule.clipped(schedule.x_0_and_noise(predict(x_t, schedule.timesteps[at]), x_t, at)[0])
         ahead = x_0 if before is None else x_0 + slope[at].view(-1, *[1] * (x_0.dim() - 1)) * (x_0 - before)
         x_t, before = schedule.step_towards(ahead, x_t, at), x_0
+        if meet is not None:
+            meet(taken + 1, x_t)
     return x_t
 
 
@@ -46,8 +55,8 @@ def _slopes(schedule: DDIMSchedule) -> Tensor:
 
 
 # Each walks ``steps`` steps of a schedule from x_t (B, C, H, W), which is at each sample's ``step`` (B,), and returns
-# the x_t (B, C, H, W) in which it arrives.
-SOLVERS: dict[str, Callable[[Predict, DDIMSchedule, Tensor, Tensor, int], Tensor]] = {
+# the x_t (B, C, H, W) in which it arrives; ``meet`` sees those on the way, too.
+SOLVERS: dict[str, Callable[..., Tensor]] = {
     "ddim": ddim,
     "dpmpp_2m": dpmpp_2m,
 }

@@ -15,13 +15,13 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from pqcad_ao.config import CADConfig
-from pqcad_ao.denoiser import evaluation_mode, placement, predict_float32, spread_rows
+from pqcad_ao.denoiser import evaluation_mode, placement, predict_float32, take_rows
 from pqcad_ao.diffusion.ddim import DDIMSchedule
-from pqcad_ao.diffusion.images import CleanImages, noise_of
+from pqcad_ao.diffusion.images import CleanImages
 from pqcad_ao.diffusion.process import settings_of
 from pqcad_ao.diffusion.sampling import overflow
 from pqcad_ao.diffusion.schedule import timesteps_of
-from pqcad_ao.diffusion.solvers import SOLVERS
+from pqcad_ao.diffusion.solvers import SOLVERS, ddim
 from pqcad_ao.graph.capture import capture
 from pqcad_ao.learn.training import Learner, read_checkpoint, to_learn, train_loop
 from pqcad_ao.learn.unfold import unfold
@@ -33,7 +33,6 @@ from pqcad_ao.utils.files import digest
 from pqcad_ao.utils.processes import rank_and_world
 
 DIVERGED = 10.0  # times the loss of the first update
-OWN_TRAJECTORIES = 256  # of the student, behind ``own_share``
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,6 @@ class _Halving:
             self.schedule.timesteps,
             number,
         )
-        self.own = self._own_trajectories(conditioning) if config.own_share else None
         parameters = [p for name, p in self.graph.named_parameters() if name.startswith("unet.")]
         self.learner = Learner(
             self.graph, parameters, config.learning_rate, config.scale_learning_rate, config.iterations
@@ -149,78 +147,66 @@ class _Halving:
             DistributedDataParallel(self.graph, find_unused_parameters=True) if self.world > 1 else self.graph
         )
 
-    @torch.no_grad()
-    def _own_trajectories(self, conditioning: dict[str, Any]) -> Tensor:
-        """x_t (trajectories, S, C, H, W) of the student as it is, where the steps that it learns begin."""
-        count, seed = OWN_TRAJECTORIES, self.config.seed + 1
-        shape = self.images.drawn.shape[1:]
-        noise = torch.stack([noise_of(shape, seed, row) for row in range(count)]).to(self.device)
-        parts = []
-        for batch in torch.arange(count).split(self.config.generation_batch_size):
-            chosen = spread_rows(conditioning, batch, count)
-            x_t, met = noise[batch], []
-            for step in range(0, self.steps, self.jump):
-                met.append(x_t)
-                at = torch.full((len(x_t),), step, device=self.device)
-                x_t = self.schedule.ddim_step(self.graph(x_t, self.schedule.timesteps[at], chosen), x_t, at, self.jump)
-            parts.append(torch.stack(met, 1))
-        return torch.cat(parts)
-
-    def _batch(self, number: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """This process's share of an update's x_t, the step of each in ``schedule``, and conditioning."""
+    def _batch(self, number: int) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]:
+        """This process's share of an update's x_t, the step of each in ``schedule``, where the reference's flow leads
+        from there in one step of the student's (None if nobody asks), and conditioning."""
         config, size = self.config, self.config.batch_size
         seed = (config.seed * 1_000_003 + self.number * 500_009 + number) % 2**63
         generator = torch.Generator().manual_seed(seed)
         # every step of the student's equally often: the updates count through them, each in an order of its own
         taken = (number * size + torch.arange(size)) % (self.steps // self.jump)
-        step = self.jump * taken[torch.randperm(size, generator=generator)]
+        taken = taken[torch.randperm(size, generator=generator)]
         index = torch.randint(len(self.images), (size,), generator=generator)
-        noise = torch.randn(size, *self.images.drawn.shape[1:], generator=generator)
+        noise = torch.randn(size, *self.images.shape, generator=generator)
         extra = torch.randn(noise.shape, generator=generator) if config.noise_injection else None
-        own = torch.randint(OWN_TRAJECTORIES, (size,), generator=generator)
         mine = slice(self.rank, None, self.world)
-        x_0, conditioning = self.images.rows(index[mine])
-        step = step[mine].to(self.device)
+        taken, index = taken[mine], index[mine]
+        x_0, conditioning = self.images.rows(index)
+        step = (self.jump * taken).to(self.device)
         x_t = self.schedule.add_noise(x_0.to(self.device), noise[mine].to(self.device), step)
-        if self.own is not None:
-            # the first of the batch, whose steps are in random order
-            count = math.ceil(config.own_share * size)
-            theirs = torch.arange(size)[mine] < count
-            x_t[theirs] = self.own[own[mine][theirs].to(self.device), step[theirs] // self.jump]
-            if conditioning:
-                other = spread_rows(self.images.conditioning, own[mine], OWN_TRAJECTORIES)
-                conditioning = _where(theirs, other, conditioning)
+        end = torch.empty_like(x_t) if config.reference_weight else None
+        kept = torch.full_like(index, not config.renoised, dtype=torch.bool) & (index < len(self.images.drawn))
+        if kept.any():
+            every = config.runs[0][1] * self.jump // self.steps  # of C_DC's steps are one of the student's
+            begin = every * taken[kept]
+            x_t[kept], arrived = (x.to(x_t) for x in self.images.stretches(index[kept], begin, begin + every))
+            if end is not None:
+                end[kept] = arrived
+        if end is not None and not kept.all():
+            chosen = take_rows(conditioning, (~kept).nonzero().flatten())
+            end[~kept] = self._flow(x_t[~kept], step[~kept], chosen)
         if extra is not None:
             x_t = x_t + config.noise_injection * extra[mine].to(self.device)
-        return x_t, step, conditioning
+        return x_t, step, end, conditioning
 
     @torch.no_grad()
-    def _target(
-        self,
-        network: Callable[..., Tensor],
-        solver: str,
-        schedule: DDIMSchedule,
-        x_t: Tensor,
-        step: Tensor,
-        stride: int,
-        conditioning: Any,
-    ) -> Tensor:
-        """The v with which one step of the student's ends where ``stride`` steps of ``network`` do."""
-        end = SOLVERS[solver](lambda x, t: network(x, t, conditioning), schedule, x_t, step, stride)
-        return schedule.velocity(schedule.target_x_0(end, x_t, step, stride), x_t, step)
+    def _flow(self, x_t: Tensor, step: Tensor, conditioning: Any) -> Tensor:
+        """Where the reference's flow is after one step of the student's."""
+        config, finer = self.config, (len(self.flow.timesteps) - 1) // self.steps
+        solve = SOLVERS[config.reference_solver]
+        network = partial(predict_float32, self.reference)
+        return solve(lambda x, t: network(x, t, conditioning), self.flow, x_t, finer * step, finer * self.jump)
+
+    def _target(self, end: Tensor, x_t: Tensor, step: Tensor) -> Tensor:
+        """The v with which one step of the student's from x_t ends there."""
+        return self.schedule.velocity(self.schedule.target_x_0(end, x_t, step, self.jump), x_t, step)
+
+    @torch.no_grad()
+    def _walked(self, x_t: Tensor, step: Tensor, conditioning: Any) -> Tensor:
+        """Where the student as it was goes in as many of its steps as become one."""
+        teacher = self.teacher
+        assert teacher is not None
+        return ddim(lambda x, t: teacher(x, t, conditioning), self.schedule, x_t, step, self.jump)
 
     def update(self) -> DistillUpdate:
         """One training update."""
         number, config = len(self.log), self.config
-        x_t, step, conditioning = self._batch(number)
+        x_t, step, end, conditioning = self._batch(number)
         targets: dict[str, Tensor] = {}
-        if config.reference_weight:
-            network = partial(predict_float32, self.reference)
-            finer = (len(self.flow.timesteps) - 1) // self.steps  # of the flow's steps in one of the schedule's
-            walk = (self.flow, x_t, finer * step, finer * self.jump, conditioning)
-            targets["reference"] = self._target(network, config.reference_solver, *walk)
-        if self.teacher is not None:  # as it samples
-            targets["teacher"] = self._target(self.teacher, "ddim", self.schedule, x_t, step, self.jump, conditioning)
+        if end is not None:
+            targets["reference"] = self._target(end, x_t, step)
+        if self.teacher is not None:
+            targets["teacher"] = self._target(self._walked(x_t, step, conditioning), x_t, step)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             prediction = self.forward(x_t, self.schedule.timesteps[step], conditioning)
         x_0, _ = self.schedule.x_0_and_noise(prediction.float(), x_t, step)
@@ -278,13 +264,3 @@ class _Halving:
         header, tensors = read_checkpoint(path, self.key)
         self.learner.load(tensors)
         self.log, self.first = [DistillUpdate(**update) for update in header["log"]], header["first"]
-
-
-def _where(chosen: Tensor, one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Rows of ``one`` where ``chosen``, else of ``other``."""
-    return {
-        name: torch.where(chosen.to(value.device).view(-1, *[1] * (value.dim() - 1)), one[name], value)
-        if isinstance(value, Tensor)
-        else _where(chosen, one[name], value)
-        for name, value in other.items()
-    }
