@@ -1,6 +1,7 @@
 """A quantized network as a .pte: what it computes, what the file says about itself, and what is refused."""
 
 import copy
+import gc
 import json
 import math
 import random
@@ -12,7 +13,7 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from networks import SHAPE, TINY_TEXT_UNET, Plain, Small, cosine_scheduler, quick, sqnr
 from torch import nn
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
 from pqcad_ao import quantize_
 from pqcad_ao.denoiser import predict
@@ -239,6 +240,16 @@ def test_baseline_is_the_network(tmp_path):
         assert sqnr(unet(noise(2), torch.tensor([3, 500])), output) > 100
     with pytest.raises(ValueError, match=r"not one that pqcad_ao\.export_pte wrote"):
         PTESampler(tmp_path / "fp32.pte")
+
+
+def test_an_export_lets_go_of_its_graphs(tmp_path):
+    """ExecuTorch keeps each node that it ever compared, and with it the graph: 9 MB of twelve layers."""
+    held = []
+    for _ in range(2):
+        export_fp32_pte(Plain(), tmp_path / "fp32.pte", sample_shape=SHAPE)
+        gc.collect()
+        held.append(sum(type(value) is Node for value in gc.get_objects()))
+    assert held[1] <= held[0]
 
 
 def test_program_of_another_function_is_not_written(small, tmp_path, monkeypatch):

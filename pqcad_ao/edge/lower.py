@@ -57,13 +57,17 @@ def lower_sampler(
 def _to_edge(programs: dict[str, ExportedProgram], stock: bool = False) -> Any:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
+    from executorch.exir.backend.utils import is_same_node
 
     for program in programs.values():
         for node in program.graph.nodes:
             node.meta.pop("from_node", None)  # provenance, copied deeply by each of ExecuTorch's passes
     with nullcontext() if stock else without_transposes():
         partitioner = XnnpackPartitioner() if stock else layered_partitioner()
-        return to_edge_transform_and_lower(programs, partitioner=[partitioner])
+        try:
+            return to_edge_transform_and_lower(programs, partitioner=[partitioner])
+        finally:
+            is_same_node.cache_clear()  # unbounded (executorch 1.4, 1.5): with each node it keeps that node's graph
 
 
 def calls_of(program: ExportedProgram) -> Counter[str]:
