@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -25,13 +26,16 @@ def load_settings(name_or_file: str, overrides: Sequence[str] = ()) -> DictConfi
     """
     is_file = name_or_file.endswith((".yaml", ".yml"))
     path = Path(name_or_file if is_file else CONFIGS / f"{name_or_file}.yaml")
+    given = OmegaConf.from_dotlist(list(overrides))
     try:
         settings = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+        if not isinstance(settings, DictConfig):
+            raise ValueError("it holds a list; a recipe's settings are names with values")
+        name = OmegaConf.select(settings, "architecture")
+        layers = [settings, given] if name is None else [architecture(name), settings, given]
+        merged: Any = OmegaConf.merge(*layers)
+    except (YAMLError, OmegaConfBaseException, ValueError, RecursionError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
         raise ValueError(f"{path} is no YAML or is damaged: {error}") from error
-    layers = [settings, OmegaConf.from_dotlist(list(overrides))]
-    name = OmegaConf.select(settings, "architecture")
-    merged = OmegaConf.merge(*layers) if name is None else OmegaConf.merge(architecture(name), *layers)
-    if not isinstance(merged, DictConfig):
-        raise ValueError(f"{name_or_file} holds a list: a recipe's settings are names with values")
     return merged

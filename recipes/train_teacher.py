@@ -6,6 +6,7 @@ exponential moving average of the weights, and checkpoints from which a killed r
 
 import argparse
 import copy
+import io
 import math
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.models import load_model, save_model
 from pqcad_ao.recipes.settings import load_settings
 from pqcad_ao.report import save_grid
-from pqcad_ao.utils.files import whole_file
+from pqcad_ao.utils.files import write_whole
 from pqcad_ao.utils.runs import only_run_in
 
 
@@ -148,8 +149,9 @@ def _train(  # noqa: C901, PLR0912, PLR0915  (a recipe's loop is read in one pie
         state |= {"generator": generator.get_state(), "rng": torch.get_rng_state()}
         if torch.device(device).type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(device)
-        with whole_file(checkpoint) as unfinished:  # a kill in mid-write leaves the last one whole
-            torch.save(state, unfinished)
+        content = io.BytesIO()  # to a file, torch.save says of a full disk only that it is at an unexpected position
+        torch.save(state, content)
+        write_whole(checkpoint, content.getvalue())
 
     losses: list[Tensor] = []
     last = options.steps if stop_after is None else min(stop_after, options.steps)

@@ -1,6 +1,7 @@
 """What a kill leaves behind, who may work in a folder, and files that are the same bytes every time."""
 
 import contextlib
+import errno
 import os
 import threading
 import time
@@ -107,6 +108,43 @@ def test_a_run_may_ask_again_and_another_thread_may_not(tmp_path):
     assert len(refused) == 1
     with only_run_in(None):
         pass
+
+
+def test_a_forked_child_is_another_run(tmp_path):
+    def ask() -> None:
+        try:
+            with only_run_in(tmp_path):
+                os._exit(0)
+        except BlockingIOError as error:
+            os._exit(3 if f"in use by process {os.getppid()} " in str(error) else 4)
+
+    with only_run_in(tmp_path):
+        child = get_context("fork").Process(target=ask)
+        child.start()
+        child.join()
+        assert child.exitcode == 3
+        assert [path.name for path in tmp_path.iterdir()] == [".pqcad.lock"]
+
+
+def test_an_error_of_the_system_that_names_no_file_is_given_a_name(tmp_path):
+    """As write(2) says that the disk is full."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with (
+        pytest.raises(OSError, match=rf"{tmp_path} cannot be written: No space left on device") as raised,
+        only_run_in(tmp_path),
+    ):
+        full()
+    assert raised.value.errno == errno.ENOSPC
+    with (
+        pytest.raises(OSError, match=r"a\.bin cannot be written: No space left on device"),
+        whole_file(tmp_path / "a.bin"),
+    ):
+        full()
+    with pytest.raises(FileNotFoundError, match="elsewhere"), whole_file(tmp_path / "a.bin"):
+        (tmp_path / "elsewhere").stat()
 
 
 def _take_turns(folder: Path) -> None:

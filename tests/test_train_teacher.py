@@ -1,6 +1,7 @@
 """The teacher's recipe: golden losses, a killed run that goes on as if nothing had happened, and what it writes."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -151,11 +152,13 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_last_one(images, tmp_pa
     train(_config(), images, tmp_path, stop_after=4)
     before = (tmp_path / "checkpoint.pt").read_bytes()
 
-    def dies(state, path):
-        path.write_bytes(b"half of it")
+    write = Path.write_bytes
+
+    def dies(path, content):
+        write(path, content[: len(content) // 2])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch, "save", dies)
+    monkeypatch.setattr(Path, "write_bytes", dies)
     with pytest.raises(KeyboardInterrupt):
         train(_config(), images, tmp_path)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
@@ -259,6 +262,13 @@ def test_settings_stand_upon_the_architecture_that_they_name(tmp_path):
     assert (config.unet.dropout, config.unet.norm_num_groups, config.train.steps) == (0.2, 32, 7)
     (tmp_path / "mine.yaml").write_text("architecture: ddpm-cifar100\n")
     with pytest.raises(ValueError, match="'ddpm-cifar100': allowed are 'ddpm-cifar10', 'sd15'"):
+        load_settings(str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize("content", ["7", "[1, 2]", "architecture: [1]", "architecture: ${nowhere}", "a: [", "\t"])
+def test_settings_that_are_none_name_their_file(content, tmp_path):
+    (tmp_path / "mine.yaml").write_text(content)
+    with pytest.raises(ValueError, match=r"mine\.yaml is no YAML or is damaged"):
         load_settings(str(tmp_path / "mine.yaml"))
 
 

@@ -309,7 +309,7 @@ def _reserve(file: Path, shape: tuple[int, ...]) -> None:
         OSError: there is not as much; says where, and how many bytes are needed.
     """
     size = 4 * math.prod(shape)
-    with _room(file.parent, size), whole_file(file) as unfinished, unfinished.open("wb") as opened:
+    with whole_file(file) as unfinished, _room(file.parent, size), unfinished.open("wb") as opened:
         header = {"descr": "<f4", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(opened, header)
         opened.flush()

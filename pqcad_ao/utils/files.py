@@ -47,7 +47,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     it is: moving would put a file in its place.
     """
     if path.is_symlink() or (path.exists() and not path.is_file()):
-        yield path
+        with naming(path):
+            yield path
         return
     with unfinished_folder(path) as folder:
         unfinished = folder / path.name
@@ -65,7 +66,7 @@ def unfinished_folder(path: Path) -> Iterator[Path]:
     while True:
         folder = path.parent / f".{path.name}.{secrets.token_hex(4)}{UNFINISHED}"
         folder.mkdir()
-        with held(folder) as mine:
+        with naming(path), held(folder) as mine:
             if mine is False or not folder.exists():
                 continue  # swept as it was made, before it was locked
             try:
@@ -73,6 +74,17 @@ def unfinished_folder(path: Path) -> Iterator[Path]:
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
             return
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name a file or folder in an error of the system that names none, as that of a full disk does."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None or str(path.parent) in str(error):
+            raise
+        raise type(error)(error.errno, f"{path} cannot be written: {error.strerror}") from error
 
 
 def sweep(folder: Path, name: str | None = None) -> None:

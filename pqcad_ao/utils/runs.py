@@ -4,16 +4,16 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pqcad_ao.utils.files import sweep
+from pqcad_ao.utils.files import naming, sweep
 from pqcad_ao.utils.locks import try_lock
 from pqcad_ao.utils.processes import rank_and_world
 
 LOCK = ".pqcad.lock"
 
-_mine: dict[tuple[str, int], int] = {}  # how often each folder is held, by the thread that holds it
+_mine: dict[tuple[str, int, int], int] = {}  # how often each folder is held, by the process and thread that hold it
 
 
 @contextmanager
@@ -27,13 +27,13 @@ def only_run_in(folder: str | Path | None) -> Iterator[None]:
 
     Raises:
         BlockingIOError: another process, or thread, is at work there; says which. OSError: the folder cannot be made or
-            written.
+            written; names it, also where the system's own error, of a full disk, does not.
     """
     if folder is None or rank_and_world()[0] != 0:
         yield
         return
     folder = Path(folder).absolute()
-    held = (os.path.realpath(folder), threading.get_ident())
+    held = (os.path.realpath(folder), os.getpid(), threading.get_ident())  # a forked child holds nothing
     if held in _mine:
         _mine[held] += 1
     else:
@@ -42,7 +42,8 @@ def only_run_in(folder: str | Path | None) -> Iterator[None]:
         _mine[held] = 1
         sweep(folder)
     try:
-        yield
+        with naming(folder):
+            yield
     finally:
         _mine[held] -= 1
         if not _mine[held]:
@@ -66,7 +67,8 @@ def _hold(file: Path) -> int:
         except FileNotFoundError:
             current = None
         if current == os.fstat(descriptor).st_ino:
-            os.truncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+            with suppress(OSError):  # a full disk keeps nobody out who has nothing to write
+                os.truncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
             return descriptor
         os.close(descriptor)  # whoever held it has deleted it: there is another one, or none

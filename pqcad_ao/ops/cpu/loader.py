@@ -21,6 +21,16 @@ ALLOWED = {"": "the default", "1": "the kernels, where this CPU and its compiler
 _loading = threading.Lock()
 
 
+def _in_a_forked_child() -> None:
+    """The thread that compiles is not in a forked child, which would wait for it forever."""
+    global _loading
+    _loading = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_a_forked_child)
+
+
 def source() -> str:
     """The kernels as one text, every header in its place: the cache goes by all that is compiled, and by no path."""
     return _expand("operators.cpp", set())
