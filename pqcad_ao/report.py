@@ -19,11 +19,11 @@ from pqcad_ao.utils.files import whole_file, write_whole
 ROW_NAMES = {
     "fp_full": "full precision (fp32)",
     "fp_half": "full precision (fp32), half the steps",
-    "ptq_full": "W4A4, fixed-bit calibration",
-    "pq_full": "W4A4, progressive",
-    "ptq_half": "W4A4, fixed-bit calibration, half the steps",
-    "pq_half": "W4A4, progressive, half the steps",
-    "pqcad_half": "W4A4, distilled to half the steps",
+    "ptq_full": "quantized, fixed-bit calibration",
+    "pq_full": "quantized, progressive",
+    "ptq_half": "quantized, fixed-bit calibration, half the steps",
+    "pq_half": "quantized, progressive, half the steps",
+    "pqcad_half": "quantized, distilled to half the steps",
 }
 BYTE_NAMES = {
     "fp32_checkpoint": "checkpoint, fp32 (safetensors)",

@@ -30,6 +30,7 @@ TINY_TEXT_UNET = {
     "attention_head_dim": 4,
 }
 QUICK = {
+    "activation_bits": 4,
     "calibration_points": 16,
     "calibration_steps": 4,
     "calibration_batch_size": 8,

@@ -83,9 +83,9 @@ def test_the_ends_of_every_range_are_allowed():
     )
 
 
-def test_defaults_are_w4a4_without_sharing():
+def test_defaults_are_w4a6_without_sharing():
     first, second = PQCADConfig(), PQCADConfig()
-    assert (first.weight_bits, first.activation_bits, first.mode, first.timestep_groups) == (4, 4, "progressive", 20)
+    assert (first.weight_bits, first.activation_bits, first.mode, first.timestep_groups) == (4, 6, "progressive", 20)
     assert isinstance(first, AOBaseConfig)
     first.overrides["stem"] = {"weight_bits": 4}
     assert second.overrides == {}

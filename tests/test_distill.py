@@ -478,7 +478,7 @@ def test_both_halvings_can_be_taught_at_once():
 
 def test_compress_quantizes_and_distills(tiny_unet):
     before = copy.deepcopy(tiny_unet)
-    pq = PQCADConfig(mode="ptq", calibration_points=16, timestep_groups=4)
+    pq = PQCADConfig(activation_bits=4, mode="ptq", calibration_points=16, timestep_groups=4)
     student, sampler = compress(tiny_unet, cosine_scheduler(), pq, config(iterations=4), progress=False)
     assert same_weights(tiny_unet, before)
     assert plan(student).quantized

@@ -98,7 +98,7 @@ def test_default_bits(tiny):
             "head": (8, 8),
             "time_embedding": (None, None),
             "time_projection": (4, None),
-        }.get(row.role, (4, 4))
+        }.get(row.role, (4, 6))
         assert (row.weight_bits, row.activation_bits) == (expected if row.parameters else (None, None)), row.fqn
 
 
@@ -114,7 +114,7 @@ def test_an_override_by_role(tiny):
     rows = _resolve(tiny, overrides={"attention": {"weight_bits": 8}, "shortcut": {"activation_bits": None}})
     assert (rows["mid_block.attentions.0.to_q"].weight_bits, rows["mid_block.attentions.0.to_q"].activation_bits) == (
         8,
-        4,
+        6,
     )
     assert rows["mid_block.attentions.0.to_q"].reason == "overrides['attention']"
     shortcut = rows["up_blocks.0.resnets.0.conv_shortcut"]
@@ -224,7 +224,7 @@ def test_a_text_conditional_unet():
     block = "down_blocks.1.attentions.0.transformer_blocks.0"
     for layer in ("attn1.to_q", "attn1.to_out.0", "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"):
         assert rows[f"{block}.{layer}"].role == "attention"
-        assert rows[f"{block}.{layer}"].activation_bits == 4
+        assert rows[f"{block}.{layer}"].activation_bits == 6
     assert rows[f"{block}.ff.net.2"].role == "body"
     assert rows["up_blocks.0.resnets.0.conv1"].segments == [16, 16]
     assert rows["conv_in"].role == "stem"
@@ -425,7 +425,7 @@ def test_networks_with_such_layers_are_quantized_around_them(network):
 
 def test_batch_norm_is_not_merged_into_its_convolution():
     rows = plan(BatchNorm(), sample_shape=SHAPE)
-    assert (rows["layer"].weight_bits, rows["layer"].activation_bits) == (4, 4)
+    assert (rows["layer"].weight_bits, rows["layer"].activation_bits) == (4, 6)
 
 
 def test_torch_attention_stays_in_floating_point():

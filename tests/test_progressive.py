@@ -31,6 +31,7 @@ from pqcad_ao.prepare.observe import activation_quantizers, weight_quantizers
 from pqcad_ao.utils.tensor_files import read_tensors, write_tensors
 
 TINY = {
+    "activation_bits": 4,
     "calibration_points": 16,
     "calibration_steps": 4,
     "calibration_batch_size": 8,

@@ -39,19 +39,20 @@ def _distilled(title: str, base: str = "pq_full", part: int = 2, **cad: Any) -> 
     return Row(title, None, cad=cad, base=base, part=part)
 
 
+A4 = {"activation_bits": 4}
 ROWS = {
     "fp_full": Row("full precision", None),
-    "ptq_full": Row("fixed W4A4, nothing learned", {"mode": "ptq"}),
-    "fixed_full": Row("fixed W4A4, learned", {"mode": "fixed"}),
-    "pq_full": Row("progressive W4A4"),
-    "pq_fast": Row("progressive W4A4, fast preset", preset="fast"),
+    "ptq_full": Row("fixed W4A4, nothing learned", {**A4, "mode": "ptq"}),
+    "fixed_full": Row("fixed W4A4, learned", {**A4, "mode": "fixed"}),
+    "pq_full": Row("progressive W4A4", A4),
+    "pq_fast": Row("progressive W4A4, fast preset", A4, preset="fast"),
     "pq_paper": Row("progressive W4A4, paper preset", preset="paper"),
-    "pq_schedule": Row("progressive W4A4, fixed schedule", {"transitions": "schedule"}),
-    "pq_normal": Row("progressive W4A4, normal C_QC", {"calibration_timesteps": "normal"}),
+    "pq_schedule": Row("progressive W4A4, fixed schedule", {**A4, "transitions": "schedule"}),
+    "pq_normal": Row("progressive W4A4, normal C_QC", {**A4, "calibration_timesteps": "normal"}),
     "pq_w4a6": Row("progressive W4A6", {"activation_bits": 6}),
     "pq_w4a8": Row("progressive W4A8", {"activation_bits": 8}),
     "pq_w3a8": Row("progressive W3A8", {"weight_bits": 3, "activation_bits": 8}),
-    "pq_w3a4": Row("progressive W3A4", {"weight_bits": 3}),
+    "pq_w3a4": Row("progressive W3A4", {**A4, "weight_bits": 3}),
     "fp_half": Row("full precision, half the steps", None, part=2),
     "pq_half": Row("progressive W4A4, half the steps", None, base="pq_full", part=2),
     "pqcad_half": _distilled("W4A4, distilled to half the steps"),
@@ -86,7 +87,7 @@ ABLATIONS = {
     "cad_from_ptq": _distilled("W4A4 distilled, nothing learned before", base="ptq_full"),
     "cad_joint": _distilled("W4A4 quantized and distilled at once, twice the updates", base="ptq_full", iterations=800),
     "pd_half": _distilled("full precision, distilled to half the steps", base="fp_full"),
-    "pd_then_q": Row("distilled, then progressive W4A4", base="pd_half", part=2),
+    "pd_then_q": Row("distilled, then progressive W4A4", A4, base="pd_half", part=2),
 }
 ROWS |= ABLATIONS
 DEFAULT_ROWS = ["fp_full", "ptq_full", "pq_full"]
