@@ -310,8 +310,8 @@ class CADConfig(AOBaseConfig):
 
     @classmethod
     def fast(cls, **options: Any) -> "CADConfig":
-        """Fewer updates and pictures: less than a minute for a network of a million parameters on two cores."""
-        return cls(**{"iterations": 40, "points": 96, "learning_rate": 1e-3, **options})
+        """Fewer updates and pictures: about a minute for a network of a million parameters on two cores."""
+        return cls(**{"iterations": 120, "points": 128, "learning_rate": 1e-3, **options})
 
     @classmethod
     def paper(cls, **options: Any) -> "CADConfig":

@@ -193,10 +193,16 @@ def save_learning(log: list[dict[str, Any]], transitions: list[dict[str, Any]], 
 
 
 def quality_table(summary: dict[str, Any]) -> list[list[Any]]:
-    """Rows: name, steps, FID, images."""
+    """Rows: name, steps, FID, its interval, images."""
     steps = summary["steps"]
     return [
-        [ROW_NAMES.get(name, name), steps.get(name.rpartition("_")[2], ""), f"{fid:.2f}", summary["fid_n"]]
+        [
+            ROW_NAMES.get(name, name),
+            steps.get(name.rpartition("_")[2], ""),
+            f"{fid:.2f}",
+            "{:.2f} to {:.2f}".format(*summary["fid_ci"][name]),
+            summary["fid_n"],
+        ]
         for name, fid in summary["fid"].items()
     ]
 
@@ -228,7 +234,7 @@ def sqnr_table(summary: dict[str, Any]) -> list[list[Any]]:
 def text_report(summary: dict[str, Any]) -> str:
     """The measured tables for a terminal."""
     tables = [
-        (quality_table(summary), ("quality", "steps", "FID", "images")),
+        (quality_table(summary), ("quality", "steps", "FID", "95 %", "images")),
         (bytes_table(summary), ("size", "bytes", "of fp32")),
         (latency_table(summary), (_latency_heading(summary), "ms")),
         (sqnr_table(summary), ("SQNR", "dB")),
@@ -284,9 +290,10 @@ def write_html(
     """One HTML file with everything in it: pictures (PNG) inlined, nothing fetched from anywhere.
 
     Args:
-        summary: as in ``summary.json``: ``steps``, ``fid``, ``fid_n``, ``bytes``, ``latency_ms``, ``latency_batch``,
-            ``threads``, ``sqnr_db``, ``arithmetic``, ``pte_arithmetic``, ``plan_summary``, ``command``, ``versions``,
-            ``cpu``, ``seed``, ``stages_s``, and ``skipped`` (what was not measured, and why).
+        summary: as in ``summary.json``: ``steps``, ``fid``, ``fid_ci``, ``fid_n``, ``bytes``, ``latency_ms``,
+            ``latency_batch``, ``threads``, ``sqnr_db``, ``arithmetic``, ``pte_arithmetic``, ``plan_summary``,
+            ``command``, ``versions``, ``cpu``, ``seed``, ``stages_s``, ``skipped`` (what was not measured, and why)
+            and ``busy`` (why times are not to be trusted).
         plan: rows as of ``Plan.to_list``.
         learning: the picture that :func:`save_learning` drew; the summary's ``transitions`` stand below it.
     """
@@ -300,15 +307,17 @@ def write_html(
         *(_inline(picture) for picture in pictures),
         '<p class="note">The same place in each grid starts from the same noise.</p>',
         "<h2>Quality</h2>",
-        _table(quality_table(summary), ("network", "steps", "FID", "images"), "numbers"),
+        _table(quality_table(summary), ("network", "steps", "FID", "95 %", "images"), "numbers"),
         '<p class="note">FID under the embedded feature network: it compares rows of this table, at '
-        f"{summary['fid_n']} images each, and nothing outside it.</p>",
+        f"{summary['fid_n']} images each, and nothing outside it. Rows whose intervals overlap much are not told apart "
+        "by so few images.</p>",
         _table(sqnr_table(summary), ("signal to quantization noise", "dB"), "numbers"),
         *_learning(summary, learning),
         "<h2>Size</h2>",
         _table(bytes_table(summary), ("", "bytes", "of fp32"), "numbers"),
         "<h2>Speed</h2>",
         _table(latency_table(summary), (_latency_heading(summary), "ms"), "numbers"),
+        *(f'<p class="note">But {e(line)}.</p>' for line in [summary.get("busy")] if line),
         *(f"<p>{e(line)}.</p>" for line in end_to_end(summary)),
         f"<p>What the machine multiplies in the compressed model under PyTorch: {e(summary['arithmetic'])}.</p>",
         "<p>In unet.pte:</p>",

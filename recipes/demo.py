@@ -36,10 +36,11 @@ from pqcad_ao.quantize import quantize_
 from pqcad_ao.recipes.forms import compiled_forms, exporting, load_step, median_ms
 from pqcad_ao.report import LATENCY_NAMES, ROW_NAMES, save_learning, save_samples, text_report, write_html, write_json
 from pqcad_ao.utils.checks import check_count, check_counts
-from pqcad_ao.utils.machine import describe
+from pqcad_ao.utils.machine import busy, describe
 from pqcad_ao.utils.quiet import start_executorch
 
 TRAJECTORY_ROWS = 8  # images whose trajectories carry the SQNR
+RESAMPLES = 50  # of the images, behind each FID's interval
 
 
 class Stages:
@@ -140,7 +141,9 @@ def run(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     config = config or PQCADConfig(mode="ptq", seed=seed)
-    stages = Stages(say)
+    stages, disturbed = Stages(say), busy()
+    if disturbed is not None:
+        say(f"note: {disturbed}")
     # the kernels' compiler works while the teacher calibrates; the first quantized layer waits for what is left
     threading.Thread(target=loader.load, daemon=True).start()
     with stages("load the teacher"):
@@ -154,7 +157,9 @@ def run(
     say(f"           {state.plan.summary()}")
     drawn, visited = draw(rows, noise, batch_size, stages, progress)
     with stages("evaluate: FID, SQNR"):
-        fid = {name: fid_kid(pixels, network, real, seed=seed)["fid"] for name, pixels in drawn.items()}
+        quality = {
+            name: fid_kid(pixels, network, real, seed=seed, bootstrap=RESAMPLES) for name, pixels in drawn.items()
+        }
         sqnr = {
             f"{row.way}_step": trajectory_sqnr(teacher, row.unet, visited)["sqnr_db"]
             for row in rows[1:]
@@ -167,7 +172,8 @@ def run(
 
     summary: dict[str, Any] = {
         "steps": {row.length: row.steps for row in rows},
-        "fid": fid,
+        "fid": {name: found["fid"] for name, found in quality.items()},
+        "fid_ci": {name: found["fid_ci"] for name, found in quality.items()},
         "fid_n": images,
         "bytes": measured.bytes,
         "latency_ms": measured.latency_ms,
@@ -185,6 +191,8 @@ def run(
     summary |= _speedup(summary)
     if config.learns:
         summary["transitions"] = state.transitions
+    if disturbed is not None:
+        summary["busy"] = disturbed
     if measured.skipped:
         summary["skipped"] = measured.skipped
     panels = labelled_panels(rows, result, drawn, measured.pictures, summary, config)
@@ -311,8 +319,12 @@ def labelled_panels(
     def label(row: Row) -> str:
         return f"{ways[row.way]}, {row.steps} steps"
 
-    fid, sqnr_db = summary["fid"], summary["sqnr_db"]["pte_images"]
-    panels = {f"{label(row)}\nFID {fid[row.name]:.1f}": drawn[row.name][: len(pte_pictures)] for row in rows}
+    fid, intervals, sqnr_db = summary["fid"], summary["fid_ci"], summary["sqnr_db"]["pte_images"]
+
+    def said(name: str) -> str:
+        return "FID {:.1f} ({:.1f} to {:.1f})".format(fid[name], *intervals[name])
+
+    panels = {f"{label(row)}\n{said(row.name)}": drawn[row.name][: len(pte_pictures)] for row in rows}
     panels[f"{label(result)}, unet.pte\n{sqnr_db:.0f} dB SQNR against eager"] = pte_pictures
     return panels
 

@@ -84,6 +84,8 @@ def test_summary_has_the_keys_that_are_promised_and_no_others(made: tuple[Path, 
     assert summary["steps"] == {"full": 4, "half": 2}
     assert summary["fid"].keys() == {"fp_full", "fp_half", "ptq_full", "pq_full", "pqcad_half"}
     assert summary["fid_n"] == 6
+    assert all(low < high for low, high in summary["fid_ci"].values())
+    assert summary["fid_ci"].keys() == summary["fid"].keys()
     assert summary["bytes"].keys() == {"fp32_checkpoint", "checkpoint", "fp32_pte", "pte", "resident_weights"}
     assert summary["latency_ms"].keys() == {"fp32_eager", "fp32_compile", "compressed_compile", "pte_fp32", "pte"}
     assert summary["latency_batch"] == 1

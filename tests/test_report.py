@@ -11,6 +11,7 @@ from pqcad_ao.report import finite, grid, save_grid, save_learning, save_samples
 SUMMARY = {
     "steps": {"full": 20},
     "fid": {"fp_full": 1.25, "ptq_full": 17.5},
+    "fid_ci": {"fp_full": [1.0, 1.5], "ptq_full": [16.0, 19.0]},
     "fid_n": 512,
     "bytes": {"fp32_checkpoint": 8000, "checkpoint": 1000, "fp32_pte": 9000, "pte": 3000, "resident_weights": 1600},
     "latency_ms": {"fp32_eager": 10.0, "pte": 2.5},
@@ -25,6 +26,7 @@ SUMMARY = {
     "cpu": {"name": "a processor", "cores": 2, "features": ["avx2"]},
     "seed": 0,
     "stages_s": {"quantize": 3.0},
+    "busy": "other programs kept 1.9 of 2 cores busy",
     "skipped": {"latency_ms.fp32_compile": "no compiler"},
 }
 PLAN = [
@@ -101,7 +103,7 @@ def test_json_is_strict(tmp_path: Path):
 
 def test_text_report_states_what_was_measured():
     text = text_report(SUMMARY)
-    for part in ("17.50", "512", "1/8.0", "1/3.0", "1/5.0", "batch 1, 2 threads", "2.50", "equal"):
+    for part in ("17.50", "16.00 to 19.00", "512", "1/8.0", "1/3.0", "1/5.0", "batch 1, 2 threads", "2.50", "equal"):
         assert part in text, part
 
 
@@ -113,6 +115,8 @@ def test_html_holds_everything_and_fetches_nothing(tmp_path: Path):
     assert not re.search(r"https?://|<script|<link|@import", page)
     for part in (
         "17.50",
+        "16.00 to 19.00",
+        "other programs",
         "up.conv",
         "8+8",
         "torch",

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pqcad_ao.utils import machine
 from pqcad_ao.utils.assets import asset_path
 from pqcad_ao.utils.checks import check_count, check_counts, is_whole
 from pqcad_ao.utils.files import whole_file, write_whole
@@ -97,3 +98,11 @@ def test_a_tensor_file_that_is_not_there_is_said_to_be_missing(tmp_path: Path):
 
 def test_the_embedded_assets_are_there():
     assert asset_path("fashion_mnist", "classifier.safetensors").is_file()
+
+
+def test_a_busy_machine_says_so(monkeypatch):
+    monkeypatch.setattr(machine, "available_cores", lambda: 4)
+    for load, expected in ((0.3, False), (1.3, False), (1.5, True), (9.0, True)):
+        monkeypatch.setattr(machine.psutil, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        assert bool(machine.busy()) == expected
+    assert "kept 9.0 of 4 cores busy" in machine.busy()

@@ -31,6 +31,9 @@ FEATURES = (
 )
 
 
+BUSY = 0.35  # of the cores, from which other programs are felt
+
+
 def versions() -> dict[str, str | None]:
     """Python's and the versions of ``PACKAGES``; None for one that is not installed."""
     installed: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
@@ -101,6 +104,14 @@ def cpu_identity() -> str:
 def loadavg() -> list[float]:
     """Runnable processes averaged over 1, 5 and 15 minutes."""
     return [round(value, 2) for value in psutil.getloadavg()]
+
+
+def busy() -> str | None:
+    """What keeps this machine from honest timings, to be asked before own work begins; None where nothing does."""
+    load, cores = psutil.getloadavg()[0], available_cores()
+    if load <= BUSY * cores:
+        return None
+    return f"other programs kept {load:.1f} of {cores} cores busy over the last minute: times measured here say little"
 
 
 def describe(threads: int) -> dict[str, Any]:
