@@ -17,6 +17,7 @@ from pqcad_ao.nn.state import Method, quantized_state
 from pqcad_ao.utils.assets import asset_path
 from pqcad_ao.utils.files import flush, read_json, settle, unfinished_folder
 from pqcad_ao.utils.runs import only_run_in
+from pqcad_ao.utils.tensor_files import check_tensors, seal_tensors
 
 ARCHITECTURES = ("ddpm-cifar10", "sd15")  # published ones, of which the assets hold the configuration
 NAMES = ("demo", *ARCHITECTURES)
@@ -78,6 +79,8 @@ def _read_unet(folder: Path) -> nn.Module:
         )
     except Exception as error:  # what a configuration says reaches every line of diffusers' constructors
         raise ValueError(f"{folder} cannot be read as a {unet_class.__name__}: {error}") from error
+    for weights in sorted(folder.glob("*.safetensors")):
+        check_tensors(weights)
     if report["missing_keys"]:
         raise ValueError(f"{folder} is damaged: its weights lack {', '.join(sorted(report['missing_keys'])[:3])} ...")
     for name, parameter in unet.named_parameters():
@@ -193,6 +196,8 @@ def _write_model(unet: nn.Module, scheduler: DDIMScheduler, folder: Path) -> Non
     state = quantized_state(unet)
     if state is None:
         (folder / WITHOUT_FACTS).touch()
+        for weights in (folder / "unet").glob("*.safetensors"):
+            seal_tensors(weights)
     else:
         contents = {"average_bits": state.plan.average_bits, "summary": state.plan.summary()}
         (folder / FACTS).write_text(json.dumps({**contents, "timesteps": state.timestep.schedule}, indent=2))

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from pqcad_ao import load_quantized, save_quantized
 from pqcad_ao.nn.layers import low_range
 from pqcad_ao.prepare.grids import activation_lows
+from pqcad_ao.utils.tensor_files import write_tensors
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -157,6 +158,13 @@ def test_a_header_that_cannot_be_is_refused(case, place):
     place.change(values=damage)
     with pytest.raises(ValueError, match=f"quantization config is damaged: .*{message}|damaged: {message}"):
         place.load()
+
+
+@pytest.mark.parametrize("header", ["7", "null", "[1]", '"a"', "true"])
+def test_a_header_that_is_no_object_is_refused(header, tmp_path):
+    write_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(1)}, {"pqcad": header})
+    with pytest.raises(ValueError, match=r"a\.safetensors: its quantization config is damaged"):
+        load_quantized(Small(), tmp_path / "a.safetensors")
 
 
 def test_a_header_takes_no_memory_before_it_is_found_to_fit(place):

@@ -23,6 +23,7 @@ from pqcad_ao.edge.export import PTEReport, export_fp32_pte, export_pte
 from pqcad_ao.edge.lower import layers_of_calls
 from pqcad_ao.edge.parity import ParityError
 from pqcad_ao.edge.sampler import PTESampler
+from pqcad_ao.edge.seal import MARK, seal
 from pqcad_ao.models import load_model
 from pqcad_ao.nn.state import quantized_state
 from pqcad_ao.utils import files
@@ -408,10 +409,36 @@ def test_files_that_cannot_be_sampled_from_are_named(exported, tmp_path):
     whole = exported.path.read_bytes()
     for name, content in {"empty": b"", "text": b"no program at all", "half": whole[: len(whole) // 2]}.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=rf"{name} is no ExecuTorch program, or is damaged"):
+        with pytest.raises(ValueError, match=rf"{name} is (no ExecuTorch program, or is )?damaged"):
             PTESampler(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         PTESampler(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("at", [0.01, 0.2, 0.5, 0.8, 0.999])
+def test_a_flipped_bit_is_said(at, exported, tmp_path):
+    content = bytearray(exported.path.read_bytes())
+    content[int(at * len(content))] ^= 1
+    (tmp_path / "a.pte").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.pte is damaged: what it holds is not what was written, by its checksum"):
+        PTESampler(tmp_path / "a.pte")
+
+
+def test_a_name_that_is_no_text_is_said(exported, tmp_path):
+    content = exported.path.read_bytes().replace(b"batch_size", b"\x90atch_size")
+    (tmp_path / "a.pte").write_bytes(seal(content))
+    with pytest.raises(ValueError, match=r"a\.pte is no ExecuTorch program, or is damaged"):
+        PTESampler(tmp_path / "a.pte")
+
+
+def test_a_checksum_that_is_damaged_itself_is_said(exported, tmp_path):
+    for mark in (b"pqcad-sha257:", MARK):
+        whole = exported.path.read_bytes()
+        at = whole.index(MARK)
+        content = whole[:at] + mark + whole[at + len(MARK) :][:3] + b"z" + whole[at + len(MARK) + 4 :]
+        (tmp_path / "a.pte").write_bytes(content)
+        with pytest.raises(ValueError, match=r"a\.pte is damaged: .* checksum"):
+            PTESampler(tmp_path / "a.pte")
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,25 @@ def test_parts_of_two_models_are_refused(models, tmp_path):
         load_model(tmp_path / "a")
 
 
+@pytest.mark.parametrize("at", [0.5, 0.999])
+def test_a_flipped_bit_of_full_precision_is_said(at, tiny_unet, tmp_path):
+    weights = save_model(tiny_unet, cosine_scheduler(), tmp_path)
+    assert load_model(tmp_path)
+    content = bytearray(weights.read_bytes())
+    content[int(at * len(content))] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=r"safetensors is damaged: what it holds is not what was written"):
+        load_model(tmp_path)
+
+
+def test_full_precision_that_diffusers_saved_over_ours_is_read(tiny_unet, tmp_path):
+    save_model(tiny_unet, cosine_scheduler(), tmp_path)
+    with torch.no_grad():
+        tiny_unet.conv_in.weight.mul_(2)
+    tiny_unet.save_pretrained(tmp_path / "unet")
+    assert torch.equal(load_model(tmp_path)[0].conv_in.weight, tiny_unet.conv_in.weight)
+
+
 def test_what_is_saved_is_the_same_everywhere(models, tmp_path):
     """The same bytes from wherever it was read, and the permissions that the umask leaves."""
     save_model(*models[0], tmp_path / "a")

@@ -23,6 +23,7 @@ from pqcad_ao.diffusion.schedule import signal_power, steps_to_bind, timesteps_o
 from pqcad_ao.edge.lower import lower, lower_sampler
 from pqcad_ao.edge.parity import ParityError, Record, check_parity, first_departure, record
 from pqcad_ao.edge.sampler import FORMAT, PTESampler, require_executorch, tensors_of
+from pqcad_ao.edge.seal import UNSEALED, seal
 from pqcad_ao.edge.storage import EdgePlan, check_objective, plan_edge
 from pqcad_ao.graph.operators import operator_of
 from pqcad_ao.nn.layers import QuantizedLayer
@@ -192,7 +193,8 @@ def _lower(
     add_sampling_step(stepping, timesteps, ddim_table(scheduler, len(timesteps)), clip)
     x_t, _, tensors = inputs
     exported = torch.export.export(stepping, (x_t, torch.tensor([0]), timesteps[:1].clone(), *tensors))
-    return lower_sampler(exported, torch.export.export(_Image(), (x_t,)), constants)
+    program, calls = lower_sampler(exported, torch.export.export(_Image(), (x_t,)), constants)
+    return seal(program), calls
 
 
 class _Image(nn.Module):
@@ -288,6 +290,7 @@ def _metadata(
     alphas, led_to = signal_power(scheduler, steps)
     return {
         "pqcad_format": FORMAT,
+        "checksum": UNSEALED,
         "steps": steps,
         "timesteps": torch.tensor(timesteps_of(scheduler, steps)),
         "batch_size": batch_size,

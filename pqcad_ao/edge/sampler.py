@@ -13,6 +13,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 from tqdm.auto import tqdm
 
 from pqcad_ao.denoiser import take_rows
+from pqcad_ao.edge.seal import is_sealed
 from pqcad_ao.utils.checks import is_whole
 
 FORMAT = 2  # of the methods and constants that a .pte of ours has
@@ -37,10 +38,15 @@ class PTESampler:
 
         # the runtime reads weights from these bytes as long as the method lives, and does not keep them alive itself
         self._bytes = Path(path).read_bytes()
+        sealed = is_sealed(self._bytes)
+        if sealed is False:
+            raise ValueError(f"{path} is damaged: what it holds is not what was written, by its checksum")
         try:
             self._program = Runtime.get().load_program(self._bytes, verification=Verification.InternalConsistency)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # the latter of methods' names that are no text
             raise ValueError(f"{path} is no ExecuTorch program, or is damaged: {error}") from error
+        if sealed is None and "checksum" in self._program.method_names:
+            raise ValueError(f"{path} is damaged: its checksum is no longer there")
         if "pqcad_format" not in self._program.method_names:
             raise ValueError(f"{path} is an ExecuTorch program, but not one that pqcad_ao.export_pte wrote")
         try:

@@ -63,6 +63,8 @@ def state_from_dict(values: dict[str, Any]) -> QuantizedState:
     Raises:
         ValueError: made by another version, incomplete, with unknown fields, or with values out of range.
     """
+    if not isinstance(values, dict):
+        raise ValueError(f"its quantization config is damaged: a {type(values).__name__}, expected a JSON object")
     if values.get("format") != FORMAT:
         raise ValueError(f"the checkpoint is of format {values.get('format')!r}; this pqcad_ao reads format {FORMAT}")
     try:

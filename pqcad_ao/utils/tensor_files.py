@@ -13,6 +13,8 @@ from torch import Tensor
 from pqcad_ao.utils.files import bytes_of, whole_file
 
 CHECKSUM = "sha256"  # of all that a file holds, as its metadata names it
+# the others are of types that this PyTorch does not have
+UNREADABLE = (SafetensorError, AttributeError, KeyError, TypeError, ValueError, RuntimeError)
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -48,6 +50,37 @@ def join_checksums(parts: Iterable[str], metadata: Mapping[str, str] | None = No
     return hashlib.sha256(json.dumps([sorted(parts), sorted((metadata or {}).items())]).encode()).hexdigest()
 
 
+def seal_tensors(path: Path) -> None:
+    """Write the checksum of its contents into the header of a file that another library wrote, where it has none.
+
+    Raises:
+        OSError: there is no room for both, or no right to.
+    """
+    with safe_open(path, "pt") as file:
+        metadata, names = file.metadata() or {}, file.keys()
+        if CHECKSUM not in metadata:
+            write_tensors(path, {name: file.get_tensor(name) for name in names}, metadata)
+
+
+def check_tensors(path: Path) -> None:
+    """Compare a file that may be of any library with its checksum, where it has one.
+
+    Raises:
+        OSError: it cannot be read. ValueError: it is no safetensors file, or is damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            written = metadata.pop(CHECKSUM, None)
+            if written is None:
+                return
+            found = join_checksums([checksum_of(name, file.get_tensor(name)) for name in file.keys()], metadata)  # noqa: SIM118
+    except UNREADABLE as error:
+        raise ValueError(f"{path} is no safetensors file or is damaged ({error})") from error
+    if written != found:
+        raise ValueError(f"{path} is damaged: what it holds is not what was written, by its checksum")
+
+
 def _sort_header(file: Path) -> None:
     """Bring the entries of a file's header into the order of their names; safetensors writes them in a random one."""
     with file.open("r+b") as opened:
@@ -68,8 +101,7 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], Any]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        # the others are of types that this PyTorch does not have
+    except UNREADABLE as error:
         raise ValueError(f"{path} is no safetensors file or is damaged ({error})") from error
     written = metadata.pop(CHECKSUM, None)  # files of others, and older ones, have none
     if kind not in metadata:

@@ -145,7 +145,7 @@ PARTS = {
         "Damaged files",
         "Files changed where their format has its joints: bytes, header entries, types, shapes and numbers of "
         "tensors; with checksums that were made anew as often as not. Each is read as it is and used once, or is an "
-        "error that names the file. The last four columns must be zero.",
+        "error that names the file, or the layer whose numbers overflow in use. The last four columns must be zero.",
     ),
     "guided": Part(
         guided,
