@@ -451,6 +451,39 @@ def test_a_network_without_layers_or_shape_is_an_error():
         plan(Nothing(), sample_shape=(8, 8))
 
 
+def test_an_adapter_that_is_not_merged_is_an_error():
+    """A class as peft's, which is not installed here: a layer with a side path that can be merged or switched off."""
+
+    class Adapted(nn.Module):
+        def __init__(self, base_layer: nn.Conv2d) -> None:
+            super().__init__()
+            self.base_layer, self.side = base_layer, nn.Conv2d(8, 8, 1)
+            self.merged, self.disable_adapters = False, False
+
+        def forward(self, x):
+            h = self.base_layer(x)
+            return h if self.merged or self.disable_adapters else h + self.side(x)
+
+    class WithAdapter(Plain):
+        def build(self):
+            self.layer = Adapted(nn.Conv2d(8, 8, 3, padding=1))
+
+        def middle(self, h):
+            return self.layer(h)
+
+    model = WithAdapter()
+    assert plan(model, sample_shape=SHAPE)["layer.side"].quantized  # anyone's own class may look like that
+    Adapted.__module__ = "peft.tuners.lora.layer"
+    with pytest.raises(ValueError, match=r"layer has an adapter that is not merged .* call fuse_lora\(\)"):
+        plan(model, sample_shape=SHAPE)
+    for word in ("merged", "disable_adapters"):
+        setattr(model.layer, word, True)
+        rows = plan(model, sample_shape=SHAPE)
+        assert "layer.base_layer" in {row.fqn for row in rows.quantized}
+        assert "layer.side" not in {row.fqn for row in rows}
+        setattr(model.layer, word, False)
+
+
 def test_a_network_that_cannot_be_exported_is_an_error_and_stays_as_it_was():
     class Branching(Plain):
         def middle(self, h):
