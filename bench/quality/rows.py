@@ -63,8 +63,11 @@ ROWS = {
         "W4A6, distilled to a quarter at once", base="pq_w4a6", part=4, halvings=2, direct=True
     ),
 }
-# Fewer steps without any training: full precision with the solvers that diffusers has for that.
+# Fewer steps without distillation, with the solvers that diffusers has for that.
 SOLVED = {
+    "pq_half_w4a6_unipc": Row(
+        "progressive W4A6, UniPC, half the steps", None, base="pq_w4a6", part=2, solver=UniPCMultistepScheduler
+    ),
     "fp_full_dpmpp": Row("full precision, DPM-Solver++ 2M", None, solver=DPMSolverMultistepScheduler),
     "fp_full_unipc": Row("full precision, UniPC", None, solver=UniPCMultistepScheduler),
     "fp_half_dpmpp": Row(
