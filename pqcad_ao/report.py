@@ -317,7 +317,7 @@ def write_html(
         _table(bytes_table(summary), ("", "bytes", "of fp32"), "numbers"),
         "<h2>Speed</h2>",
         _table(latency_table(summary), (_latency_heading(summary), "ms"), "numbers"),
-        *(f'<p class="note">But {e(line)}.</p>' for line in [summary.get("busy")] if line),
+        *([f'<p class="note">But {e(summary["busy"])}.</p>'] if "busy" in summary else []),
         *(f"<p>{e(line)}.</p>" for line in end_to_end(summary)),
         f"<p>What the machine multiplies in the compressed model under PyTorch: {e(summary['arithmetic'])}.</p>",
         "<p>In unet.pte:</p>",

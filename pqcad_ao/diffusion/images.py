@@ -55,6 +55,15 @@ class CleanImages:
         """Of a picture."""
         return self.drawn.shape[2:]
 
+    @property
+    def steps(self) -> int:
+        """K, into which each trajectory is divided; 0 where the pictures alone were kept."""
+        return self.drawn.shape[1] - 1
+
+    def on_trajectories(self, index: Tensor) -> Tensor:
+        """Which of these numbers (B,) are pictures with a trajectory; the others are to be noised anew."""
+        return (index < len(self.drawn)) & (self.steps > 0)
+
     def __len__(self) -> int:
         return len(self.drawn) + (0 if self.extra is None else len(self.extra))
 
@@ -100,7 +109,7 @@ def clean_images(
         FloatingPointError: a picture leaves the finite numbers. ValueError: several processes and no folder, or a
             damaged file.
     """
-    kept = (config.points, 1 if config.renoised else config.runs[0][1] + 1, *shape)
+    kept = (config.points, _kept(config), *shape)
     with only_run_in(folder):
         if folder is None:
             if rank_and_world()[1] > 1:
@@ -178,8 +187,7 @@ def _batch(
     x_t = noise.to(device, memory_format=torch.channels_last)  # as convolutions like it best
     chosen = spread_rows(conditioning, rows, config.points)
     start = torch.zeros(len(rows), dtype=torch.int64, device=device)
-    every = steps if config.renoised else steps // config.runs[0][1]
-    met = [] if config.renoised else [x_t]
+    every, met = steps // config.runs[0][1], [x_t]
 
     def meet(taken: int, x: Tensor) -> None:
         if taken % every == 0:
@@ -188,10 +196,15 @@ def _batch(
     SOLVERS[config.reference_solver](
         lambda x, t: predict_float32(reference, x, t, chosen), schedule, x_t, start, steps, meet
     )
-    ways = torch.stack(met, 1)
-    if not ways.isfinite().all():
+    trajectories = torch.stack(met[-_kept(config) :], 1)
+    if not trajectories.isfinite().all():
         raise overflow("drawing C_DC", dtype, scheduler)
-    return ways
+    return trajectories
+
+
+def _kept(config: CADConfig) -> int:
+    """How many points of each trajectory are kept, the picture among them."""
+    return 1 if config.renoised else config.runs[0][1] + 1
 
 
 def _substeps(config: CADConfig) -> int:

@@ -4,7 +4,6 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,16 +164,16 @@ class _Halving:
         step = (self.jump * taken).to(self.device)
         x_t = self.schedule.add_noise(x_0.to(self.device), noise[mine].to(self.device), step)
         end = torch.empty_like(x_t) if config.reference_weight else None
-        kept = torch.full_like(index, not config.renoised, dtype=torch.bool) & (index < len(self.images.drawn))
-        if kept.any():
-            every = config.runs[0][1] * self.jump // self.steps  # of C_DC's steps are one of the student's
-            begin = every * taken[kept]
-            x_t[kept], arrived = (x.to(x_t) for x in self.images.stretches(index[kept], begin, begin + every))
+        known = self.images.on_trajectories(index)
+        if known.any():
+            every = self.images.steps * self.jump // self.steps  # of C_DC's steps are one of the student's
+            begin = every * taken[known]
+            x_t[known], arrived = (x.to(x_t) for x in self.images.stretches(index[known], begin, begin + every))
             if end is not None:
-                end[kept] = arrived
-        if end is not None and not kept.all():
-            chosen = take_rows(conditioning, (~kept).nonzero().flatten())
-            end[~kept] = self._flow(x_t[~kept], step[~kept], chosen)
+                end[known] = arrived
+        if end is not None and not known.all():
+            chosen = take_rows(conditioning, (~known).nonzero().flatten())
+            end[~known] = self._flow(x_t[~known], step[~known], chosen)
         if extra is not None:
             x_t = x_t + config.noise_injection * extra[mine].to(self.device)
         return x_t, step, end, conditioning
@@ -182,20 +181,21 @@ class _Halving:
     @torch.no_grad()
     def _flow(self, x_t: Tensor, step: Tensor, conditioning: Any) -> Tensor:
         """Where the reference's flow is after one step of the student's."""
-        config, finer = self.config, (len(self.flow.timesteps) - 1) // self.steps
-        solve = SOLVERS[config.reference_solver]
-        network = partial(predict_float32, self.reference)
-        return solve(lambda x, t: network(x, t, conditioning), self.flow, x_t, finer * step, finer * self.jump)
+        finer = (len(self.flow.timesteps) - 1) // self.steps  # of the flow's steps are one of the schedule's
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            return predict_float32(self.reference, x, t, conditioning)
+
+        solve = SOLVERS[self.config.reference_solver]
+        return solve(predict, self.flow, x_t, finer * step, finer * self.jump)
 
     def _target(self, end: Tensor, x_t: Tensor, step: Tensor) -> Tensor:
         """The v with which one step of the student's from x_t ends there."""
         return self.schedule.velocity(self.schedule.target_x_0(end, x_t, step, self.jump), x_t, step)
 
     @torch.no_grad()
-    def _walked(self, x_t: Tensor, step: Tensor, conditioning: Any) -> Tensor:
-        """Where the student as it was goes in as many of its steps as become one."""
-        teacher = self.teacher
-        assert teacher is not None
+    def _walked(self, teacher: nn.Module, x_t: Tensor, step: Tensor, conditioning: Any) -> Tensor:
+        """Where a network, the student as it was, goes in as many of its steps as become one."""
         return ddim(lambda x, t: teacher(x, t, conditioning), self.schedule, x_t, step, self.jump)
 
     def update(self) -> DistillUpdate:
@@ -206,7 +206,7 @@ class _Halving:
         if end is not None:
             targets["reference"] = self._target(end, x_t, step)
         if self.teacher is not None:
-            targets["teacher"] = self._target(self._walked(x_t, step, conditioning), x_t, step)
+            targets["teacher"] = self._target(self._walked(self.teacher, x_t, step, conditioning), x_t, step)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             prediction = self.forward(x_t, self.schedule.timesteps[step], conditioning)
         x_0, _ = self.schedule.x_0_and_noise(prediction.float(), x_t, step)

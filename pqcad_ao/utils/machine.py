@@ -29,8 +29,6 @@ FEATURES = (
     "i8mm",
     "bf16",
 )
-
-
 BUSY = 0.35  # of the cores, from which other programs are felt
 
 
@@ -108,7 +106,7 @@ def loadavg() -> list[float]:
 
 def busy() -> str | None:
     """What keeps this machine from honest timings, to be asked before own work begins; None where nothing does."""
-    load, cores = psutil.getloadavg()[0], available_cores()
+    load, cores = loadavg()[0], available_cores()
     if load <= BUSY * cores:
         return None
     return f"other programs kept {load:.1f} of {cores} cores busy over the last minute: times measured here say little"

@@ -116,7 +116,7 @@ def save(folder: Path) -> str:
     return fingerprint(load_model(folder)[0].state_dict())
 
 
-def _quantized() -> Small:
+def quantized() -> Small:
     model = Small()
     quantize_(model, quick(), scheduler=cosine_scheduler(), sample_shape=SHAPE, progress=False)
     return model
@@ -125,14 +125,14 @@ def _quantized() -> Small:
 def export(folder: Path) -> str:
     folder.mkdir(exist_ok=True)
     options = {"num_inference_steps": 2, "min_sqnr_db": 0.0, "progress": False, "trajectories": 1}
-    export_pte(_quantized(), folder / "a.pte", scheduler=cosine_scheduler(), sample_shape=SHAPE, **options)
+    export_pte(quantized(), folder / "a.pte", scheduler=cosine_scheduler(), sample_shape=SHAPE, **options)
     return fingerprint((folder / "a.pte").read_bytes())
 
 
 def package(folder: Path) -> str:
     """Machine code: the compiler's choices are its own, so that there is a whole package is all that is compared."""
     folder.mkdir(exist_ok=True)
-    export_pt2(_quantized(), folder / "a.pt2", sample_shape=SHAPE, min_sqnr_db=0.0)
+    export_pt2(quantized(), folder / "a.pt2", sample_shape=SHAPE, min_sqnr_db=0.0)
     return "written"
 
 

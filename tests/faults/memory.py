@@ -5,14 +5,15 @@ import gc
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DModel
-from jobs import UNET
-from networks import SHAPE, Small, cosine_scheduler, quick
+from jobs import UNET, quantized
+from networks import SHAPE, cosine_scheduler, quick
 
 from pqcad_ao import export_pte, quantize_
 from pqcad_ao.diffusion.sampling import sample
@@ -52,19 +53,13 @@ def _load(folder: Path) -> Callable[[], object]:
     return lambda: load_model(folder / "model")
 
 
-def _small() -> Small:
-    network = Small()
-    quantize_(network, quick(), scheduler=cosine_scheduler(), sample_shape=SHAPE, progress=False)
-    return network
-
-
 def _sample(folder: Path) -> Callable[[], object]:
-    network, noise = _small(), torch.zeros(2, *SHAPE)
+    network, noise = quantized(), torch.zeros(2, *SHAPE)
     return lambda: sample(network, cosine_scheduler(), noise, 4)
 
 
 def _compile(folder: Path) -> Callable[[], object]:
-    network, noise = _small(), torch.zeros(2, *SHAPE)
+    network, noise = quantized(), torch.zeros(2, *SHAPE)
 
     def call() -> None:
         compiled = torch.compile(copy.deepcopy(network), backend="pqcad", fullgraph=True)
@@ -76,50 +71,44 @@ def _compile(folder: Path) -> Callable[[], object]:
 
 
 def _export(folder: Path) -> Callable[[], object]:
-    network, options = _small(), {"num_inference_steps": 4, "sample_shape": SHAPE, "progress": False}
+    network, options = quantized(), {"num_inference_steps": 4, "sample_shape": SHAPE, "progress": False}
     return lambda: export_pte(network, folder / "a.pte", scheduler=cosine_scheduler(), **options)
 
 
-def _in_turns(folder: Path) -> Callable[[], object]:
-    calls = [make(folder) for make, _ in list(KINDS.values())[:4]]
-    return lambda: [call() for call in calls]
-
-
+Make = Callable[[Path], Callable[[], object]]
 # with the kB that others keep of a call, and their share of what is allocated and freed in pieces
-KINDS: dict[str, tuple[Callable[[Path], Callable[[], object]], float]] = {
-    "load_model": (
-        _load,
-        25.0,
-    ),  # safetensors (0.7, 0.8): 64 bytes of each tensor that it reads, of which there are 275
+ALONE: dict[str, tuple[Make, float]] = {
+    # safetensors (0.7, 0.8): 64 bytes of each tensor that it reads, of which there are 275
+    "load_model": (_load, 25.0),
     "sample": (_sample, 2.0),
     "torch.compile": (_compile, 2000.0),  # torch (2.13): guards, by finalizers of what they watch; generated code
     "export_pte": (_export, 400.0),  # torch and executorch (1.4): what they know of shapes and operators
-    "all four in turns": (_in_turns, 3000.0),
 }
+
+
+def _in_turns(folder: Path) -> Callable[[], object]:
+    calls = [make(folder) for make, _ in ALONE.values()]
+    return lambda: [call() for call in calls]
+
+
+KINDS = {**ALONE, "all four in turns": (_in_turns, 3000.0)}
+
+
+def _held(kind: str, seconds: float, folder: Path) -> list[float]:
+    """Resident memory in kB behind each of the calls that are made in some seconds."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    folder.mkdir(exist_ok=True)
+    call, held, end = KINDS[kind][0](folder), [], time.monotonic() + seconds
+    while len(held) < LEAST or time.monotonic() < end:
+        call()
+        gc.collect()
+        held.append(rss_bytes() / 1e3)
+    return held
 
 
 def grow(kind: str, seconds: float, scratch: Path) -> Growth:
     """Call again and again for some seconds, in a process of its own."""
-    make, allowed = KINDS[kind]
-    answers = get_context("fork").SimpleQueue()
-
-    def work() -> None:
-        warnings.simplefilter("ignore")
-        torch.set_num_threads(1)
-        scratch.mkdir(exist_ok=True)
-        call, held, end = make(scratch), [], time.monotonic() + seconds
-        while len(held) < LEAST or time.monotonic() < end:
-            call()
-            gc.collect()
-            held.append(rss_bytes() / 1e3)
-        answers.put(held)
-
-    process = get_context("fork").Process(target=work)
-    process.start()
-    while answers.empty() and process.is_alive():
-        process.join(0.1)
-    if answers.empty():
-        raise RuntimeError(f"{kind} ended with {process.exitcode}")
-    held = answers.get()
-    process.join()
-    return Growth(kind, len(held), slope(held[round(WARM * len(held)) :]), allowed)
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as child:
+        held = child.submit(_held, kind, seconds, scratch).result()
+    return Growth(kind, len(held), slope(held[round(WARM * len(held)) :]), KINDS[kind][1])

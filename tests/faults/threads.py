@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from networks import SHAPE, Small, cosine_scheduler, quick
+from jobs import quantized
+from networks import SHAPE, cosine_scheduler
 from torch import Tensor
 
-from pqcad_ao import PTESampler, export_pt2, export_pte, load_pt2, quantize_
+from pqcad_ao import PTESampler, export_pt2, export_pte, load_pt2
 
 THREADS = 8
 TIMESTEPS = [10, 300, 510, 999]  # of four timestep groups
@@ -67,29 +68,23 @@ def caller(network: Callable[..., Tensor]) -> Callable[[int], Tensor]:
     return lambda number: network(x_t, torch.tensor([TIMESTEPS[number]] * 2))
 
 
-def _quantized() -> Small:
-    network = Small()
-    quantize_(network, quick(), scheduler=cosine_scheduler(), sample_shape=SHAPE, progress=False)
-    return network
-
-
 def _eager(folder: Path) -> Callable[[int], Tensor]:
-    return caller(_quantized())
+    return caller(quantized())
 
 
 def _compiled(folder: Path) -> Callable[[int], Tensor]:
-    return caller(torch.compile(_quantized(), backend="pqcad", fullgraph=True))
+    return caller(torch.compile(quantized(), backend="pqcad", fullgraph=True))
 
 
 def _program(folder: Path) -> Callable[[int], Tensor]:
     given = {"num_inference_steps": 4, "sample_shape": SHAPE, "batch_size": 2, "progress": False}
-    export_pte(_quantized(), folder / "a.pte", scheduler=cosine_scheduler(), **given)
+    export_pte(quantized(), folder / "a.pte", scheduler=cosine_scheduler(), **given)
     sampler, x_t = PTESampler(folder / "a.pte"), torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
     return lambda number: sampler.step(x_t, number)
 
 
 def _package(folder: Path) -> Callable[[int], Tensor]:
-    package = load_pt2(export_pt2(_quantized(), folder / "a.pt2", sample_shape=SHAPE))
+    package = load_pt2(export_pt2(quantized(), folder / "a.pt2", sample_shape=SHAPE))
     return caller(lambda x_t, timesteps: package(x_t, timesteps))
 
 
