@@ -252,7 +252,7 @@ class CADConfig(AOBaseConfig):
         teacher_weight: of the target that the student as it was sets, with two of its own steps.
         space: of the loss: ``"v"``, where a network that predicts epsilon counts by how far its error carries over a
             jump, or ``"x"`` with the signal-to-noise weight truncated from below at 1 (Salimans & Ho 2022, §4).
-        points: pictures that full precision draws for C_DC. The student learns on the ways from noise to them.
+        points: pictures that full precision draws for C_DC. The student learns on the trajectories to them.
         renoised: keep the pictures alone, put fresh noise into them for every update, and let the reference walk from
             there: as published, at several times the cost of an update. Real pictures are always taken so.
         noise_injection: deviation of the noise put on top of each x_t, which the targets correct.

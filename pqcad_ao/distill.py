@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from pqcad_ao import denoiser
 from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.denoiser import check_conditioning
-from pqcad_ao.diffusion.images import checked_images
 from pqcad_ao.diffusion.process import find_scheduler
 from pqcad_ao.diffusion.schedule import check_substeps, teachable
+from pqcad_ao.diffusion.trajectories import checked_trajectories
 from pqcad_ao.learn.halving import teach
 from pqcad_ao.learn.unfold import check_structure, dequantized_state
 from pqcad_ao.nn.state import quantized_state
@@ -117,7 +117,7 @@ def distill_(
     _check_student(student, reference, ddim)
     keeps: dict[str, Any] = {"folder": folder, "callback": callback, "progress": progress}
     with only_run_in(folder):
-        pictures = checked_images(reference, ddim, shape, config, conditioning, images=images, **keeps)
+        pictures = checked_trajectories(reference, ddim, shape, config, conditioning, images=images, **keeps)
         return teach(student, reference, ddim, shape, config, pictures, **keeps)
 
 
@@ -155,7 +155,7 @@ def compress(
     pq = replace(pq, calibration_steps=cad.steps)
     given = {"conditioning": conditioning, "sample_shape": sample_shape, **keeps}
     with only_run_in(folder):
-        pictures = checked_images(unet, ddim, shape, cad, conditioning, images=images, **keeps)
+        pictures = checked_trajectories(unet, ddim, shape, cad, conditioning, images=images, **keeps)
         quantize_(student, pq, filter_fn, scheduler=ddim, **given)
         return student, teach(student, unet, ddim, shape, cad, pictures, **keeps)
 

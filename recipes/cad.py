@@ -25,8 +25,8 @@ from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.data import some_images
 from pqcad_ao.denoiser import sample_shape
 from pqcad_ao.diffusion.calibration import calibration_set
-from pqcad_ao.diffusion.images import checked_images
 from pqcad_ao.diffusion.process import settings_of
+from pqcad_ao.diffusion.trajectories import checked_trajectories
 from pqcad_ao.distill import check_distillation, distill_
 from pqcad_ao.models import load_model, save_model
 from pqcad_ao.nn.state import quantized_state
@@ -89,7 +89,7 @@ def compress_on_all(
     unquantized = not (quantized / "model_index.json").is_file()
     keeps: dict[str, Any] = {"folder": out / "work", "callback": None, "progress": progress}
     # before anything is learned: it finds out whether the scheduler fits
-    checked_images(teacher, ddim, shape, cad, None, images=images, **keeps)
+    checked_trajectories(teacher, ddim, shape, cad, None, images=images, **keeps)
     if unquantized:
         student = copy.deepcopy(teacher)
     if unquantized and dist.is_initialized():

@@ -21,9 +21,9 @@ from pqcad_ao import ops
 from pqcad_ao.bench.compile.contenders import module_bytes
 from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.denoiser import sample_shape
-from pqcad_ao.diffusion.images import checked_images
 from pqcad_ao.diffusion.recording import Recorder
 from pqcad_ao.diffusion.sampling import sample
+from pqcad_ao.diffusion.trajectories import checked_trajectories
 from pqcad_ao.distill import check_distillation, distill_
 from pqcad_ao.edge.sampler import PTESampler
 from pqcad_ao.evaluate.features import RealFeatures, embedded_features, extract_features
@@ -219,7 +219,9 @@ def make_rows(
         if cad is not None:  # first: it finds out what cannot be distilled
             with stages(f"draw {cad.points} pictures to distill from"):
                 ddim, _ = check_distillation(teacher, scheduler, cad)
-                checked_images(teacher, ddim, sample_shape(teacher), cad, None, images=None, callback=None, **kept)
+                checked_trajectories(
+                    teacher, ddim, sample_shape(teacher), cad, None, images=None, callback=None, **kept
+                )
         with stages("fixed bits: calibrate on the teacher's own trajectories"):
             calibrated = replace(full, name="ptq_full", unet=copy.deepcopy(teacher))
             quantize_(calibrated.unet, replace(config, mode="ptq"), scheduler=scheduler, **kept)

@@ -13,7 +13,7 @@ from pqcad_ao import CADConfig
 from pqcad_ao.bench.quality import command, measure
 from pqcad_ao.bench.quality.rows import ABLATIONS, ROWS, SETS, SOLVED
 from pqcad_ao.data import to_uint8
-from pqcad_ao.diffusion import images
+from pqcad_ao.diffusion import trajectories
 from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.evaluate.features import RealFeatures
 from pqcad_ao.models import load_model
@@ -218,7 +218,7 @@ def test_sets_of_rows_have_names():
 
 @pytest.mark.slow
 def test_distilled_rows_start_from_another_rows_network(tiny_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "FARTHEST", float("inf"))  # random weights denoise nothing
+    monkeypatch.setattr(trajectories, "FARTHEST", float("inf"))  # random weights denoise nothing
     cad = {"iterations": 4, "batch_size": 4, "points": 8}
     rows = ["fp_half", "pq_half", "pqcad_half", "pqcad_quarter", "pd_half", "pd_then_q"]
     result, _ = run(tiny_dir, tmp_path, rows=rows, steps=4, cad_options=cad)

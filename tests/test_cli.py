@@ -16,7 +16,7 @@ from pqcad_ao.cli.arguments import config_from
 from pqcad_ao.cli.command import build_parser
 from pqcad_ao.config import PQCADConfig
 from pqcad_ao.denoiser import predict
-from pqcad_ao.diffusion import images
+from pqcad_ao.diffusion import trajectories
 from pqcad_ao.edge import export
 from pqcad_ao.evaluate.features import FeatureClassifier
 from pqcad_ao.models import load_model, save_model
@@ -135,7 +135,7 @@ def test_eval_against_a_folder_of_images(model_dir: Path, tmp_path: Path, capsys
 def test_compress_distills_and_its_steps_are_then_the_default(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(images, "FARTHEST", float("inf"))  # an untrained network fails the check of the betas
+    monkeypatch.setattr(trajectories, "FARTHEST", float("inf"))  # an untrained network fails the check of the betas
     out = tmp_path / "student"
     argv = ["compress", "--model", model_dir, "--out", out, "--distill", 4, "--fast", *QUICK]
     assert run_json(tmp_path, *argv)["steps"] == 2

@@ -15,14 +15,16 @@ from safetensors.torch import save_file
 
 from pqcad_ao import CADConfig
 from pqcad_ao.diffusion.calibration import calibration_set
-from pqcad_ao.diffusion.images import clean_images
+from pqcad_ao.diffusion.trajectories import draw_trajectories
 from pqcad_ao.utils.tensor_files import write_tensors
 
 SETTINGS = {"steps": 4, "points": 12, "generation_batch_size": 5, "iterations": 4, "batch_size": 4}
 
 
 def _draw(folder, **options):
-    return clean_images(Small(), cosine_scheduler(), SHAPE, CADConfig(**{**SETTINGS, **options}), {}, folder=folder)
+    return draw_trajectories(
+        Small(), cosine_scheduler(), SHAPE, CADConfig(**{**SETTINGS, **options}), {}, folder=folder
+    )
 
 
 def _files(folder):
@@ -222,7 +224,7 @@ def test_room_for_pictures_is_taken_before_they_are_drawn(tmp_path, monkeypatch)
         taken.append(file.stat())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pqcad_ao.diffusion.images._batch", stop)
+    monkeypatch.setattr("pqcad_ao.diffusion.trajectories._batch", stop)
     with pytest.raises(KeyboardInterrupt):
         _draw(tmp_path, points=2000)
     assert taken[0].st_blocks * 512 >= taken[0].st_size > 2000 * 256

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pqcad_ao.config import CADConfig, PQCADConfig
-from pqcad_ao.diffusion import images
+from pqcad_ao.diffusion import trajectories
 from pqcad_ao.evaluate.features import RealFeatures
 from pqcad_ao.nn.conv2d import QuantizedConv2d
 from pqcad_ao.recipes import demo, forms
@@ -62,7 +62,7 @@ def made(
     out, said = tmp_path_factory.mktemp("demo") / "new" / "out", []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", lambda module, **options: module)
-        patch.setattr(images, "FARTHEST", float("inf"))  # random weights denoise nothing
+        patch.setattr(trajectories, "FARTHEST", float("inf"))  # random weights denoise nothing
         return out, run_tiny(out, tiny_dir, features, said.append), said
 
 

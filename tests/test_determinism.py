@@ -17,10 +17,10 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 from networks import SHAPE, Small, cosine_scheduler, quick
 
 from pqcad_ao import CADConfig, PQCADConfig, distill_, export_pte, quantize_
-from pqcad_ao.diffusion import images
+from pqcad_ao.diffusion import trajectories
 from pqcad_ao.diffusion.sampling import sample
 
-images.FARTHEST = float("inf")  # networks of random weights denoise nothing
+trajectories.FARTHEST = float("inf")  # networks of random weights denoise nothing
 options = {"scheduler": cosine_scheduler(), "sample_shape": SHAPE, "progress": False}
 
 

@@ -12,12 +12,12 @@ from torch import nn
 
 from pqcad_ao import CADConfig, PQCADConfig, compress, distill_, plan, quantize_
 from pqcad_ao.denoiser import predict_float32
-from pqcad_ao.diffusion import images
+from pqcad_ao.diffusion import trajectories
 from pqcad_ao.diffusion.ddim import DDIMSchedule
-from pqcad_ao.diffusion.images import clean_images
 from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.diffusion.schedule import teachable, timesteps_of
 from pqcad_ao.diffusion.solvers import SOLVERS, dpmpp_2m
+from pqcad_ao.diffusion.trajectories import draw_trajectories
 from pqcad_ao.learn import halving as engine
 from pqcad_ao.learn import training
 from pqcad_ao.learn.unfold import unfold
@@ -37,7 +37,7 @@ def config(**options) -> CADConfig:
 @pytest.fixture(autouse=True)
 def untrained(monkeypatch):
     """Networks of random weights denoise nothing; the check has its own tests."""
-    monkeypatch.setattr(images, "FARTHEST", float("inf"))
+    monkeypatch.setattr(trajectories, "FARTHEST", float("inf"))
 
 
 def student_of(reference: nn.Module, **options) -> nn.Module:
@@ -127,7 +127,7 @@ def halving(reference: nn.Module, scheduler=None, student=None, number=0, **opti
         copy.deepcopy(reference) if student is None else student,
         reference,
         scheduler,
-        clean_images(reference, scheduler, SHAPE, settings, {}),
+        draw_trajectories(reference, scheduler, SHAPE, settings, {}),
         settings,
         number,
         SHAPE,
@@ -239,7 +239,7 @@ def test_the_ways_of_the_pictures_are_the_flow_and_no_update_walks_it(monkeypatc
     options = {"steps": 8, "halvings": 2, "direct": direct, "reference_substeps": 5}
     reference, scheduler = Small(), cosine_scheduler()
     run = halving(reference, number=number, **options)
-    noise = torch.stack([images.noise_of(SHAPE, 0, row) for row in range(12)])
+    noise = torch.stack([trajectories.noise_of(SHAPE, 0, row) for row in range(12)])
     flow, met = DDIMSchedule.of(scheduler, 8, substeps=5), [noise]
     start = torch.zeros(12, dtype=torch.int64)
     with torch.no_grad():
@@ -257,7 +257,7 @@ def test_the_ways_of_the_pictures_are_the_flow_and_no_update_walks_it(monkeypatc
 def test_real_pictures_are_walked_from_and_drawn_ones_are_not(monkeypatch):
     reference, scheduler = Small(), cosine_scheduler()
     real = torch.rand(4, *SHAPE) * 2 - 1
-    mixed = clean_images(reference, scheduler, SHAPE, config(points=4), {}, images=real)
+    mixed = draw_trajectories(reference, scheduler, SHAPE, config(points=4), {}, images=real)
     run = engine._Halving(Small(), reference, scheduler, mixed, config(points=4, batch_size=16), 0, SHAPE)
     walked, original = [], run._flow
     monkeypatch.setattr(run, "_flow", lambda x_t, *given: walked.append(x_t) or original(x_t, *given))
@@ -488,7 +488,7 @@ def test_compress_quantizes_and_distills(tiny_unet):
 
 def test_compress_finds_out_what_does_not_fit_before_it_learns(tiny_unet, monkeypatch, tmp_path):
     monkeypatch.setattr("pqcad_ao.distill.quantize_", lambda *args, **options: pytest.fail("it began to quantize"))
-    monkeypatch.setattr(images, "FARTHEST", 0.0)
+    monkeypatch.setattr(trajectories, "FARTHEST", 0.0)
     for folder in (None, tmp_path):
         with pytest.raises(ValueError, match="it has other betas or another prediction_type"):
             compress(tiny_unet, cosine_scheduler(), quick(), config(), folder=folder, progress=False)

@@ -24,7 +24,7 @@ WORKER = """
 import contextlib, copy, os, sys, torch
 from unittest.mock import patch
 torch.set_num_threads(1)
-from pqcad_ao.diffusion import calibration, images
+from pqcad_ao.diffusion import calibration, trajectories
 from pqcad_ao.learn import halving, training
 from pqcad_ao.recipes import cad
 training.CHECKPOINT_EVERY = 2
@@ -38,7 +38,7 @@ def counted(module, draws, name):
         return original(*args, **options)
     setattr(module, draws, sample)
 counted(calibration, "sample", "walked")
-counted(images, "_batch", "drawn")
+counted(trajectories, "_batch", "drawn")
 unfold = halving.unfold
 def unfolded(*args):
     graph, skeleton = unfold(*args)

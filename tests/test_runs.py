@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from pqcad_ao import CADConfig, compress, distill_, quantize_
 from pqcad_ao.diffusion.calibration import calibration_set
-from pqcad_ao.diffusion.images import clean_images
+from pqcad_ao.diffusion.trajectories import draw_trajectories
 from pqcad_ao.learn.training import train_loop
 from pqcad_ao.models import save_model
 from pqcad_ao.recipes.train_teacher import train
@@ -68,7 +68,7 @@ def test_every_long_job_asks_whether_another_is_at_work(holder, tmp_path):
         lambda: distill_(model, Small(), cosine_scheduler(), CADConfig(steps=4), **given),
         lambda: compress(model, cosine_scheduler(), quick(), CADConfig(steps=4), **given),
         lambda: calibration_set(model, cosine_scheduler(), SHAPE, quick(), folder=tmp_path),
-        lambda: clean_images(model, cosine_scheduler(), SHAPE, CADConfig(steps=4), {}, folder=tmp_path),
+        lambda: draw_trajectories(model, cosine_scheduler(), SHAPE, CADConfig(steps=4), {}, folder=tmp_path),
         lambda: train_loop(None, 1, folder=tmp_path, describe=str, title=""),
         lambda: save_model(model, cosine_scheduler(), tmp_path),
         lambda: train(OmegaConf.create({"train": {}}), torch.zeros(1, 1, 8, 8), tmp_path),

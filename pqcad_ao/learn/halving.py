@@ -16,11 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 from pqcad_ao.config import CADConfig
 from pqcad_ao.denoiser import evaluation_mode, placement, predict_float32, take_rows
 from pqcad_ao.diffusion.ddim import DDIMSchedule
-from pqcad_ao.diffusion.images import CleanImages
 from pqcad_ao.diffusion.process import settings_of
 from pqcad_ao.diffusion.sampling import overflow
 from pqcad_ao.diffusion.schedule import timesteps_of
 from pqcad_ao.diffusion.solvers import SOLVERS, ddim
+from pqcad_ao.diffusion.trajectories import Trajectories
 from pqcad_ao.graph.capture import capture
 from pqcad_ao.learn.training import Learner, read_checkpoint, to_learn, train_loop
 from pqcad_ao.learn.unfold import unfold
@@ -57,7 +57,7 @@ def teach(
     ddim: DDIMScheduler,
     shape: tuple[int, int, int],
     config: CADConfig,
-    pictures: CleanImages,
+    pictures: Trajectories,
     *,
     folder: str | Path | None,
     callback: Callable[[str, int, int], None] | None,
@@ -99,7 +99,7 @@ class _Halving:
         student: nn.Module,
         reference: nn.Module,
         scheduler: DDIMScheduler,
-        images: CleanImages,
+        images: Trajectories,
         config: CADConfig,
         number: int,
         shape: tuple[int, int, int],

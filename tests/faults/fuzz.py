@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from pqcad_ao import PTESampler, load_quantized, save_quantized
 from pqcad_ao.data import load_images
 from pqcad_ao.diffusion.calibration import calibration_set
-from pqcad_ao.diffusion.images import clean_images
+from pqcad_ao.diffusion.trajectories import draw_trajectories
 from pqcad_ao.edge.seal import MARK, seal
 from pqcad_ao.evaluate.features import FeatureClassifier, RealFeatures, load_classifier
 from pqcad_ao.models import load_model, save_model
@@ -250,7 +250,7 @@ def _points(folder: Path) -> None:
 
 
 def _pictures(folder: Path) -> None:
-    drawn = clean_images(Small(), cosine_scheduler(), SHAPE, CAD, {}, folder=folder)
+    drawn = draw_trajectories(Small(), cosine_scheduler(), SHAPE, CAD, {}, folder=folder)
     assert drawn.rows(torch.arange(len(drawn)))[0].isfinite().all()
 
 

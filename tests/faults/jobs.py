@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from pqcad_ao import CADConfig, compress, distill_, export_pt2, export_pte, quantize_
 from pqcad_ao.diffusion.calibration import calibration_set
-from pqcad_ao.diffusion.images import clean_images
+from pqcad_ao.diffusion.trajectories import draw_trajectories
 from pqcad_ao.models import load_model, save_model
 from pqcad_ao.recipes.train_teacher import train
 from pqcad_ao.utils.files import bytes_of
@@ -79,7 +79,7 @@ def calibrate(folder: Path) -> str:
 
 
 def draw(folder: Path) -> str:
-    drawn = clean_images(Small(), cosine_scheduler(), SHAPE, CAD, {}, folder=folder)
+    drawn = draw_trajectories(Small(), cosine_scheduler(), SHAPE, CAD, {}, folder=folder)
     return fingerprint(drawn.rows(torch.arange(len(drawn)))[0])
 
 

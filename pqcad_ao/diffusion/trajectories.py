@@ -1,4 +1,4 @@
-"""C_DC: the ways from noise to picture that full precision took, and a look whether network and scheduler fit."""
+"""C_DC: full precision's trajectories from noise to picture, and a look whether network and scheduler fit."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ LEAST_NOISE = 0.05  # power of the noise at the timesteps it looks at: of less, 
 FARTHEST = 0.04  # that a network's noise may be off; of the embedded teacher at most 0.011, with other betas from 0.06
 
 
-class CleanImages:
+class Trajectories:
     """C_DC: what the full-precision network drew, kept on disk where there is a folder, read row by row.
 
     Args:
@@ -82,7 +82,7 @@ class CleanImages:
         return first, last
 
 
-def clean_images(
+def draw_trajectories(
     reference: nn.Module,
     scheduler: DDIMScheduler,
     shape: tuple[int, int, int],
@@ -91,13 +91,13 @@ def clean_images(
     *,
     images: Tensor | None = None,
     folder: str | Path | None = None,
-    check: Callable[[CleanImages], None] | None = None,
+    check: Callable[[Trajectories], None] | None = None,
     callback: Callable[[str, int, int], None] | None = None,
     progress: bool = False,
-) -> CleanImages:
-    """Draw ``config.points`` pictures with the full-precision network, and keep the ways that lead to them.
+) -> Trajectories:
+    """Draw ``config.points`` pictures with the full-precision network, and keep the trajectories that lead to them.
 
-    The way is that of ``config.reference_solver``, in ``config.steps`` with ``config.reference_substeps`` each. Of
+    A trajectory is that of ``config.reference_solver``, in ``config.steps`` with ``config.reference_substeps`` each. Of
     pictures that are noised anew nothing else is kept, and they are drawn in ``config.steps``.
 
     Args:
@@ -126,19 +126,19 @@ def clean_images(
             )
             key = digest(*drawn_by, kept, conditioning)
             store = _FileStore(Path(folder), key, kept, config.generation_batch_size)
-        pictures = CleanImages(store.images, conditioning, images)
+        pictures = Trajectories(store.images, conditioning, images)
         _draw(store, pictures, reference, scheduler, config, check=check, callback=callback, progress=progress)
     return pictures
 
 
 def _draw(
     store: "_Store",
-    pictures: CleanImages,
+    pictures: Trajectories,
     reference: nn.Module,
     scheduler: DDIMScheduler,
     config: CADConfig,
     *,
-    check: Callable[[CleanImages], None] | None,
+    check: Callable[[Trajectories], None] | None,
     callback: Callable[[str, int, int], None] | None,
     progress: bool,
 ) -> None:
@@ -356,7 +356,7 @@ def noise_of(shape: tuple[int, ...], seed: int, row: int) -> Tensor:
 
 
 @torch.no_grad()
-def check_denoising(reference: nn.Module, schedule: DDIMSchedule, images: CleanImages) -> None:
+def check_denoising(reference: nn.Module, schedule: DDIMSchedule, images: Trajectories) -> None:
     """Look whether the network finds the noise that the scheduler says it put into the network's own pictures.
 
     What a trained denoiser gets wrong is orthogonal to what it says (its estimate is a conditional mean), however hard
@@ -388,7 +388,7 @@ def check_denoising(reference: nn.Module, schedule: DDIMSchedule, images: CleanI
             )
 
 
-def checked_images(
+def checked_trajectories(
     reference: nn.Module,
     ddim: DDIMScheduler,
     shape: tuple[int, int, int],
@@ -399,11 +399,11 @@ def checked_images(
     folder: str | Path | None,
     callback: Callable[[str, int, int], None] | None,
     progress: bool,
-) -> CleanImages:
-    """C_DC, of a scheduler that :func:`check_denoising` finds to fit; as :func:`clean_images`."""
+) -> Trajectories:
+    """C_DC, of a scheduler that :func:`check_denoising` finds to fit; as :func:`draw_trajectories`."""
     rank, _ = rank_and_world()
     schedule = DDIMSchedule.of(ddim, config.steps, placement(reference)[0])
-    return clean_images(
+    return draw_trajectories(
         reference,
         ddim,
         shape,
