@@ -9,6 +9,7 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from diffusers.utils import is_peft_available
 from torch import Tensor, nn
 
 from pqcad_ao.nn.layers import QuantizedLayer, check_saved
@@ -122,3 +123,5 @@ class PQCADDiffusersQuantizer(DiffusersQuantizer):
 # diffusers 0.42 finds quantizers in these two dictionaries (quantizers/auto.py); packages add themselves on import.
 auto.AUTO_QUANTIZER_MAPPING[Method.PQCAD.value] = PQCADDiffusersQuantizer
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.PQCAD.value] = PQCADQuantizationConfig
+if is_peft_available():  # diffusers has imported it by now
+    import pqcad_ao.nn.adapters  # noqa: F401  (LoRA on quantized layers)
