@@ -5,6 +5,7 @@ import gc
 import json
 import math
 import random
+import struct
 import sys
 from pathlib import Path
 
@@ -427,6 +428,17 @@ def test_a_flipped_bit_is_said(at, exported, tmp_path):
 def test_a_name_that_is_no_text_is_said(exported, tmp_path):
     content = exported.path.read_bytes().replace(b"batch_size", b"\x90atch_size")
     (tmp_path / "a.pte").write_bytes(seal(content))
+    with pytest.raises(ValueError, match=r"a\.pte is no ExecuTorch program, or is damaged"):
+        PTESampler(tmp_path / "a.pte")
+
+
+@pytest.mark.parametrize("at", ["root", "fields"])
+def test_a_program_that_points_outside_of_itself_is_refused(at, exported, tmp_path):
+    # a stranger makes the checksum as well: the runtime's verifier is what stands between the offset and a crash
+    content = bytearray(exported.path.read_bytes())
+    (root,) = struct.unpack_from("<I", content)  # where a flatbuffer's root table begins, which begins with its fields'
+    struct.pack_into("<I", content, {"root": 0, "fields": root}[at], 0x7FFFFFF0)
+    (tmp_path / "a.pte").write_bytes(seal(bytes(content)))
     with pytest.raises(ValueError, match=r"a\.pte is no ExecuTorch program, or is damaged"):
         PTESampler(tmp_path / "a.pte")
 
