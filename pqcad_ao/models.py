@@ -20,7 +20,8 @@ from pqcad_ao.utils.runs import only_run_in
 from pqcad_ao.utils.tensor_files import check_tensors, seal_tensors
 
 ARCHITECTURES = ("ddpm-cifar10", "sd15")  # published ones, of which the assets hold the configuration
-NAMES = ("demo", *ARCHITECTURES)
+EMBEDDED = {"demo": "fashion_mnist", "demo-w4a6": "fashion_mnist/w4a6"}  # folders of the assets
+NAMES = (*EMBEDDED, *ARCHITECTURES)
 UNETS: dict[str, Any] = {kind.__name__: kind for kind in (UNet2DModel, UNet2DConditionModel)}
 LARGEST, MOST_LAYERS = 2**16, 100  # numbers of a configuration, and those that count layers; far above any UNet's
 SAVED = ".saved"  # a model that was written whole, while it moves to its place
@@ -31,18 +32,18 @@ def load_model(name_or_dir: str | Path) -> tuple[nn.Module, DDIMScheduler]:
     """A UNet in evaluation mode, and the DDIM sampler of the noise process it was trained on.
 
     Args:
-        name_or_dir: ``"demo"``, the embedded Fashion-MNIST teacher; ``"ddpm-cifar10"`` or ``"sd15"`` (Stable Diffusion
+        name_or_dir: ``"demo"``, the embedded Fashion-MNIST teacher; ``"demo-w4a6"``, what the default recipe made of
+            it: four-bit weights, six-bit activations, ten steps; ``"ddpm-cifar10"`` or ``"sd15"`` (Stable Diffusion
             1.5), published configurations with seeded random weights, for speed and size and never for quality; or a
-            folder: DIR with ``unet/`` and
-            ``scheduler/``, or DIR with ``config.json`` and the scheduler's ``scheduler_config.json`` in it or in a
-            ``scheduler/`` in or beside it. The network may be a quantized one.
+            folder: DIR with ``unet/`` and ``scheduler/``, or DIR with ``config.json`` and the scheduler's
+            ``scheduler_config.json`` in it or in a ``scheduler/`` in or beside it. The network may be a quantized one.
 
     Raises:
         ValueError: no such name or folder, not of that layout, or damaged.
     """
     if name_or_dir in ARCHITECTURES:
         return _random(str(name_or_dir))
-    folder = asset_path("fashion_mnist") if name_or_dir == "demo" else Path(name_or_dir)
+    folder = asset_path(EMBEDDED[str(name_or_dir)]) if name_or_dir in EMBEDDED else Path(name_or_dir)
     if not folder.is_dir():
         raise ValueError(
             f"no model {str(name_or_dir)!r}: allowed are {', '.join(map(repr, NAMES))} or a folder that holds unet/ "

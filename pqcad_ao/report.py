@@ -24,6 +24,7 @@ ROW_NAMES = {
     "ptq_half": "quantized, fixed-bit calibration, half the steps",
     "pq_half": "quantized, progressive, half the steps",
     "pqcad_half": "quantized, distilled to half the steps",
+    "shipped_half": "what the default recipe made before, half the steps",
 }
 BYTE_NAMES = {
     "fp32_checkpoint": "checkpoint, fp32 (safetensors)",

@@ -101,6 +101,7 @@ def run(
     model: str = "demo",
     config: PQCADConfig | None = None,
     cad: CADConfig | None = None,
+    shipped: str | None = None,
     images: int = 256,
     steps: int = 20,
     batch_size: int = 32,
@@ -120,6 +121,8 @@ def run(
         config: how to quantize; if None, ``PQCADConfig(mode="ptq", seed=seed)``. Where it learns, there is one more
             row, and the fixed-bit row has the same configuration with ``mode="ptq"``.
         cad: how to distill the quantized network to half the steps; None: not at all.
+        shipped: a network that was made of the teacher before and takes half the steps, as for
+            :func:`~pqcad_ao.models.load_model`; it is one more row. None: there is none.
         images: behind each FID, from the same noise for all rows. steps: of the sampler. batch_size: images a call.
         latency_calls: timed calls behind each median. pictures: of each kind in samples.png, at most ``images``.
         features: feature network and real statistics; the embedded ones if None.
@@ -155,6 +158,8 @@ def run(
     rows, result = make_rows(Row("fp_full", teacher, scheduler, steps), config, cad, stages, progress)
     state = cast(QuantizedState, quantized_state(result.unet))
     say(f"           {state.plan.summary()}")
+    if shipped is not None:
+        rows.append(Row("shipped_half", *load_model(shipped), steps // 2))
     drawn, visited = draw(rows, noise, batch_size, stages, progress)
     with stages("evaluate: FID, SQNR"):
         quality = {
@@ -317,6 +322,7 @@ def labelled_panels(
     """As many pictures of every row as unet.pte sampled, and those, each under what it is and how good it is."""
     bits = f"W{config.weight_bits}A{config.activation_bits or ' float'}"
     ways = {"fp": "full precision", "ptq": f"{bits} fixed", "pq": f"{bits} progressive", "pqcad": f"{bits} distilled"}
+    ways["shipped"] = "default recipe"
 
     def label(row: Row) -> str:
         return f"{ways[row.way]}, {row.steps} steps"

@@ -42,6 +42,7 @@ def run_tiny(
         model=str(model),
         config=PQCADConfig.fast(mode=mode, beta=0.5, **sizes),
         cad=CADConfig.fast(steps=4, iterations=6, batch_size=4, points=8) if mode != "ptq" else None,
+        shipped=str(model) if mode != "ptq" else None,
         images=6,
         steps=4,
         batch_size=4,
@@ -82,7 +83,8 @@ def test_summary_has_the_keys_that_are_promised_and_no_others(made: tuple[Path, 
     out, _, _ = made
     summary = json.loads((out / "summary.json").read_text(), parse_constant=pytest.fail)
     assert summary["steps"] == {"full": 4, "half": 2}
-    assert summary["fid"].keys() == {"fp_full", "fp_half", "ptq_full", "pq_full", "pqcad_half"}
+    assert summary["fid"].keys() == {"fp_full", "fp_half", "ptq_full", "pq_full", "pqcad_half", "shipped_half"}
+    assert summary["fid"]["shipped_half"] == summary["fid"]["fp_half"]  # here it is the same network
     assert summary["fid_n"] == 6
     assert all(low < high for low, high in summary["fid_ci"].values())
     assert summary["fid_ci"].keys() == summary["fid"].keys()

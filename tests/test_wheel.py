@@ -68,7 +68,7 @@ def test_the_wheel_holds_every_module_and_what_they_read(source: Path, wheel: Pa
     with zipfile.ZipFile(wheel) as file:
         names = {name for name in file.namelist() if ".dist-info/" not in name}
     assert names == expected
-    assert wheel.stat().st_size < 6_000_000  # the teacher is 4.1 MB of it, the feature network and its statistics 1.9
+    assert wheel.stat().st_size < 7_000_000  # teacher 4.1 MB, its compressed form 0.7, features and statistics 1.9
 
 
 def test_the_wheel_has_the_version_of_the_package(wheel: Path):
