@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import nn
 from torchao.quantization.transform_module import register_quantize_module_handler
 
@@ -24,6 +24,7 @@ from pqcad_ao.learn.sensitivity import sensitive
 from pqcad_ao.nn.diffusers_plugin import attach
 from pqcad_ao.nn.state import QuantizedState, quantized_state
 from pqcad_ao.nn.timestep import Timestep, install_timestep
+from pqcad_ao.pipeline import PipelineWalk, network_of
 from pqcad_ao.plan import planned
 from pqcad_ao.prepare.annotate import PQCADQuantizer, insert_fake_quantizers
 from pqcad_ao.prepare.fold import adopt, fold
@@ -36,7 +37,7 @@ def is_root(module: nn.Module, fqn: str) -> bool:
 
 
 def quantize_(
-    model: nn.Module,
+    model: nn.Module | DiffusionPipeline,
     config: PQCADConfig,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     device: torch.device | str | None = None,
@@ -44,6 +45,8 @@ def quantize_(
     scheduler: Any = None,
     sample_shape: tuple[int, int, int] | None = None,
     conditioning: dict[str, Any] | None = None,
+    prompts: list[str] | None = None,
+    call: dict[str, Any] | None = None,
     folder: str | Path | None = None,
     callback: Callable[[str, int, int], None] | None = None,
     progress: bool = True,
@@ -54,7 +57,8 @@ def quantize_(
     their :class:`~pqcad_ao.nn.layers.QuantizedLayer`. A call that fails leaves it as it was.
 
     Args:
-        model: a diffusers ``UNet2DModel`` or ``UNet2DConditionModel``, or a module called as ``f(x_t, timesteps)``.
+        model: a diffusers ``UNet2DModel`` or ``UNet2DConditionModel``, or a module called as ``f(x_t, timesteps)``. Or
+            a diffusers pipeline, whose network is quantized; it brings scheduler, shape and conditioning of its own.
         config: what to do.
         filter_fn: ``(module, fqn) -> bool``; layers it refuses stay in floating point, and the plan says so.
         device: where the network goes first, as in torchao.
@@ -63,6 +67,9 @@ def quantize_(
         sample_shape: (C, H, W), for networks whose config does not say it.
         conditioning: keyword arguments of ``model.forward`` with rows to draw from, for conditional networks: any
             number of them, each used as often as the next.
+        prompts: of a pipeline: what it draws while it is calibrated, a few dozen as its users write them.
+        call: of a pipeline: further arguments of its call, such as ``{"guidance_scale": 5.0}``; a list with as many
+            entries as there are prompts goes along with them. C_QC is what its network is given under these.
         folder: where a long run keeps what it needs to go on after it was killed: the calibration set, checkpoints, and
             ``log.jsonl`` with a line for each update. The same call with the same folder goes on, to the same result.
         callback: called as ``callback(stage, done, total)``.
@@ -75,23 +82,47 @@ def quantize_(
         RuntimeError: ``torch.export`` cannot capture the network.
     """
     _check_config(config)
-    _check_model(model)
-    scheduler = _scheduler(model, scheduler)
-    shape = denoiser.sample_shape(model, sample_shape)
-    num_train_timesteps = scheduler.config.num_train_timesteps
+    network = network_of(model) if isinstance(model, DiffusionPipeline) else model
+    _check_model(network)
     keeps: dict[str, Any] = {"folder": folder, "callback": callback, "progress": progress}
-    with _moved(model, device):
-        conditioning = check_conditioning(model, conditioning)
-        captured, resolved = planned(model, config, filter_fn, shape, conditioning)
+    with _moved(model, network, device):
+        source: _Trajectories | PipelineWalk
+        if isinstance(model, DiffusionPipeline):
+            _check_brought(model, scheduler=scheduler, sample_shape=sample_shape, conditioning=conditioning)
+            source = PipelineWalk(model, prompts, call, config)
+        else:
+            _check_no_pipeline(model, prompts=prompts, call=call)
+            source = _Trajectories(model, config, scheduler, sample_shape, conditioning)
+        num_train_timesteps = source.num_train_timesteps
+        captured, resolved = planned(network, config, filter_fn, source.shape, source.conditioning)
         with only_run_in(folder):
-            points = calibration_set(model, scheduler, shape, config, conditioning, **keeps)
-            resolved, learned = _learn(captured, resolved, points, config, num_train_timesteps, **keeps)
+            resolved, learned = _learn(captured, resolved, source.points(**keeps), config, num_train_timesteps, **keeps)
         timestep = Timestep(config.timestep_groups, num_train_timesteps)
-        layers = fold(learned.graph, model, resolved, timestep)
-        attach(model, QuantizedState(config, resolved, timestep, learned.transitions, learned.log))
-    # nothing above touched the model's layers; nothing below can fail
-    adopt(model, learned.graph if config.learns else None, layers)
-    install_timestep(model, timestep)
+        layers = fold(learned.graph, network, resolved, timestep)
+        attach(network, QuantizedState(config, resolved, timestep, learned.transitions, learned.log))
+    # nothing above touched the network's layers; nothing below can fail
+    adopt(network, learned.graph if config.learns else None, layers)
+    install_timestep(network, timestep)
+
+
+class _Trajectories:
+    """A network and its sampler, as a source of C_QC; :class:`~pqcad_ao.pipeline.PipelineWalk` is another."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        config: PQCADConfig,
+        scheduler: Any,
+        sample_shape: tuple[int, int, int] | None,
+        conditioning: dict[str, Any] | None,
+    ) -> None:
+        self.network, self.config, self.scheduler = network, config, _scheduler(network, scheduler)
+        self.num_train_timesteps = self.scheduler.config.num_train_timesteps
+        self.shape = denoiser.sample_shape(network, sample_shape)
+        self.conditioning = check_conditioning(network, conditioning)
+
+    def points(self, **keeps: Any) -> CalibrationSet:
+        return calibration_set(self.network, self.scheduler, self.shape, self.config, self.conditioning, **keeps)
 
 
 def _learn(
@@ -123,9 +154,11 @@ def _learn(
 
 
 @contextmanager
-def _moved(model: nn.Module, device: torch.device | str | None) -> Iterator[None]:
-    """Move a network to ``device``, and back where it was if anything is raised."""
-    home, _ = placement(model)
+def _moved(
+    model: nn.Module | DiffusionPipeline, network: nn.Module, device: torch.device | str | None
+) -> Iterator[None]:
+    """Move a network, or its pipeline, to ``device``, and back where it was if anything is raised."""
+    home, _ = placement(network)
     try:
         if device is not None:
             model.to(device)
@@ -140,6 +173,24 @@ def _check_config(config: PQCADConfig) -> None:
     if not isinstance(config, PQCADConfig):
         raise TypeError(
             f"config is a {type(config).__name__}: write PQCADConfig(); for other configs use torchao's quantize_"
+        )
+
+
+def _check_brought(pipeline: DiffusionPipeline, **given: Any) -> None:
+    wrong = [name for name, value in given.items() if value is not None]
+    if wrong:
+        raise ValueError(
+            f"{type(pipeline).__name__} brings its own {' and '.join(wrong)}: leave it out, or hand over the network "
+            "itself in place of the pipeline"
+        )
+
+
+def _check_no_pipeline(model: nn.Module, **given: Any) -> None:
+    wrong = [name for name, value in given.items() if value is not None]
+    if wrong:
+        raise ValueError(
+            f"{' and '.join(wrong)} are for pipelines, and a {type(model).__name__} is none: hand over the pipeline, "
+            "or conditioning={'name of forward's argument': tensor}"
         )
 
 
@@ -169,7 +220,7 @@ def _scheduler(model: nn.Module, given: Any) -> DDIMScheduler:
         warnings.warn(
             "no scheduler was given and none is saved beside the network: calibrating on DDIMScheduler()'s noise "
             "process (linear betas, epsilon prediction). Pass scheduler=... if the network was trained on another",
-            stacklevel=3,
+            stacklevel=4,
         )
     return scheduler
 

@@ -24,6 +24,7 @@ ROOMS = [
     "passes",
     "learn",
     "plan",
+    "pipeline",
     "quantize",
     "distill",
     "evaluate",

@@ -64,6 +64,38 @@ def draw_timesteps(
     return drawn[:count]
 
 
+def draw_steps(
+    visited: Tensor, num_train_timesteps: int, config: PQCADConfig, generator: torch.Generator
+) -> tuple[Tensor, int]:
+    """The step of a sampler at which each point of C_QC is taken: a timestep drawn by the law, moved to the nearest.
+
+    Args:
+        visited: (S,) the sampler's timesteps.
+
+    Returns:
+        (N,) int64, and how many trajectories give each point an x_t of its own.
+    """
+    drawn = draw_timesteps(
+        config.learning_points if config.learns else config.calibration_points,
+        num_train_timesteps,
+        config.calibration_timesteps,
+        mean=config.calibration_mean,
+        std=config.calibration_std,
+        generator=generator,
+    )
+    step = (drawn[:, None] - visited[None]).abs().argmin(1)
+    return step, int(torch.bincount(step).max())
+
+
+def assign_trajectories(step: Tensor, trajectories: int, generator: torch.Generator) -> Tensor:
+    """A trajectory for each point (N,), its own among those at its step. Returns (N,) int64."""
+    trajectory = torch.zeros(len(step), dtype=torch.int64)
+    for index in step.unique():
+        here = step == index
+        trajectory[here] = torch.randperm(trajectories, generator=generator)[: int(here.sum())]
+    return trajectory
+
+
 def calibration_set(
     model: nn.Module,
     scheduler: Any,
@@ -165,21 +197,9 @@ def _draw(
 ) -> _Draw:
     """Draw the points' timesteps by the law, and give each a trajectory of its own among those at its step."""
     generator = torch.Generator().manual_seed(config.seed)
-    drawn = draw_timesteps(
-        config.learning_points if config.learns else config.calibration_points,
-        scheduler.config.num_train_timesteps,
-        config.calibration_timesteps,
-        mean=config.calibration_mean,
-        std=config.calibration_std,
-        generator=generator,
-    )
-    step = (drawn[:, None] - scheduler.timesteps[None]).abs().argmin(1)
-    trajectories = int(torch.bincount(step).max())
+    step, trajectories = draw_steps(scheduler.timesteps, scheduler.config.num_train_timesteps, config, generator)
     noise = torch.randn(trajectories, *shape, generator=generator).to(device, dtype)
-    trajectory = torch.zeros(len(drawn), dtype=torch.int64)
-    for index in step.unique():
-        here = step == index
-        trajectory[here] = torch.randperm(trajectories, generator=generator)[: int(here.sum())]
+    trajectory = assign_trajectories(step, trajectories, generator)
     return _Draw(step, trajectory, noise, spread_rows(conditioning, torch.arange(trajectories), trajectories))
 
 

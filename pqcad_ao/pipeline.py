@@ -1,0 +1,304 @@
+"""A pipeline of diffusers in place of its network: C_QC is what the pipeline hands to its network while it draws.
+
+Nothing here knows a pipeline's kind. It is called as its users call it, with their prompts, and what its network is
+given is recorded: the trajectories of its own scheduler, under guidance the rows of either prompt, and whatever
+conditioning it makes of them.
+"""
+
+import inspect
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from tqdm.auto import tqdm
+
+from pqcad_ao.config import PQCADConfig
+from pqcad_ao.denoiser import EXTRA_CHANNELS, evaluation_mode, placement, timestep_position
+from pqcad_ao.diffusion.calibration import CalibrationSet, assign_trajectories, draw_steps
+from pqcad_ao.utils.files import digest
+from pqcad_ao.utils.tensor_files import read_tensors, write_tensors
+
+NETWORKS = ("unet", "transformer")  # what pipelines call the component that denoises
+PROBED = 2  # pictures of the call that shows how the network is called
+
+
+def network_of(pipeline: DiffusionPipeline) -> nn.Module:
+    """The network of a pipeline that denoises.
+
+    Raises:
+        ValueError: the pipeline has none, or several.
+    """
+    found = [name for name in pipeline.components if name.startswith(NETWORKS) and getattr(pipeline, name) is not None]
+    if len(found) == 1:
+        return getattr(pipeline, found[0])
+    held = f"several networks, {' and '.join(found)}" if found else "neither a unet nor a transformer"
+    raise ValueError(
+        f"{type(pipeline).__name__} has {held} (its components: {', '.join(sorted(pipeline.components))}): hand over "
+        "the network that is to be quantized, with conditioning={'name of forward's argument': tensor of some rows}"
+    )
+
+
+class PipelineWalk:
+    """A pipeline and its prompts, as a source of C_QC.
+
+    Args:
+        prompts: what is drawn, each as often as the next, in an order that ``config.seed`` shuffles; None where the
+            pipeline takes none.
+        call: further arguments of the pipeline's call, such as ``guidance_scale``. A list with as many entries as there
+            are prompts goes along with them; where there are no prompts, such as ``class_labels``.
+
+    Attributes:
+        network: that denoises. shape: (C, H, W) of its samples. conditioning: some rows, as the pipeline makes them.
+        num_train_timesteps: of the pipeline's scheduler.
+
+    Raises:
+        ValueError: no network, no prompts for a pipeline that takes them, an argument that its call does not have,
+            samples that are no images, conditioning without a row for each sample.
+    """
+
+    def __init__(
+        self, pipeline: DiffusionPipeline, prompts: list[str] | None, call: dict[str, Any] | None, config: PQCADConfig
+    ) -> None:
+        self.pipeline, self.network, self.config = pipeline, network_of(pipeline), config
+        self.allowed = inspect.signature(pipeline.__call__).parameters
+        self.call = _checked(pipeline, self.allowed, prompts, call or {})
+        lists = [value for value in self.call.values() if isinstance(value, list)]
+        self.length = len(prompts) if prompts else max(map(len, lists), default=0)
+        self.num_train_timesteps = pipeline.scheduler.config.num_train_timesteps
+        first = next(self._calls(range(PROBED), probe=True))
+        _check_rows(pipeline, first)
+        channels, height, width = first.x_t.shape[1:]
+        self.shape, self.conditioning = (channels, height, width), first.conditioning
+        # pictures of a call
+        self.batch = max(1, config.calibration_batch_size * PROBED // len(first))
+
+    def points(
+        self,
+        *,
+        folder: str | Path | None = None,
+        callback: Callable[[str, int, int], None] | None = None,
+        progress: bool = False,
+    ) -> CalibrationSet:
+        """C_QC as :func:`~pqcad_ao.diffusion.calibration.calibration_set` draws it, from the pipeline's own walks.
+
+        What the network is given for one picture under guidance are two trajectories, of either prompt.
+
+        Args:
+            folder: keeps the points of each batch of pictures, and a batch that is there is not walked again.
+            callback: called as ``callback("trajectories", done, total)``, of pictures.
+
+        Raises:
+            FloatingPointError: a trajectory leaves the finite numbers. ValueError: a file in ``folder`` is damaged.
+        """
+        walked, draw, kept = 0, None, []
+        with tqdm(desc="trajectories", disable=not progress, leave=False) as bar:
+            while draw is None or walked < draw.pictures:
+                end = min(walked + self.batch, self.batch if draw is None else draw.pictures)
+                file = None if folder is None else self._file(Path(folder), walked, end)
+                if file is not None and file.is_file():
+                    found, visited, rows = self._read(file)
+                    draw = draw or self._draw(visited, rows, end)
+                else:
+                    calls = list(self._calls(range(walked, end)))
+                    visited, rows = [float(call.timesteps[0]) for call in calls], len(calls[0]) // (end - walked)
+                    draw = draw or self._draw(visited, rows, end)
+                    found = draw.kept(calls, walked * rows)
+                    if file is not None:
+                        self._write(file, found, visited, rows)
+                kept.append(found)
+                bar.total, walked = draw.pictures, end
+                bar.update(end - bar.n)
+                if callback is not None:
+                    callback("trajectories", end, draw.pictures)
+        points = _joined(kept)  # in the order of the walks, of which the first ones would stand for all
+        return points[torch.randperm(len(points), generator=torch.Generator().manual_seed(self.config.seed))]
+
+    def _draw(self, visited: list[float], rows: int, least: int) -> "_Draw":
+        """Which point is taken at which visited timestep, from which trajectory of at least so many pictures."""
+        generator = torch.Generator().manual_seed(self.config.seed)
+        step, trajectories = draw_steps(torch.tensor(visited), self.num_train_timesteps, self.config, generator)
+        pictures = max(least, -(-trajectories // rows))
+        return _Draw(step, assign_trajectories(step, pictures * rows, generator), pictures)
+
+    def _calls(self, pictures: range, *, probe: bool = False) -> Iterator[CalibrationSet]:
+        """What the network is given at each timestep while the pipeline draws the pictures of these numbers.
+
+        Args:
+            probe: the first call alone, in which the network computes nothing.
+        """
+        calls: list[CalibrationSet] = []
+
+        def record(network: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            calls.append(self._recorded(args, kwargs))
+            if probe:
+                raise _Seen
+
+        handle = self.network.register_forward_pre_hook(record, with_kwargs=True)
+        try:
+            with evaluation_mode(self.network), _without_bar(self.pipeline):
+                self.pipeline(**self._arguments(pictures))
+        except _Seen:
+            pass
+        finally:
+            handle.remove()
+        # some call their network for each prompt by itself, and solvers of higher order more than once
+        for _, together in groupby(calls, lambda call: float(call.timesteps[0])):
+            yield _joined(list(together))
+
+    def _arguments(self, pictures: range) -> dict[str, Any]:
+        """Of the pipeline's call for these pictures; each has noise of its own, whatever batch it is drawn in."""
+        seed = self.config.seed
+        order = torch.randperm(self.length, generator=torch.Generator().manual_seed(seed)).tolist()
+        given = {
+            name: [value[order[number % self.length]] for number in pictures]
+            if isinstance(value, list) and len(value) == self.length
+            else value
+            for name, value in self.call.items()
+        }
+        generators = [torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63) for number in pictures]
+        usual = {
+            "num_inference_steps": self.config.calibration_steps,
+            "generator": generators,
+            "output_type": "latent",
+            **({} if self.length else {"batch_size": len(pictures)}),
+        }
+        return {name: value for name, value in usual.items() if name in self.allowed} | given
+
+    def _recorded(self, args: tuple, kwargs: dict[str, Any]) -> CalibrationSet:
+        """A call of the network, its arguments by name."""
+        names = list(inspect.signature(self.network.forward).parameters)
+        given = dict(zip(names, args, strict=False)) | kwargs
+        x_t, timesteps = given.pop(names[0]), given.pop(names[timestep_position(self.network)])
+        conditioning = {name: value for name, value in given.items() if value is not None and name != "return_dict"}
+        channels = min(x_t.shape[1], getattr(self.network.config, "out_channels", None) or x_t.shape[1])
+        if channels < x_t.shape[1]:  # a mask beside the sample
+            conditioning[EXTRA_CHANNELS] = x_t[:, channels:]
+        timesteps = torch.as_tensor(timesteps, device=x_t.device).reshape(-1).expand(len(x_t))
+        return CalibrationSet(x_t[:, :channels].clone(), timesteps, conditioning)
+
+    def _file(self, folder: Path, first: int, end: int) -> Path:
+        """That keeps the points of a batch of pictures, named by all that they depend on."""
+        scheduler = (
+            repr(sorted(self.pipeline.scheduler.config.items(), key=str)),
+            type(self.pipeline.scheduler).__name__,
+        )
+        drawn = (self.network.state_dict(), scheduler, self.call, self.conditioning, self.config, first, end)
+        return folder / f"c_qc-{digest(*drawn)}.safetensors"
+
+    def _write(self, file: Path, found: CalibrationSet, visited: list[float], rows: int) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {str(number): leaf.cpu().contiguous() for number, leaf in enumerate(_tensors(found))}
+        write_tensors(file, tensors, {"walk": json.dumps([visited, rows])})
+
+    def _read(self, file: Path) -> tuple[CalibrationSet, list[float], int]:
+        try:
+            tensors, (visited, rows) = read_tensors(file, "walk")
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file} is damaged ({error}): delete it, and it is made again") from error
+        device, _ = placement(self.network)
+        x_t, timesteps, *rest = [tensors[str(number)].to(device) for number in range(len(tensors))]
+        leaves, form = tree_flatten(self.conditioning)
+        conditioning = tree_unflatten([rest.pop(0) if isinstance(leaf, Tensor) else leaf for leaf in leaves], form)
+        return CalibrationSet(x_t, timesteps, conditioning), visited, rows
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Where each point of a set is taken: (N,) int64 at which step, from which trajectory; and of how many pictures."""
+
+    step: Tensor
+    trajectory: Tensor
+    pictures: int
+
+    def kept(self, calls: list[CalibrationSet], first: int) -> CalibrationSet:
+        """The points among the calls for a batch of pictures, whose first trajectory has the number ``first``."""
+        found, width = [], len(calls[0])  # a solver may call the network more often at a later timestep
+        for step, call in enumerate(calls):
+            if not call.x_t.isfinite().all():
+                raise FloatingPointError(
+                    f"the pipeline left the finite numbers before its step {step + 1} (timestep "
+                    f"{call.timesteps[0]:g}): float16 ends at 65504, give it in float32 or bfloat16; or "
+                    "look at its weights and its scheduler"
+                )
+            rows = self.trajectory[self.step == step] - first
+            found.append(call[rows[(rows >= 0) & (rows < min(width, len(call)))].to(call.x_t.device)])
+        return _joined(found)
+
+
+class _Seen(Exception):
+    """The network was called; no error, it ends the pipeline's call."""
+
+
+@contextmanager
+def _without_bar(pipeline: DiffusionPipeline) -> Iterator[None]:
+    shown = getattr(pipeline, "_progress_bar_config", {})
+    pipeline.set_progress_bar_config(**{**shown, "disable": True})
+    try:
+        yield
+    finally:
+        pipeline.set_progress_bar_config(**shown)
+
+
+def _tensors(points: CalibrationSet) -> list[Tensor]:
+    return [
+        leaf for leaf in tree_leaves((points.x_t, points.timesteps, points.conditioning)) if isinstance(leaf, Tensor)
+    ]
+
+
+def _joined(parts: list[CalibrationSet]) -> CalibrationSet:
+    """Their rows one behind the other."""
+    if len(parts) == 1:
+        return parts[0]
+    leaves, form = zip(*(tree_flatten(part.conditioning) for part in parts), strict=True)
+    conditioning = [torch.cat(each) if isinstance(each[0], Tensor) else each[0] for each in zip(*leaves, strict=True)]
+    return CalibrationSet(
+        torch.cat([part.x_t for part in parts]),
+        torch.cat([part.timesteps for part in parts]),
+        tree_unflatten(conditioning, form[0]),
+    )
+
+
+def _checked(
+    pipeline: DiffusionPipeline, allowed: Any, prompts: list[str] | None, call: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a pipeline's call, the prompts among them; errors as :class:`PipelineWalk`."""
+    kind = type(pipeline).__name__
+    unknown = [name for name in call if name not in allowed]
+    if unknown:
+        raise ValueError(f"{kind} is not called with {', '.join(unknown)}: allowed in call are {', '.join(allowed)}")
+    if prompts is None:
+        missing = "prompt" in allowed and not any(name.startswith("prompt") for name in call)
+        if missing:
+            raise ValueError(
+                f"{kind} draws what prompts say and has none: pass prompts=[...], a few dozen as its users write them"
+            )
+        return call
+    if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"prompts is {prompts!r}: write a list of strings")
+    if "prompt" not in allowed:
+        raise ValueError(f"{kind} takes no prompts: leave them out, or hand over in call what it takes")
+    return {"prompt": list(prompts), **call}
+
+
+def _check_rows(pipeline: DiffusionPipeline, call: CalibrationSet) -> None:
+    """Raises ValueError: a pipeline's network is not one of images with a row of conditioning for each."""
+    kind = type(pipeline).__name__
+    if call.x_t.dim() != 4:
+        raise ValueError(
+            f"{kind} denoises samples of {tuple(call.x_t.shape[1:])}: networks of images (C, H, W) are quantized"
+        )
+    for name, value in call.conditioning.items():
+        for leaf in tree_leaves(value):
+            if isinstance(leaf, Tensor) and (not leaf.dim() or len(leaf) != len(call)):
+                raise ValueError(
+                    f"{kind} hands over {name} of {tuple(leaf.shape)} to a batch of {len(call)} samples: networks are "
+                    "quantized whose conditioning has a row for each"
+                )

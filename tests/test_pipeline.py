@@ -1,0 +1,179 @@
+"""A pipeline in place of its network: C_QC is what it hands to its network while it draws prompts or classes."""
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DiffusionPipeline, PNDMScheduler, StableDiffusionInpaintPipeline
+from networks import cosine_scheduler, quick, sqnr
+from pipelines import CALLS, PROMPTS, TEXT, dit, vae
+from torch import Tensor
+
+from pqcad_ao import plan, quantize_
+from pqcad_ao.nn.state import quantized_state
+from pqcad_ao.pipeline import PipelineWalk
+
+CLASSES = [3, 7, 500]
+GUIDED = {"class_labels": CLASSES, "guidance_scale": 3.0}
+
+
+@pytest.fixture
+def pipeline() -> DiffusionPipeline:
+    return dit()
+
+
+def recorded(pipeline: DiffusionPipeline, **call) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """x_t, timestep and class of every row that a pipeline hands to its network."""
+    rows: list = []
+
+    def look(network, args, kwargs):
+        rows.extend(zip(args[0].clone(), kwargs["timestep"], kwargs["class_labels"], strict=True))
+
+    handle = pipeline.transformer.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        pipeline(**call)
+    finally:
+        handle.remove()
+    return rows
+
+
+def test_points_are_the_inputs_of_the_guided_walk(pipeline):
+    config = quick(calibration_points=24, calibration_batch_size=4)
+    walk = PipelineWalk(pipeline, None, GUIDED, config)
+    seen: list[tuple[str, int, int]] = []
+    points = walk.points(callback=lambda *state: seen.append(state))
+    assert len(points) == 24
+    pictures = seen[-1][2]
+    assert seen == [("trajectories", min(first + 2, pictures), pictures) for first in range(0, pictures, 2)]
+    order = torch.randperm(3, generator=torch.Generator().manual_seed(config.seed)).tolist()
+    rows = recorded(
+        pipeline,
+        class_labels=[CLASSES[order[number % 3]] for number in range(pictures)],
+        guidance_scale=3.0,
+        num_inference_steps=4,
+        output_type="latent",
+        generator=[torch.Generator().manual_seed((config.seed * 1_000_003 + n) % 2**63) for n in range(pictures)],
+    )
+    kept = set()
+    for x_t, timestep, label in zip(points.x_t, points.timesteps, points.conditioning["class_labels"], strict=True):
+        found = [
+            number
+            for number, (x, t, c) in enumerate(rows)
+            if t == timestep and c == label and torch.allclose(x, x_t, rtol=1e-3, atol=1e-4)
+        ]
+        assert found
+        kept.add((found[0], int(label)))
+    labels = [label for _, label in kept]
+    assert set(labels) <= {*CLASSES, 1000}
+    assert 0.2 < labels.count(1000) / len(labels) < 0.8  # of both prompts, nearly equal parts
+
+
+def test_a_pipeline_is_quantized_in_place_and_draws_the_same_pictures(pipeline):
+    call = {"class_labels": [3], "num_inference_steps": 4, "output_type": "np"}
+    expected = torch.from_numpy(pipeline(**call, generator=torch.Generator().manual_seed(5)).images)
+    quantize_(pipeline, quick(weight_bits=8, activation_bits=8), call=GUIDED, progress=False)
+    assert plan(pipeline.transformer).quantized
+    assert quantized_state(pipeline.transformer).timestep.num_train_timesteps == 1000
+    assert pipeline.set_progress_bar_config is not None
+    assert "disable" not in getattr(pipeline, "_progress_bar_config", {})
+    images = torch.from_numpy(pipeline(**call, generator=torch.Generator().manual_seed(5)).images)
+    assert sqnr(expected, images) > 30
+
+
+def test_one_without_conditioning_needs_nothing(tiny_unet):
+    pipeline = DDIMPipeline(tiny_unet, cosine_scheduler())
+    points = PipelineWalk(pipeline, None, None, quick()).points()
+    assert points.timesteps.dtype == torch.int64
+    assert set(points.timesteps.tolist()) <= {249, 499, 749, 999}
+    assert points.conditioning == {}
+
+
+def test_a_walk_that_was_cut_short_goes_on(pipeline, tmp_path):
+    config = quick(calibration_points=24, calibration_batch_size=4)
+    whole = PipelineWalk(pipeline, None, GUIDED, config).points()
+
+    def stop(stage, done, total):
+        if done >= 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        PipelineWalk(pipeline, None, GUIDED, config).points(folder=tmp_path, callback=stop)
+    before = set(tmp_path.iterdir())
+    assert before
+    walk, calls = PipelineWalk(pipeline, None, GUIDED, config), []
+    handle = pipeline.transformer.register_forward_hook(lambda *_: calls.append(1))
+    again = walk.points(folder=tmp_path)
+    handle.remove()
+    files = set(tmp_path.iterdir())
+    assert len(calls) == 4 * (len(files) - len(before))  # steps of each batch that was left
+    for points in (again, PipelineWalk(pipeline, None, GUIDED, config).points(folder=tmp_path)):
+        assert torch.equal(points.x_t, whole.x_t)
+        assert torch.equal(points.timesteps, whole.timesteps)
+        assert torch.equal(points.conditioning["class_labels"], whole.conditioning["class_labels"])
+    other = PipelineWalk(pipeline, None, {**GUIDED, "guidance_scale": 2.0}, config).points(folder=tmp_path)
+    assert not torch.equal(other.x_t, whole.x_t)
+    for file in files:
+        file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"is damaged .*: delete it, and it is made again"):
+        PipelineWalk(pipeline, None, GUIDED, config).points(folder=tmp_path)
+
+
+def test_what_does_not_fit_is_said_before_any_work(pipeline, tiny_unet):
+    def refused(message: str, model=pipeline, **options) -> None:
+        with pytest.raises(ValueError, match=message):
+            quantize_(model, quick(), progress=False, **options)
+
+    refused(r"DiTPipeline takes no prompts: leave them out", prompts=["a house"])
+    refused(r"DiTPipeline is not called with guidance: allowed in call are class_labels", call={"guidance": 3})
+    refused(r"brings its own scheduler: leave it out", call=GUIDED, scheduler=cosine_scheduler())
+    refused(r"brings its own sample_shape and conditioning", sample_shape=(1, 8, 8), conditioning={})
+    refused(r"prompts are for pipelines, and a UNet2DModel is none", tiny_unet, prompts=["a house"])
+    pipeline.transformer = None
+    refused(r"neither a unet nor a transformer \(its components: scheduler, transformer, vae\): hand over the network")
+    with pytest.raises(ValueError, match=r"prompts is 'a house': write a list of strings"):
+        PipelineWalk(DDIMPipeline(tiny_unet, cosine_scheduler()), "a house", None, quick())
+
+
+def test_overflow_is_an_error(pipeline):
+    walk = PipelineWalk(pipeline, None, GUIDED, quick())
+    pipeline.vae, handle = vae(), pipeline.transformer.proj_out_2.register_forward_hook(lambda m, a, o: o / 0)
+    with pytest.raises(FloatingPointError, match=r"the pipeline left the finite numbers before its step 2"):
+        walk.points()
+    handle.remove()
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_prompts_become_the_conditioning_of_the_network(name, tmp_path):
+    """What is calibrated on is what the pipeline's own text encoders make of the prompts."""
+    pytest.importorskip("transformers")
+    pipeline = TEXT[name](tmp_path)
+    with pytest.raises(ValueError, match=r"draws what prompts say and has none: pass prompts=\[\.\.\.\]"):
+        quantize_(pipeline, quick(), progress=False)
+    walk = PipelineWalk(pipeline, PROMPTS, {"guidance_scale": 4.0, **CALLS[name]}, quick())
+    points = walk.points()
+    assert walk.shape == (4, 8, 8)
+    rows = points.conditioning["encoder_hidden_states"]
+    encoded = pipeline.encode_prompt(PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
+    known = torch.cat([e for e in encoded if e is not None and e.dim() == 3])
+    assert all(any(torch.allclose(row, one, atol=1e-5) for one in known) for row in rows)
+
+
+def test_a_mask_is_conditioning(tmp_path):
+    pytest.importorskip("transformers")
+    pipeline = TEXT["sd"](tmp_path)
+    torch.manual_seed(0)
+    unet = type(pipeline.unet)(**{**pipeline.unet.config, "in_channels": 9}).eval()
+    inpaint = StableDiffusionInpaintPipeline(**{**pipeline.components, "unet": unet}, requires_safety_checker=False)
+    picture = torch.zeros(1, 3, 8, 8)
+    call = {"image": picture, "mask_image": picture[:, :1], "height": 8, "width": 8}
+    walk = PipelineWalk(inpaint, PROMPTS, call, quick())
+    assert walk.shape == (4, 8, 8)
+    assert walk.conditioning["extra_channels"].shape[1:] == (5, 8, 8)
+    assert walk.points().conditioning["extra_channels"].shape == (16, 5, 8, 8)
+
+
+def test_a_scheduler_that_calls_twice_at_a_timestep_gives_each_point_once(pipeline):
+    pipeline.scheduler = PNDMScheduler(skip_prk_steps=True)
+    config = quick(calibration_points=24, calibration_batch_size=4)
+    points = PipelineWalk(pipeline, None, {**GUIDED, "class_labels": [3]}, config).points()
+    assert len(points) == 24
+    rows = torch.cat([points.x_t.flatten(1), points.conditioning["class_labels"][:, None]], 1)
+    assert len(rows.unique(dim=0)) == 24
