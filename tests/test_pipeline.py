@@ -1,15 +1,24 @@
 """A pipeline in place of its network: C_QC is what it hands to its network while it draws prompts or classes."""
 
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from diffusers import DDIMPipeline, DiffusionPipeline, PNDMScheduler, StableDiffusionInpaintPipeline
 from networks import cosine_scheduler, quick, sqnr
 from pipelines import CALLS, PROMPTS, TEXT, dit, vae
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pqcad_ao import plan, quantize_
+from pqcad_ao.denoiser import predict
 from pqcad_ao.nn.state import quantized_state
-from pqcad_ao.pipeline import PipelineWalk
+from pqcad_ao.pipeline import PipelineWalk, network_of
 
 CLASSES = [3, 7, 500]
 GUIDED = {"class_labels": CLASSES, "guidance_scale": 3.0}
@@ -66,16 +75,85 @@ def test_points_are_the_inputs_of_the_guided_walk(pipeline):
     assert 0.2 < labels.count(1000) / len(labels) < 0.8  # of both prompts, nearly equal parts
 
 
-def test_a_pipeline_is_quantized_in_place_and_draws_the_same_pictures(pipeline):
+def test_a_pipeline_is_quantized_in_place_and_draws_the_same_pictures(pipeline, tmp_path):
     call = {"class_labels": [3], "num_inference_steps": 4, "output_type": "np"}
     expected = torch.from_numpy(pipeline(**call, generator=torch.Generator().manual_seed(5)).images)
     quantize_(pipeline, quick(weight_bits=8, activation_bits=8), call=GUIDED, progress=False)
     assert plan(pipeline.transformer).quantized
     assert quantized_state(pipeline.transformer).timestep.num_train_timesteps == 1000
-    assert pipeline.set_progress_bar_config is not None
     assert "disable" not in getattr(pipeline, "_progress_bar_config", {})
     images = torch.from_numpy(pipeline(**call, generator=torch.Generator().manual_seed(5)).images)
     assert sqnr(expected, images) > 30
+    pipeline.save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    assert torch.equal(torch.from_numpy(loaded(**call, generator=torch.Generator().manual_seed(5)).images), images)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TEXT)
+def test_from_prompts_to_the_same_picture_in_a_fresh_process(name, tmp_path):
+    """Quantized with prompts, saved, loaded where nothing was quantized: eager, compiled, and with a LoRA."""
+    pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    pipeline = TEXT[name](tmp_path / "tokens")
+    full = copy.deepcopy(network_of(pipeline))
+    options = {"weight_bits": 8, "activation_bits": 8}
+    quantize_(pipeline, quick(**options), prompts=PROMPTS, call=CALLS[name], progress=False)
+    network = network_of(pipeline)
+    points = PipelineWalk(pipeline, PROMPTS, CALLS[name], quick()).points()
+    with torch.no_grad():
+        outputs = [predict(net, points.x_t, points.timesteps, points.conditioning) for net in (full, network)]
+    assert sqnr(*outputs) > 25
+    pipeline.save_pretrained(tmp_path / "model")
+    pictures = {"eager": draw(pipeline, name)}
+    peft.inject_adapter_in_model(lora(), network)
+    for number, (key, value) in enumerate(network.named_parameters()):
+        if "lora_" in key:
+            value.data = 0.2 * torch.randn(value.shape, generator=torch.Generator().manual_seed(number))
+    save_file(peft.get_peft_model_state_dict(network), tmp_path / "lora.safetensors")
+    pictures["lora"] = draw(pipeline, name)
+    assert not torch.equal(*pictures.values())
+    script = """
+import sys, torch
+import peft, pqcad_ao
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+from pqcad_ao.pipeline import network_of
+from test_pipeline import draw, lora
+name, folder = sys.argv[1:]
+pipeline = DiffusionPipeline.from_pretrained(folder + "/model")
+network = network_of(pipeline)
+found = {"eager": draw(pipeline, name)}
+network.compile(backend="pqcad")
+found["compiled"] = draw(pipeline, name)
+network._compiled_call_impl = None
+peft.inject_adapter_in_model(lora(), network)
+peft.set_peft_model_state_dict(network, load_file(folder + "/lora.safetensors"))
+found["lora"] = draw(pipeline, name)
+save_file(found, folder + "/found.safetensors")
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = [sys.executable, "-c", script, name, str(tmp_path)]
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    found = load_file(tmp_path / "found.safetensors")
+    for key, picture in pictures.items():
+        assert torch.equal(found[key], picture), key
+    torch.testing.assert_close(found["compiled"], found["eager"], rtol=1e-3, atol=1e-3)
+
+
+def lora() -> Any:
+    """Of some of a UNet's or a transformer's layers."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v", "linear_1"])
+
+
+def draw(pipeline: DiffusionPipeline, name: str) -> Tensor:
+    """Two pictures of a text-to-image pipeline."""
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    options = {"num_inference_steps": 4, "generator": generator, "output_type": "np", **CALLS[name]}
+    return torch.from_numpy(pipeline(PROMPTS[:2], **options).images).contiguous()
 
 
 def test_one_without_conditioning_needs_nothing(tiny_unet):
