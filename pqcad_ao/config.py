@@ -137,6 +137,15 @@ class PQCADConfig(AOBaseConfig):
 
     Raises:
         ValueError, TypeError: a value outside its range; the message says which and what is allowed.
+
+    Example:
+        >>> config = PQCADConfig(activation_bits=4, overrides={"attention": {"weight_bits": 8}})
+        >>> config.weight_bits, config.mode
+        (4, 'progressive')
+        >>> PQCADConfig(weight_bits=9)
+        Traceback (most recent call last):
+            ...
+        ValueError: weight_bits=9: allowed are 2 to 8, or None for floating point
     """
 
     weight_bits: int = 4
@@ -262,6 +271,14 @@ class CADConfig(AOBaseConfig):
 
     Raises:
         ValueError: a value outside its range; the message says which and what is allowed.
+
+    Example:
+        >>> CADConfig(steps=20).runs  # from how many steps to how many, run by run
+        [(20, 10)]
+        >>> CADConfig(steps=20, halvings=2).runs
+        [(20, 10), (10, 5)]
+        >>> CADConfig(steps=20, halvings=2, direct=True).runs
+        [(20, 5)]
     """
 
     steps: int = 20

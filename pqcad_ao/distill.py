@@ -109,6 +109,13 @@ def distill_(
             that are not the network's, a reference of another structure, no pictures in ``images``.
             FloatingPointError: the reference's flow or the loss left the finite numbers, or the loss exploded.
             BlockingIOError: a run is at work in ``folder``. Whatever is raised, the student is as it was.
+
+    Example:
+        >>> config = CADConfig(steps=4, iterations=4, batch_size=4, points=4)  # of a length for an example
+        >>> sampler = distill_(quantized, unet, scheduler, config, progress=False)
+        >>> sampler.set_timesteps(2)
+        >>> sampler.timesteps
+        tensor([999, 499])
     """
     config = config or CADConfig()
     ddim, shape = check_distillation(
@@ -145,6 +152,13 @@ def compress(
         conditioning, sample_shape, folder, callback, progress: as for both.
 
     Raises: as both.
+
+    Example:
+        >>> pq = PQCADConfig(mode="ptq", calibration_points=32)  # both of a length for an example
+        >>> cad = CADConfig(steps=4, iterations=4, batch_size=4, points=4)
+        >>> compressed, sampler = compress(unet, scheduler, pq, cad, progress=False)
+        >>> plan(compressed).average_bits < 8, unet is compressed
+        (True, False)
     """
     student, pq, cad = copy.deepcopy(unet), pq or PQCADConfig(), cad or CADConfig()
     ddim, shape = check_distillation(

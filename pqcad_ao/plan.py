@@ -35,6 +35,12 @@ def plan(
 
     Raises:
         ValueError: a config for a network that is quantized already, or bits above ``target_bits``.
+
+    Example:
+        >>> for row in plan(unet, PQCADConfig(overrides={"head": {"weight_bits": 4}})).rows[-2:]:
+        ...     print(row.fqn, row.role, row.weight_bits, row.activation_bits)
+        up_blocks.1.resnets.1.conv_shortcut shortcut 4 6
+        conv_out head 4 8
     """
     state = quantized_state(model)
     if state is not None:

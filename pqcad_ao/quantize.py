@@ -32,7 +32,15 @@ from pqcad_ao.utils.runs import only_run_in
 
 
 def is_root(module: nn.Module, fqn: str) -> bool:
-    """The ``filter_fn`` with which torchao's own ``quantize_`` hands us the whole network."""
+    """The ``filter_fn`` with which torchao's own ``quantize_`` hands us the whole network.
+
+    Example:
+        >>> from torchao.quantization import quantize_
+        >>> config = PQCADConfig(mode="ptq", calibration_points=32, calibration_steps=4)  # of a length for an example
+        >>> quantize_(unet, config, filter_fn=is_root)
+        >>> plan(unet)["conv_in"].weight_bits
+        8
+    """
     return fqn == ""
 
 
@@ -80,6 +88,13 @@ def quantize_(
             too few iterations for the ladders, another run's folder. BlockingIOError: a run is at work in ``folder``.
         FloatingPointError: NaN or infinity in the weights or during calibration, or learning that diverged; says where.
         RuntimeError: ``torch.export`` cannot capture the network.
+
+    Example:
+        >>> config = PQCADConfig(mode="ptq", calibration_points=32, calibration_steps=4)  # of a length for an example
+        >>> quantize_(unet, config, scheduler=scheduler, progress=False)
+        >>> row = plan(unet)["mid_block.resnets.0.conv1"]
+        >>> row.weight_bits, row.activation_bits
+        (4, 6)
     """
     _check_config(config)
     network = network_of(model) if isinstance(model, DiffusionPipeline) else model

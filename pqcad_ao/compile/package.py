@@ -79,6 +79,10 @@ def export_pt2(
             distilled for.
         OSError: ``path`` cannot be written. RuntimeError: torch.export cannot capture the network, or the package
             departs from it; then nothing is written.
+
+    Example:
+        >>> export_pt2(quantized, "unet.pt2", scheduler=scheduler, num_inference_steps=4, batch_size=2).name
+        'unet.pt2'
     """
     state = required_state(unet)
     device, dtype = placement(unet)
@@ -285,5 +289,10 @@ def load_pt2(path: str | Path) -> PT2UNet:
 
     Raises:
         FileNotFoundError: no such file. ValueError: it is no package of this project, or damaged.
+
+    Example:
+        >>> path = export_pt2(quantized, "unet.pt2", scheduler=scheduler, num_inference_steps=4, batch_size=2)
+        >>> load_pt2(path).sample(torch.randn(2, 1, 8, 8)).shape
+        torch.Size([2, 1, 8, 8])
     """
     return PT2UNet(path)

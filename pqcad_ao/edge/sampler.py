@@ -30,6 +30,14 @@ class PTESampler:
     Raises:
         ImportError: executorch is not installed. OSError: no such file.
         ValueError: the file is damaged, or not one of :func:`export_pte`.
+
+    Example:
+        >>> report = export_pte(quantized, "unet.pte", scheduler=scheduler, num_inference_steps=4, progress=False)
+        >>> sampler = PTESampler(report.path)
+        >>> sampler.timesteps
+        tensor([999, 749, 499, 249])
+        >>> sampler.sample(torch.randn(3, 1, 8, 8)).shape
+        torch.Size([3, 1, 8, 8])
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -37,6 +37,11 @@ class PlanRow:
         segments: input channels with a scale of their own each; more than one where a skip concatenation is split.
         reason: why it is so.
         sensitivity: the perturbation loss when this layer alone is quantized; None where it was not measured.
+
+    Example:
+        >>> row = plan(unet, PQCADConfig())["conv_in"]
+        >>> row.role, row.shape, row.weight_bits, row.quantized
+        ('stem', [8, 1, 3, 3], 8, True)
     """
 
     fqn: str
@@ -61,6 +66,13 @@ class Plan:
 
     Attributes:
         target_bits: the average that sensitive layers may yet be raised to; None once they are, or where none will be.
+
+    Example:
+        >>> resolved = plan(unet, PQCADConfig())
+        >>> len(resolved), len(resolved.quantized)
+        (55, 49)
+        >>> Plan.from_list(resolved.to_list()) == resolved
+        True
     """
 
     rows: list[PlanRow] = field(default_factory=list)

@@ -20,6 +20,9 @@ def save_quantized(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         ValueError: the module is not quantized. OSError: the place cannot be written.
+
+    Example:
+        >>> save_quantized(quantized, "network.safetensors")
     """
     state = required_state(model)
     path = Path(path)
@@ -38,6 +41,13 @@ def load_quantized(model: nn.Module, path: str | Path) -> nn.Module:
 
     Raises:
         ValueError: the file is damaged, foreign, or of another network. FileNotFoundError: it is not there.
+
+    Example:
+        >>> save_quantized(quantized, "network.safetensors")
+        >>> network = load_quantized(unet, "network.safetensors")
+        >>> x_t = torch.randn(1, 1, 8, 8)
+        >>> torch.equal(network(x_t, 500).sample, quantized(x_t, 500).sample)
+        True
     """
     if quantized_state(model) is not None:
         raise ValueError(
