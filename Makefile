@@ -8,13 +8,13 @@ OUT ?= demo-out
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: venv demo test test-slow lint sbom
+.PHONY: venv demo test test-slow lint docs sbom
 
 venv: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(addprefix --constraint ,$(CONSTRAINTS)) $(PIP_FLAGS) --editable '.[test]'
+	$(BIN)/python -m pip install $(addprefix --constraint ,$(CONSTRAINTS)) $(PIP_FLAGS) --editable '.[test,docs]'
 	touch $@
 
 demo: $(INSTALLED)
@@ -30,6 +30,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# the site, in build/site/docs/index.html; what is out of the code is written anew, and a warning is an error
+docs: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python docs/support.py
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -c docs . build/site
 
 # what .venv holds, with versions and licences, as CycloneDX; the tool stands apart, so that it is not in it
 sbom: $(INSTALLED)

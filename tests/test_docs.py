@@ -11,7 +11,7 @@ import pytest
 from pqcad_ao.cli.command import build_parser
 
 ROOT = Path(__file__).parents[1]
-SKIPPED = {".venv", ".git", "build", "shared"}
+SKIPPED = {".venv", ".git", ".pytest_cache", "build", "shared"}
 DOCUMENTS = sorted(path for path in ROOT.rglob("*.md") if not SKIPPED & set(path.relative_to(ROOT).parts[:-1]))
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 # where a file that is named without its whole path may stand
@@ -20,6 +20,17 @@ PLACES = ("", "pqcad_ao", "recipes")
 
 def _blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def run_page(path: Path) -> None:
+    """Run a page's Python blocks as one program; what fails names the page and the line in it."""
+    text = path.read_text()
+    lines = [""] * len(text.splitlines())
+    for block in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        first = text.count("\n", 0, block.start(1))
+        code = block[1].splitlines()
+        lines[first : first + len(code)] = code
+    exec(compile("\n".join(lines), str(path), "exec"), {"__name__": "__main__"})
 
 
 def _prose(text: str) -> str:
@@ -96,8 +107,36 @@ def test_the_readme_is_short_and_every_document_is_reached_from_it():
     assert [name for name in chain(documents, ["CONTRIBUTING.md"]) if f"({name})" not in text] == []
 
 
+def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    run_page(ROOT / "docs" / "tutorial.md")
+
+
+def test_the_notebook_runs():
+    nbclient = pytest.importorskip("nbclient", reason="a notebook needs the extra docs")
+    import nbformat
+
+    notebook = nbformat.read(ROOT / "docs" / "notebook.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=500).execute()
+    drawn = [out for cell in notebook.cells for out in cell.get("outputs", []) if "image/png" in out.get("data", {})]
+    assert len(drawn) == 3
+
+
+@pytest.mark.slow
+def test_what_runs_where_is_what_the_code_says(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    support = importlib.import_module("support")
+    assert support.PAGE.read_text().partition(support.MARK)[2] == "\n" + support.page()
+
+
+@pytest.mark.slow
+def test_getting_started_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    run_page(ROOT / "docs" / "getting-started.md")
+
+
 @pytest.mark.slow
 def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile("\n".join(_blocks((ROOT / "README.md").read_text(), "python")), "README.md", "exec"), {})
+    run_page(ROOT / "README.md")
     assert {"picture.png", "my-model", "unet.pt2", "unet.pte", "run"} <= {path.name for path in tmp_path.iterdir()}
