@@ -27,14 +27,16 @@ from pqcad_ao.diffusion.trajectories import checked_trajectories
 from pqcad_ao.distill import check_distillation, distill_
 from pqcad_ao.edge.sampler import PTESampler
 from pqcad_ao.evaluate.features import RealFeatures, embedded_features, extract_features
-from pqcad_ao.evaluate.fid import fid_kid
+from pqcad_ao.evaluate.fid import image_quality
 from pqcad_ao.evaluate.sqnr import sqnr_db, trajectory_sqnr
 from pqcad_ao.models import load_model, save_model
 from pqcad_ao.nn.state import QuantizedState, quantized_state
 from pqcad_ao.ops.cpu import loader
+from pqcad_ao.pages.names import LATENCY_NAMES, ROW_NAMES
+from pqcad_ao.pages.report import write_report
 from pqcad_ao.quantize import quantize_
 from pqcad_ao.recipes.forms import compiled_forms, exporting, load_step, median_ms
-from pqcad_ao.report import LATENCY_NAMES, ROW_NAMES, save_learning, save_samples, text_report, write_html, write_json
+from pqcad_ao.report import save_samples, text_report, write_json
 from pqcad_ao.utils.checks import check_count, check_counts
 from pqcad_ao.utils.machine import busy, describe
 from pqcad_ao.utils.quiet import start_executorch
@@ -163,7 +165,7 @@ def run(
     drawn, visited = draw(rows, noise, batch_size, stages, progress)
     with stages("evaluate: FID, SQNR"):
         quality = {
-            name: fid_kid(pixels, network, real, seed=seed, bootstrap=RESAMPLES) for name, pixels in drawn.items()
+            name: image_quality(pixels, network, real, seed=seed, bootstrap=RESAMPLES) for name, pixels in drawn.items()
         }
         sqnr = {
             f"{row.way}_step": trajectory_sqnr(teacher, row.unet, visited)["sqnr_db"]
@@ -179,6 +181,8 @@ def run(
         "steps": {row.length: row.steps for row in rows},
         "fid": {name: found["fid"] for name, found in quality.items()},
         "fid_ci": {name: found["fid_ci"] for name, found in quality.items()},
+        "precision": {name: found["precision"] for name, found in quality.items()},
+        "recall": {name: found["recall"] for name, found in quality.items()},
         "fid_n": images,
         "bytes": measured.bytes,
         "latency_ms": measured.latency_ms,
@@ -201,7 +205,9 @@ def run(
     if measured.skipped:
         summary["skipped"] = measured.skipped
     panels = labelled_panels(rows, result, drawn, measured.pictures, summary, config)
-    write_results(out, summary, panels, state, learned=config.learns)
+    labels = dict(zip([row.name for row in rows], panels, strict=False))
+    beside = [labels[name] for name in ("fp_full", "shipped_half", result.name) if name in labels]
+    write_results(out, summary, panels, state, beside)
     say("\n" + text_report(summary) + f"\n\narithmetic: {summary['arithmetic']}")
     say(f"\n{sum(stages.seconds.values()):.0f} s. Open {out / 'report.html'}")
     return summary
@@ -338,13 +344,11 @@ def labelled_panels(
 
 
 def write_results(
-    out: Path, summary: dict[str, Any], panels: dict[str, Tensor], state: QuantizedState, *, learned: bool
+    out: Path, summary: dict[str, Any], panels: dict[str, Tensor], state: QuantizedState, shown: list[str]
 ) -> None:
-    """Write samples.png, summary.json and report.html; of a network that learned, how it did."""
+    """Write samples.png, summary.json and report.html, in which the panels ``shown`` stand side by side."""
     save_samples(panels, out / "samples.png")
     write_json(out / "summary.json", summary)
-    with tempfile.TemporaryDirectory() as scratch:
-        learning = Path(scratch) / "learning.png" if learned else None
-        if learning is not None:
-            save_learning([asdict(update) for update in state.log], state.transitions, learning)
-        write_html(out / "report.html", summary, state.plan.to_list(), [out / "samples.png"], learning)
+    log = [asdict(update) for update in state.log]
+    result = {**summary, "plan": state.plan.to_list()}
+    write_report(out / "report.html", result, pictures=panels, shown=shown, log=log)

@@ -1,12 +1,12 @@
 import json
-import re
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from pqcad_ao.report import finite, grid, save_grid, save_learning, save_samples, text_report, write_html, write_json
+from pqcad_ao.pages.pictures import grid
+from pqcad_ao.report import finite, save_grid, save_samples, text_report, write_json
 
 SUMMARY = {
     "steps": {"full": 20},
@@ -29,20 +29,6 @@ SUMMARY = {
     "busy": "other programs kept 1.9 of 2 cores busy",
     "skipped": {"latency_ms.fp32_compile": "no compiler"},
 }
-PLAN = [
-    {
-        "fqn": "up.conv",
-        "kind": "conv2d",
-        "role": "skip_concat",
-        "shape": [8, 16, 3, 3],
-        "parameters": 1152,
-        "weight_bits": 4,
-        "activation_bits": None,
-        "segments": [8, 8],
-        "reason": "overrides['<glob>']",
-        "sensitivity": 0.01,
-    }
-]
 
 
 def test_grid_puts_each_image_in_its_place():
@@ -105,58 +91,3 @@ def test_text_report_states_what_was_measured():
     text = text_report(SUMMARY)
     for part in ("17.50", "16.00 to 19.00", "512", "1/8.0", "1/3.0", "1/5.0", "batch 1, 2 threads", "2.50", "equal"):
         assert part in text, part
-
-
-def test_html_holds_everything_and_fetches_nothing(tmp_path: Path):
-    save_grid(torch.zeros(1, 1, 4, 4), tmp_path / "samples.png")
-    write_html(tmp_path / "report.html", SUMMARY, PLAN, [tmp_path / "samples.png"])
-    page = (tmp_path / "report.html").read_text()
-    assert re.findall(r'src="([^,]*),', page) == ["data:image/png;base64"]
-    assert not re.search(r"https?://|<script|<link|@import", page)
-    for part in (
-        "17.50",
-        "16.00 to 19.00",
-        "other programs",
-        "up.conv",
-        "8+8",
-        "torch",
-        "2.13.0",
-        "not installed",
-        "no compiler",
-        "a processor",
-        "int8 products",
-    ):
-        assert part in page, part
-    for part in ("multiplies &lt;a&gt; &amp; &lt;b&gt;", "a &lt;b&gt;", "&lt;glob&gt;"):
-        assert part in page, part
-
-
-def test_html_without_skipped_measurements_says_nothing_of_them(tmp_path: Path):
-    write_html(tmp_path / "report.html", {k: v for k, v in SUMMARY.items() if k != "skipped"}, PLAN, [])
-    assert "Not measured" not in (tmp_path / "report.html").read_text()
-
-
-LOG = [
-    {"update": k, "stage": "weights" if k < 5 else "activations", "bits": 8 if k < 3 else 4, "alpha": 1.0, "loss": 0.1}
-    | {"momentum": None if k == 3 else 0.1}
-    for k in range(10)
-]
-TRANSITIONS = [{"stage": "weights", "step": 3, "from_bits": 8, "to_bits": 4, "momentum": 0.1, "reason": "settled <b>"}]
-
-
-def test_a_learning_run_is_drawn(tmp_path: Path):
-    save_learning(LOG, TRANSITIONS, tmp_path / "new" / "learning.png")
-    with Image.open(tmp_path / "new" / "learning.png") as picture:
-        assert picture.width > 600
-    write_html(
-        tmp_path / "a.html", {**SUMMARY, "transitions": TRANSITIONS}, PLAN, [], tmp_path / "new" / "learning.png"
-    )
-    page = (tmp_path / "a.html").read_text()
-    assert "8 → 4" in page
-    assert "settled &lt;b&gt;" in page
-    assert page.count("<img") == 1
-
-
-def test_a_run_that_learned_nothing_cannot_be_drawn(tmp_path: Path):
-    with pytest.raises(ValueError, match="nothing was learned"):
-        save_learning([], [], tmp_path / "learning.png")

@@ -30,6 +30,7 @@ ROOMS = [
     "evaluate",
     "compile",
     "edge",
+    "pages",
     "models",
     "report",
     "pqcad_ao",

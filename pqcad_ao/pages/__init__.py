@@ -1,0 +1,1 @@
+"""Pages for people: a run's report in HTML, and a model's card."""
