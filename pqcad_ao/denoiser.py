@@ -23,6 +23,49 @@ def cast_floats(values: Any, dtype: torch.dtype = torch.float32) -> Any:
 EXTRA_CHANNELS = "extra_channels"  # of the conditioning: what a network takes beside x_t in its first argument
 
 
+TIME_SCALE = "_pqcad_time_scale"  # attribute of a network that was given one
+# Networks that diffusers' pipelines call with a timestep times this.
+TIME_SCALES = dict.fromkeys(
+    (
+        "AuraFlowTransformer2DModel",
+        "ChromaTransformer2DModel",
+        "Flux2Transformer2DModel",
+        "FluxTransformer2DModel",
+        "Krea2Transformer2DModel",
+        "LongCatAudioDiTTransformer",
+        "LongCatImageTransformer2DModel",
+        "NucleusMoEImageTransformer2DModel",
+        "OvisImageTransformer2DModel",
+        "PRXTransformer2DModel",
+        "QwenImage21Transformer2DModel",
+        "QwenImageTransformer2DModel",
+    ),
+    1 / 1000,
+)
+
+
+def time_scale(network: Callable[..., Any]) -> float:
+    """What a network is called with, a timestep of its scheduler times this: as given, or as diffusers has it, or 1."""
+    network = getattr(network, "_orig_mod", network)  # what torch.compile wraps
+    return getattr(network, TIME_SCALE, TIME_SCALES.get(type(network).__name__, 1.0))
+
+
+def set_time_scale(network: nn.Module, given: float | None) -> None:
+    """Let a network be called with a timestep times this; None changes nothing.
+
+    Raises:
+        ValueError: it is not a number from above 0 to 1.
+    """
+    if given is None:
+        return
+    if not isinstance(given, (int, float)) or isinstance(given, bool) or not 0 < given <= 1:
+        raise ValueError(
+            f"time_scale={given!r}: allowed are numbers above 0, up to 1: 1 for a network that is called with its "
+            "scheduler's timesteps, 1 / 1000 for one that is called with a time from 0 to 1"
+        )
+    setattr(network, TIME_SCALE, float(given))
+
+
 def timestep_position(network: Callable[..., Any]) -> int:
     """Which argument of a network's forward is its timestep: the one of that name, or else the second."""
     forward = network.forward if isinstance(network, nn.Module) else network
@@ -36,19 +79,27 @@ def predict(
     """The network's raw prediction as a tensor, whatever wrapping its output has.
 
     Args:
-        x_t: (B, C, H, W). timestep: int, 0-d or (B,). conditioning: further keyword arguments of ``unet.forward``.
+        x_t: (B, C, H, W). timestep: of its scheduler, int, 0-d or (B,); the network is called with it times its
+            :func:`time_scale`. conditioning: further keyword arguments of ``unet.forward``.
             ``extra_channels`` in it (B, E, H, W) follow the sample's channels in the network's first argument, as the
             mask and the masked picture do in inpainting.
 
     Returns:
         (B, C, H, W): of a network that predicts more, such as a variance, the first C channels.
     """
-    return _call(unet, timestep_position(unet), x_t, timestep, conditioning or {})
+    return _call(unet, timestep_position(unet), time_scale(unet), x_t, timestep, conditioning or {})
 
 
 def _call(
-    unet: Callable[..., Any], position: int, x_t: Tensor, timestep: Tensor | int, conditioning: dict[str, Any]
+    unet: Callable[..., Any],
+    position: int,
+    scale: float,
+    x_t: Tensor,
+    timestep: Tensor | float,
+    conditioning: dict[str, Any],
 ) -> Tensor:
+    if scale != 1:
+        timestep = timestep / (1 / scale)  # to the last bit as diffusers' pipelines divide by 1000
     keywords = {name: value for name, value in conditioning.items() if name != EXTRA_CHANNELS}
     sample = x_t
     if EXTRA_CHANNELS in conditioning:
@@ -81,10 +132,11 @@ class Denoiser(nn.Module):
 
     def __init__(self, unet: nn.Module, to_kwargs: Callable[..., dict[str, Any]] = dict) -> None:
         super().__init__()
-        self.unet, self.to_kwargs, self.position = unet, to_kwargs, timestep_position(unet)
+        self.unet, self.to_kwargs = unet, to_kwargs
+        self.position, self.scale = timestep_position(unet), time_scale(unet)
 
     def forward(self, x_t: Tensor, timesteps: Tensor, *conditioning: Any) -> Tensor:
-        return _call(self.unet, self.position, x_t, timesteps, self.to_kwargs(*conditioning))
+        return _call(self.unet, self.position, self.scale, x_t, timesteps, self.to_kwargs(*conditioning))
 
 
 def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:

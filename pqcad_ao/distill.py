@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from pqcad_ao import denoiser
 from pqcad_ao.config import CADConfig, PQCADConfig
-from pqcad_ao.denoiser import check_conditioning
+from pqcad_ao.denoiser import check_conditioning, set_time_scale
+from pqcad_ao.diffusion.noise import Sampler
 from pqcad_ao.diffusion.process import find_scheduler
 from pqcad_ao.diffusion.schedule import check_substeps, teachable
 from pqcad_ao.diffusion.trajectories import checked_trajectories
@@ -34,11 +34,11 @@ def check_distillation(
     images: Tensor | None = None,
     conditioning: dict[str, Any] | None = None,
     sample_shape: tuple[int, int, int] | None = None,
-) -> tuple[DDIMScheduler, tuple[int, int, int]]:
+) -> tuple[Sampler, tuple[int, int, int]]:
     """What :func:`distill_` can say before any work is done; its arguments and errors.
 
     Returns:
-        the DDIM sampler to halve, and the (C, H, W) of a sample.
+        the sampler to halve, and the (C, H, W) of a sample.
     """
     scheduler = find_scheduler(reference) if scheduler is None else scheduler
     if scheduler is None:
@@ -77,10 +77,11 @@ def distill_(
     images: Tensor | None = None,
     conditioning: dict[str, Any] | None = None,
     sample_shape: tuple[int, int, int] | None = None,
+    time_scale: float | None = None,
     folder: str | Path | None = None,
     callback: Callable[[str, int, int], None] | None = None,
     progress: bool = True,
-) -> DDIMScheduler:
+) -> Sampler:
     """Teach a network, in place, to sample in half the steps (or a quarter: ``config.halvings``).
 
     A quantized student stays quantized, on the grid widths of its plan; weights, scales, biases and norms learn. A
@@ -91,12 +92,13 @@ def distill_(
     Args:
         student: a network that ``quantize_`` has quantized, or a full-precision one.
         reference: the full-precision network it was made from.
-        scheduler: that it was trained with, deterministic (DDIM or PNDM), whose timesteps become trailing ones; if
-            None, the one saved beside the reference.
+        scheduler: as for :func:`~pqcad_ao.quantize.quantize_`, but ``DDPMScheduler``; timesteps other than a flow's
+            become trailing ones. If None, the one saved beside the reference.
         images: (N, C, H, W) real pictures in [-1, 1], mixed into C_DC, each as often as a drawn one (so give about
             ``config.points`` of them for half); none are needed. Unconditional networks only.
         conditioning: keyword arguments of ``forward`` with rows to draw from, for conditional networks.
         sample_shape: (C, H, W), for networks whose config does not say it.
+        time_scale: as for :func:`~pqcad_ao.quantize.quantize_`; a quantized student knows its own.
         folder: keeps C_DC, checkpoints and ``log.jsonl``: the same call with the same folder goes on after a kill, to
             the same result.
         callback: called as ``callback(stage, done, total)``. progress: show bars.
@@ -121,6 +123,8 @@ def distill_(
     ddim, shape = check_distillation(
         reference, scheduler, config, images=images, conditioning=conditioning, sample_shape=sample_shape
     )
+    for network in (student, reference):
+        set_time_scale(network, time_scale)
     _check_student(student, reference, ddim)
     keeps: dict[str, Any] = {"folder": folder, "callback": callback, "progress": progress}
     with only_run_in(folder):
@@ -138,10 +142,11 @@ def compress(
     images: Tensor | None = None,
     conditioning: dict[str, Any] | None = None,
     sample_shape: tuple[int, int, int] | None = None,
+    time_scale: float | None = None,
     folder: str | Path | None = None,
     callback: Callable[[str, int, int], None] | None = None,
     progress: bool = True,
-) -> tuple[nn.Module, DDIMScheduler]:
+) -> tuple[nn.Module, Sampler]:
     """Progressive quantization, then distillation: a quantized network for half the steps, and its sampler.
 
     The plan is made and C_DC is drawn first: what does not fit is found out before anything is learned.
@@ -149,7 +154,7 @@ def compress(
     Args:
         unet: full precision; left as it is. pq: its ``calibration_steps`` become ``cad.steps``.
         filter_fn: as for :func:`~pqcad_ao.quantize.quantize_`. images: as for :func:`distill_`.
-        conditioning, sample_shape, folder, callback, progress: as for both.
+        conditioning, sample_shape, time_scale, folder, callback, progress: as for both.
 
     Raises: as both.
 
@@ -160,6 +165,7 @@ def compress(
         >>> plan(compressed).average_bits < 8, unet is compressed
         (True, False)
     """
+    set_time_scale(unet, time_scale)
     student, pq, cad = copy.deepcopy(unet), pq or PQCADConfig(), cad or CADConfig()
     ddim, shape = check_distillation(
         unet, scheduler, cad, images=images, conditioning=conditioning, sample_shape=sample_shape
@@ -174,11 +180,13 @@ def compress(
         return student, teach(student, unet, ddim, shape, cad, pictures, **keeps)
 
 
-def _check_student(student: nn.Module, reference: nn.Module, ddim: DDIMScheduler) -> None:
+def _check_student(student: nn.Module, reference: nn.Module, ddim: Sampler) -> None:
     """Raises ValueError: the student is not one of this reference's and this sampler's."""
     if student is reference:
         raise ValueError("student and reference are one network: hand over copy.deepcopy(reference) to be taught")
     state = quantized_state(student)
+    if state is not None:
+        set_time_scale(reference, state.timestep.time_scale)
     if state is not None and state.timestep.num_train_timesteps != ddim.config.num_train_timesteps:
         raise ValueError(
             f"the scheduler has {ddim.config.num_train_timesteps} training timesteps, the student was quantized for "

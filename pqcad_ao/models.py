@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from torch import nn
 
-from pqcad_ao.diffusion.process import class_of, read_scheduler
+from pqcad_ao.diffusion.noise import Sampler
+from pqcad_ao.diffusion.process import as_sampler, class_of, read_scheduler
 from pqcad_ao.diffusion.schedule import shown, timesteps_of
 from pqcad_ao.nn.state import Method, quantized_state
 from pqcad_ao.utils.assets import asset_path
@@ -28,8 +29,8 @@ SAVED = ".saved"  # a model that was written whole, while it moves to its place
 FACTS, WITHOUT_FACTS = "pqcad.json", "without pqcad.json"
 
 
-def load_model(name_or_dir: str | Path) -> tuple[nn.Module, DDIMScheduler]:
-    """A UNet in evaluation mode, and the DDIM sampler of the noise process it was trained on.
+def load_model(name_or_dir: str | Path) -> tuple[nn.Module, Sampler]:
+    """A UNet in evaluation mode, and the sampler of the noise process it was trained on.
 
     Args:
         name_or_dir: ``"demo"``, the embedded Fashion-MNIST teacher; ``"demo-w4a6"``, what the default recipe made of
@@ -101,7 +102,7 @@ def _check_sizes(config: Path, values: Any, name: str = "") -> None:
         raise ValueError(f"{config} is damaged: {name} is {values}, allowed is up to {most}")
 
 
-def _check_together(unet: nn.Module, scheduler: DDIMScheduler, folder: Path) -> None:
+def _check_together(unet: nn.Module, scheduler: Sampler, folder: Path) -> None:
     """Raises ValueError: a quantized network and the scheduler beside it were not saved together."""
     state = quantized_state(unet)
     if state is None:
@@ -159,7 +160,7 @@ def _random(name: str) -> tuple[nn.Module, DDIMScheduler]:
     return unet.eval(), DDIMScheduler(**config["scheduler"])
 
 
-def save_model(unet: nn.Module, scheduler: DDIMScheduler, folder: str | Path) -> Path:
+def save_model(unet: nn.Module, scheduler: Sampler, folder: str | Path) -> Path:
     """Write ``unet/``, ``scheduler/`` and ``model_index.json``, which ``DDIMPipeline.from_pretrained(folder)`` reads.
 
     Beside them, of a quantized network, ``pqcad.json`` for other programs: the ``average_bits`` of its quantized
@@ -188,8 +189,14 @@ def save_model(unet: nn.Module, scheduler: DDIMScheduler, folder: str | Path) ->
     return folder / "unet" / "diffusion_pytorch_model.safetensors"
 
 
-def _write_model(unet: nn.Module, scheduler: DDIMScheduler, folder: Path) -> None:
-    pipeline: Any = DDIMPipeline(unet, scheduler)
+def _write_model(unet: nn.Module, scheduler: Sampler, folder: Path) -> None:
+    sampler = as_sampler(scheduler)
+    if not isinstance(sampler, DDIMScheduler):
+        raise ValueError(
+            f"save_model writes what DDIMPipeline reads, and a {type(scheduler).__name__} walks a flow: write "
+            "unet.save_pretrained(folder / 'unet') and scheduler.save_pretrained(folder / 'scheduler'), for load_model"
+        )
+    pipeline: Any = DDIMPipeline(unet, sampler)
     pipeline.save_pretrained(folder)
     config = read_json(folder / "unet" / "config.json")
     config.pop("_name_or_path", None)  # where on this machine it was read from

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from tqdm.auto import tqdm
 
 from pqcad_ao.config import PQCADConfig
-from pqcad_ao.denoiser import EXTRA_CHANNELS, evaluation_mode, placement, timestep_position
+from pqcad_ao.denoiser import EXTRA_CHANNELS, evaluation_mode, placement, time_scale, timestep_position
 from pqcad_ao.diffusion.calibration import CalibrationSet, assign_trajectories, draw_steps
 from pqcad_ao.utils.files import digest
 from pqcad_ao.utils.tensor_files import read_tensors, write_tensors
@@ -57,7 +57,7 @@ class PipelineWalk:
 
     Attributes:
         network: that denoises. shape: (C, H, W) of its samples. conditioning: some rows, as the pipeline makes them.
-        num_train_timesteps: of the pipeline's scheduler.
+        scheduler: the pipeline's; num_train_timesteps: of it.
 
     Raises:
         ValueError: no network, no prompts for a pipeline that takes them, an argument that its call does not have,
@@ -72,7 +72,8 @@ class PipelineWalk:
         self.call = _checked(pipeline, self.allowed, prompts, call or {})
         lists = [value for value in self.call.values() if isinstance(value, list)]
         self.length = len(prompts) if prompts else max(map(len, lists), default=0)
-        self.num_train_timesteps = pipeline.scheduler.config.num_train_timesteps
+        self.scheduler = pipeline.scheduler
+        self.num_train_timesteps = self.scheduler.config.num_train_timesteps
         first = next(self._calls(range(PROBED), probe=True))
         _check_rows(pipeline, first)
         channels, height, width = first.x_t.shape[1:]
@@ -182,6 +183,8 @@ class PipelineWalk:
         if channels < x_t.shape[1]:  # a mask beside the sample
             conditioning[EXTRA_CHANNELS] = x_t[:, channels:]
         timesteps = torch.as_tensor(timesteps, device=x_t.device).reshape(-1).expand(len(x_t))
+        if time_scale(self.network) != 1:
+            timesteps = timesteps * (1 / time_scale(self.network))
         return CalibrationSet(x_t[:, :channels].clone(), timesteps, conditioning)
 
     def _file(self, folder: Path, first: int, end: int) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from pqcad_ao.config import PQCADConfig
-from pqcad_ao.denoiser import cast_floats, check_conditioning, sample_shape
+from pqcad_ao.denoiser import cast_floats, check_conditioning, sample_shape, set_time_scale
 from pqcad_ao.graph.capture import Capture, capture
 from pqcad_ao.graph.plan import Plan, resolve
 from pqcad_ao.learn.progressive import policies
@@ -25,6 +25,7 @@ def plan(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     sample_shape: tuple[int, int, int] | None = None,
     conditioning: dict[str, Any] | None = None,
+    time_scale: float | None = None,
 ) -> Plan:
     """What was done to a quantized network, or what :func:`quantize_` would do to a full-precision one.
 
@@ -48,6 +49,7 @@ def plan(
             raise ValueError("the network is quantized already, no other bits can be planned for it: give no config")
         return state.plan
     config = config or PQCADConfig()
+    set_time_scale(model, time_scale)
     return _resolve(_capture(model, sample_shape, conditioning), model, config, filter_fn)
 
 

@@ -15,7 +15,8 @@ from pqcad_ao import denoiser
 from pqcad_ao.config import PQCADConfig
 from pqcad_ao.denoiser import cast_floats, check_conditioning, placement
 from pqcad_ao.diffusion.calibration import CalibrationSet, calibration_set
-from pqcad_ao.diffusion.process import as_ddim, find_scheduler
+from pqcad_ao.diffusion.noise import Sampler
+from pqcad_ao.diffusion.process import as_sampler, clip_of, find_scheduler, is_flow
 from pqcad_ao.graph.capture import Capture
 from pqcad_ao.graph.plan import Plan
 from pqcad_ao.learn.progressive import Learned, learn
@@ -55,6 +56,7 @@ def quantize_(
     conditioning: dict[str, Any] | None = None,
     prompts: list[str] | None = None,
     call: dict[str, Any] | None = None,
+    time_scale: float | None = None,
     folder: str | Path | None = None,
     callback: Callable[[str, int, int], None] | None = None,
     progress: bool = True,
@@ -70,22 +72,27 @@ def quantize_(
         config: what to do.
         filter_fn: ``(module, fqn) -> bool``; layers it refuses stay in floating point, and the plan says so.
         device: where the network goes first, as in torchao.
-        scheduler: of the DDPM/DDIM family, the one the network was trained with; if None, the one saved beside the
-            network, or else diffusers' ``DDIMScheduler()``, with a warning.
+        scheduler: of diffusers, the pipeline's own: any of a DDPM noise process given by betas (DDIM, Euler,
+            DPM-Solver++, UniPC, LCM ...) or of flow matching. Calibration walks the deterministic sampler of its
+            process (:func:`~pqcad_ao.diffusion.process.as_sampler`), with its prediction type and clipping. If None,
+            the one saved beside the network, or else diffusers' ``DDIMScheduler()``, with a warning.
         sample_shape: (C, H, W), for networks whose config does not say it.
         conditioning: keyword arguments of ``model.forward`` with rows to draw from, for conditional networks: any
             number of them, each used as often as the next.
         prompts: of a pipeline: what it draws while it is calibrated, a few dozen as its users write them.
         call: of a pipeline: further arguments of its call, such as ``{"guidance_scale": 5.0}``; a list with as many
             entries as there are prompts goes along with them. C_QC is what its network is given under these.
+        time_scale: of a network that is called with a timestep times this, such as 1 / 1000 where its time goes from 0
+            to 1; it remembers that. None: as diffusers' pipelines call it (Flux with 1 / 1000), or 1.
         folder: where a long run keeps what it needs to go on after it was killed: the calibration set, checkpoints, and
             ``log.jsonl`` with a line for each update. The same call with the same folder goes on, to the same result.
         callback: called as ``callback(stage, done, total)``.
         progress: show bars.
 
     Raises:
-        ValueError: nothing to quantize, quantized before, conditioning missing, a foreign scheduler, a bad override,
-            too few iterations for the ladders, another run's folder. BlockingIOError: a run is at work in ``folder``.
+        ValueError: nothing to quantize, quantized before, conditioning missing, a foreign scheduler, a bad override or
+            ``time_scale``, too few iterations for the ladders, another run's folder. BlockingIOError: a run is at work
+            in ``folder``.
         FloatingPointError: NaN or infinity in the weights or during calibration, or learning that diverged; says where.
         RuntimeError: ``torch.export`` cannot capture the network.
 
@@ -99,6 +106,7 @@ def quantize_(
     _check_config(config)
     network = network_of(model) if isinstance(model, DiffusionPipeline) else model
     _check_model(network)
+    denoiser.set_time_scale(network, time_scale)
     keeps: dict[str, Any] = {"folder": folder, "callback": callback, "progress": progress}
     with _moved(model, network, device):
         source: _Trajectories | PipelineWalk
@@ -112,7 +120,13 @@ def quantize_(
         captured, resolved = planned(network, config, filter_fn, source.shape, source.conditioning)
         with only_run_in(folder):
             resolved, learned = _learn(captured, resolved, source.points(**keeps), config, num_train_timesteps, **keeps)
-        timestep = Timestep(config.timestep_groups, num_train_timesteps)
+        timestep = Timestep(
+            config.timestep_groups,
+            num_train_timesteps,
+            continuous=is_flow(source.scheduler),
+            time_scale=denoiser.time_scale(network),
+        )
+        timestep.clip = clip_of(source.scheduler)
         layers = fold(learned.graph, network, resolved, timestep)
         attach(network, QuantizedState(config, resolved, timestep, learned.transitions, learned.log))
     # nothing above touched the network's layers; nothing below can fail
@@ -227,9 +241,9 @@ def _check_model(model: nn.Module) -> None:
             raise FloatingPointError(f"{name} holds NaN or infinity; load sound weights first")
 
 
-def _scheduler(model: nn.Module, given: Any) -> DDIMScheduler:
-    """The DDIM sampler of the scheduler that was given, or of the one saved beside the network, or diffusers' own."""
-    scheduler = find_scheduler(model) if given is None else as_ddim(given)
+def _scheduler(model: nn.Module, given: Any) -> Sampler:
+    """The sampler of the scheduler that was given, or of the one saved beside the network, or diffusers' own."""
+    scheduler = find_scheduler(model) if given is None else as_sampler(given)
     if scheduler is None:
         scheduler = DDIMScheduler()
         warnings.warn(

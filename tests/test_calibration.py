@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.configuration_utils import FrozenDict
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +14,7 @@ from torch import nn
 
 from pqcad_ao.diffusion import calibration
 from pqcad_ao.diffusion.calibration import CalibrationSet, calibration_set, draw_timesteps
-from pqcad_ao.diffusion.process import as_ddim, find_scheduler, settings_of
+from pqcad_ao.diffusion.process import find_scheduler, settings_of
 from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.graph.capture import capture
 from pqcad_ao.graph.plan import resolve
@@ -175,18 +175,6 @@ def test_nan_inside_the_network_is_an_error_that_names_the_layer():
 # Schedulers
 
 
-@pytest.mark.parametrize("kind", [DDIMScheduler, DDPMScheduler, PNDMScheduler])
-def test_the_family_keeps_its_noise_process(kind):
-    scheduler = kind(num_train_timesteps=500, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
-    ddim = as_ddim(scheduler)
-    assert type(ddim) is DDIMScheduler
-    assert ddim is not scheduler
-    assert torch.equal(ddim.alphas_cumprod, scheduler.alphas_cumprod)
-    assert ddim.config.prediction_type == "v_prediction"
-    assert ddim.config.num_train_timesteps == 500
-    assert ddim.config.clip_sample == (kind is not PNDMScheduler)  # it has no such thing
-
-
 def test_a_schedulers_settings_are_the_same_in_every_process():
     """diffusers keeps the names of defaults in the order of a set."""
     scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2")
@@ -203,12 +191,6 @@ def test_epsilon_from_no_signal_is_refused(tiny_unet):
     scheduler = DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")
     with pytest.raises(ValueError, match="at timestep 999 the schedule has no signal"):
         calibration_set(tiny_unet, scheduler, SHAPE, quick())
-
-
-@pytest.mark.parametrize("other", [DPMSolverMultistepScheduler(), object(), "ddim", DDIMScheduler])
-def test_other_schedulers_are_errors(other):
-    with pytest.raises(ValueError, match=r"allowed are DDIMScheduler, DDPMScheduler, PNDMScheduler\. If the network"):
-        as_ddim(other)
 
 
 def test_finding_the_scheduler_beside_a_network(tiny_unet, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from networks import SHAPE, TINY_TEXT_UNET, Plain, Small, cosine_scheduler, quick, sqnr
 from torch import nn
 from torch.fx import Graph, Node
@@ -351,7 +351,8 @@ def test_nodes_that_cannot_share_a_call_are_named():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"scheduler": EulerDiscreteScheduler()}, ValueError, "allowed are DDIMScheduler"),
+        ({"scheduler": EDMEulerScheduler()}, ValueError, "allowed are instances of DDIMScheduler"),
+        ({"scheduler": FlowMatchEulerDiscreteScheduler()}, ValueError, "walks a rectified flow"),
         ({"scheduler": DDIMScheduler(num_train_timesteps=500)}, ValueError, "500 training timesteps.* 1000"),
         ({"num_inference_steps": 0}, ValueError, "num_inference_steps=0"),
         ({"num_inference_steps": 1001}, ValueError, "from 1 to 1000, the scheduler's training timesteps"),

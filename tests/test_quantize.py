@@ -9,8 +9,7 @@ import pytest
 import torch
 from diffusers import (
     DDPMScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
+    EDMEulerScheduler,
     UNet2DConditionModel,
     UNet2DModel,
 )
@@ -351,13 +350,7 @@ FAILURES = {
         r"overrides\['nowhere.\*'\] is no role",
     ),
     "no shape": ({"sample_shape": None}, None, ValueError, "pass sample_shape"),
-    "flow matching": (
-        {"scheduler": FlowMatchEulerDiscreteScheduler()},
-        None,
-        ValueError,
-        r"a FlowMatchEulerDiscreteScheduler: allowed are DDIMScheduler, .*DDIMScheduler.from_config",
-    ),
-    "Euler": ({"scheduler": EulerDiscreteScheduler()}, None, ValueError, "a EulerDiscreteScheduler: allowed are"),
+    "EDM": ({"scheduler": EDMEulerScheduler()}, None, ValueError, "a EDMEulerScheduler: allowed are"),
     "filter_fn": (
         {"filter_fn": lambda module, fqn: False},
         None,
@@ -472,9 +465,9 @@ def test_the_scheduler_saved_beside_a_unet_is_used(tiny_dir):
 
 def test_a_foreign_scheduler_saved_beside_a_unet_is_an_error(tiny_unet, tmp_path):
     tiny_unet.save_pretrained(tmp_path / "unet")
-    FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path / "scheduler")
+    EDMEulerScheduler().save_pretrained(tmp_path / "scheduler")
     unet = UNet2DModel.from_pretrained(tmp_path / "unet")
-    with pytest.raises(ValueError, match=r"names the class FlowMatchEulerDiscreteScheduler: allowed are"):
+    with pytest.raises(ValueError, match=r"names the class EDMEulerScheduler: allowed are"):
         quantize_(unet, quick(), progress=False)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -98,7 +98,7 @@ def test_every_kind_of_prediction_means_the_same(kind, seed):
         (ddim(), 25, 1, "25 steps cannot be halved 1 times: give a multiple of 2, such as 24"),
         (ddim(), 10, 2, "10 steps cannot be halved 2 times: give a multiple of 4, such as 8"),
         (DDPMScheduler(), 20, 1, "DDPMScheduler draws noise at every step"),
-        (EulerDiscreteScheduler(), 20, 1, "scheduler is a EulerDiscreteScheduler"),
+        (EDMEulerScheduler(), 20, 1, "scheduler is a EDMEulerScheduler"),
         (ddim(), 64, 1, "64 steps do not divide the scheduler's 1000 training timesteps"),
         (ddim(rescale_betas_zero_snr=True), 20, 1, "at timestep 999 the schedule has no signal"),
     ],

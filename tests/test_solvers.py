@@ -148,7 +148,7 @@ def test_a_finer_walk_visits_the_samplers_own_timesteps(steps, data):
     substeps = data.draw(st.integers(1, 1000 // steps))
     sampler = teachable(scheduler_of(), steps, 1)
     own = timesteps_of(sampler, steps)
-    found = refined(own, substeps)
+    found = refined(sampler, steps, substeps)
     assert found[::substeps] == own
     assert len(found) == steps * substeps
     gaps = [start - end for start, end in pairwise([*found, -1])]

@@ -30,7 +30,7 @@ from pqcad_ao.diffusion.schedule import steps_to_bind
 from pqcad_ao.evaluate.sqnr import sqnr_db
 from pqcad_ao.graph.capture import capture
 from pqcad_ao.nn.state import required_state
-from pqcad_ao.nn.timestep import check_timesteps
+from pqcad_ao.nn.timestep import check_timesteps, check_whole
 from pqcad_ao.ops.cpu import loader
 from pqcad_ao.passes.fold_timesteps import fold_timesteps
 from pqcad_ao.passes.identities import drop_identities
@@ -66,7 +66,7 @@ def export_pt2(
     Args:
         unet: a network on the CPU that ``quantize_`` has quantized.
         path: of the .pt2; written whole or not at all.
-        scheduler: of the DDPM/DDIM family; travels along, so that the loaded package can sample.
+        scheduler: of a DDPM noise process; travels along, so that the loaded package can sample.
         num_inference_steps: steps of the schedule to bind it to. batch_size: of every call then; 1 if None.
         conditioning: keyword arguments of ``unet.forward`` with a row for each sample; they become inputs.
         sample_shape: (C, H, W), for networks whose config does not say it.
@@ -74,9 +74,9 @@ def export_pt2(
         seed: of those.
 
     Raises:
-        ValueError: the network is not quantized by pqcad_ao, or not on the CPU; conditioning is missing; the scheduler
-            is foreign, of another number of training timesteps, or walks other timesteps than the network was
-            distilled for.
+        ValueError: the network is not quantized by pqcad_ao, or not on the CPU, or of a flow; conditioning is missing;
+            the scheduler is foreign, of another number of training timesteps, or walks other timesteps than the network
+            was distilled for.
         OSError: ``path`` cannot be written. RuntimeError: torch.export cannot capture the network, or the package
             departs from it; then nothing is written.
 
@@ -89,6 +89,7 @@ def export_pt2(
     if device.type != "cpu":
         raise ValueError(f"the network is on {device}: export_pt2 compiles for the CPU, write unet.to('cpu')")
     trained = state.timestep.num_train_timesteps
+    check_whole(state.timestep)
     scheduler = _scheduler(scheduler, trained, state.timestep.schedule, num_inference_steps, batch_size)
     path = check_writable(path)
     conditioning = check_conditioning(unet, conditioning)

@@ -12,8 +12,9 @@ from torch import distributed as dist
 from tqdm.auto import tqdm
 
 from pqcad_ao.config import PQCADConfig
-from pqcad_ao.denoiser import evaluation_mode, placement, spread_rows, take_rows
-from pqcad_ao.diffusion.process import as_ddim, check_signal, settings_of
+from pqcad_ao.denoiser import evaluation_mode, placement, spread_rows, take_rows, time_scale
+from pqcad_ao.diffusion.noise import process_of
+from pqcad_ao.diffusion.process import as_sampler, check_signal, settings_of
 from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.utils.checks import is_whole
 from pqcad_ao.utils.files import digest
@@ -28,7 +29,7 @@ class CalibrationSet:
     """Inputs of the network along its own sampling trajectories.
 
     Attributes:
-        x_t: (N, C, H, W). timesteps: (N,) int64. conditioning: keyword arguments with N rows each.
+        x_t: (N, C, H, W). timesteps: (N,) int64, of a flow float32. conditioning: keyword arguments with N rows each.
     """
 
     x_t: Tensor
@@ -125,8 +126,8 @@ def calibration_set(
     Raises:
         FloatingPointError: a trajectory leaves the finite numbers. ValueError: as :func:`check_signal`.
     """
-    scheduler = as_ddim(scheduler)
-    scheduler.set_timesteps(config.calibration_steps)
+    scheduler = as_sampler(scheduler)
+    process_of(scheduler).set_timesteps(config.calibration_steps)
     check_signal(scheduler, scheduler.timesteps)
     with only_run_in(folder):
         return _points(model, scheduler, shape, config, conditioning, folder, share, callback, progress)
@@ -265,6 +266,7 @@ def _file(folder: str | Path, model: nn.Module, scheduler: Any, config: PQCADCon
     law = (config.calibration_timesteps, config.calibration_mean, config.calibration_std)
     key = digest(
         model.state_dict(),
+        time_scale(model),
         settings_of(scheduler),
         law,
         config.calibration_steps,

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 
-from pqcad_ao.diffusion.schedule import refined, timesteps_of
+from pqcad_ao.diffusion.noise import Sampler, process_of
+from pqcad_ao.diffusion.schedule import refined
 
 
 @dataclass
@@ -14,9 +14,10 @@ class DDIMSchedule:
     """A schedule with the numbers that its steps need.
 
     Attributes:
-        timesteps: (S + 1,) int64 from noise to image, and -1 for the image itself.
+        timesteps: (S + 1,) from noise to image, and the one that stands for the image itself: int64, or float32 of a
+            flow.
         alphas, sigmas: (S + 1,) signal and noise there: x_t = alpha_t·x_0 + sigma_t·noise.
-        prediction_type: epsilon, v_prediction or sample. clip: range of x_0 in the sampler, or None.
+        prediction_type: epsilon, v_prediction, sample or flow. clip: range of x_0 in the sampler, or None.
     """
 
     timesteps: Tensor
@@ -27,23 +28,17 @@ class DDIMSchedule:
 
     @classmethod
     def of(
-        cls,
-        scheduler: DDIMScheduler,
-        num_inference_steps: int,
-        device: torch.device | str = "cpu",
-        *,
-        substeps: int = 1,
+        cls, sampler: Sampler, num_inference_steps: int, device: torch.device | str = "cpu", *, substeps: int = 1
     ) -> "DDIMSchedule":
         """That of a sampler's steps, or of ``substeps`` as many, among which are the sampler's own."""
-        timesteps = refined(timesteps_of(scheduler, num_inference_steps), substeps)
-        squared = torch.cat([scheduler.alphas_cumprod[timesteps], scheduler.final_alpha_cumprod.reshape(1)]).double()
-        config = scheduler.config
+        process, timesteps = process_of(sampler), refined(sampler, num_inference_steps, substeps)
+        alphas, sigmas = process.alphas_sigmas(timesteps)
         return cls(
-            torch.tensor([*timesteps, -1], device=device),
-            squared.sqrt().float().to(device),
-            (1 - squared).sqrt().float().to(device),
-            config.prediction_type,
-            config.clip_sample_range if config.clip_sample else None,
+            torch.tensor([*timesteps, process.image], device=device),
+            alphas.float().to(device),
+            sigmas.float().to(device),
+            process.prediction_type,
+            process.clip,
         )
 
     def alpha_sigma(self, step: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,15 +58,19 @@ class DDIMSchedule:
             return (x_t - sigma_t * prediction) / alpha_t, prediction
         if self.prediction_type == "sample":
             return prediction, (x_t - alpha_t * prediction) / sigma_t
+        if self.prediction_type == "flow":
+            return x_t - sigma_t * prediction, x_t + alpha_t * prediction
         return alpha_t * x_t - sigma_t * prediction, alpha_t * prediction + sigma_t * x_t
 
     def velocity(self, x_0: Tensor, x_t: Tensor, step: Tensor) -> Tensor:
-        """v = alpha_t·noise - sigma_t·x_0 of an x_t in which x_0 is the image; its error is x_0's over sigma."""
+        """v = alpha_t·noise - sigma_t·x_0 of an x_t in which x_0 is the image, or a flow's noise - x_0; the error of
+        either is x_0's over sigma."""
         alpha_t, sigma_t = self.alpha_sigma(step, x_t)
-        return (alpha_t * x_t - x_0) / sigma_t
+        return ((x_t if self.prediction_type == "flow" else alpha_t * x_t) - x_0) / sigma_t
 
     def error_gain(self, step: Tensor, stride: int) -> Tensor:
-        """How far an error of v carries over a step, (B,): the sine of the angle between both ends."""
+        """How far an error of v carries over a step, (B,): where variance is preserved, the sine of the angle between
+        both ends."""
         alpha_t, sigma_t, following = self.alphas[step], self.sigmas[step], step + stride
         return sigma_t * self.alphas[following] - alpha_t * self.sigmas[following]
 

@@ -1,33 +1,155 @@
-"""The noise processes that networks are trained on, as deterministic DDIM samplers walk them."""
+"""Schedulers of diffusers: which noise process each stands for, as a deterministic sampler walks it."""
 
+import inspect
+import math
 from pathlib import Path
 from typing import Any
 
-from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
+import torch
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    DDIMParallelScheduler,
+    DDIMScheduler,
+    DDPMParallelScheduler,
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSDEScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LCMScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    SASolverScheduler,
+    TCDScheduler,
+    UnCLIPScheduler,
+    UniPCMultistepScheduler,
+)
 from torch import Tensor, nn
 
+from pqcad_ao.diffusion.noise import Sampler, process_of
 from pqcad_ao.utils.checks import check_count
 from pqcad_ao.utils.files import read_json
 
-# Schedulers that walk the variance-preserving process of Ho et al. 2020 on integer timesteps.
-FAMILY = (DDIMScheduler, DDPMScheduler, PNDMScheduler)
+# Each walks the variance-preserving process of Ho et al. 2020 in its own way. A file may name these, and FLOWS.
+VARIANCE_PRESERVING = (
+    DDIMScheduler,
+    DDPMScheduler,
+    PNDMScheduler,
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    DDIMParallelScheduler,
+    DDPMParallelScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSDEScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LCMScheduler,
+    LMSDiscreteScheduler,
+    SASolverScheduler,
+    TCDScheduler,
+    UnCLIPScheduler,
+    UniPCMultistepScheduler,
+)
+FLOWS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)
+FAMILY = (*VARIANCE_PRESERVING, *FLOWS)
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # that DDIMScheduler knows by name
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+LARGEST_SHIFT = 1.15  # mu of the largest pictures, where a scheduler does not say it
 MOST_TIMESTEPS = 2**20  # of a noise process that is read from a file; of those that are known most have 1000
 LEAST_SIGNAL = 1e-6  # power of the image in x_t
 
 
-def as_ddim(scheduler) -> DDIMScheduler:
-    """The deterministic DDIM sampler of a scheduler's noise process.
+def as_sampler(scheduler) -> Sampler:
+    """A deterministic sampler of a scheduler's noise process: DDIM, or Euler's steps of a rectified flow.
+
+    Calibration walks this one and not the scheduler itself. Where x_t is at a timestep hangs on the process and hardly
+    on the solver; a solver without noise of its own and without memory makes a walk that can be cut anywhere, and gone
+    on with to the same bits. What a network was trained on is kept (betas, prediction type, a flow's shift), and how
+    its pictures are drawn, where the scheduler says it: timesteps' spacing and offset, thresholding, clipping.
+
+    A flow's dynamic shift is a static one of the largest pictures, ``max_shift``; Karras' and other spacings of sigmas
+    are left out. Both change which timesteps are visited, and not what the network is given there.
 
     Raises:
-        ValueError: the scheduler is not of the DDPM/DDIM family.
+        ValueError: it is none of ``FAMILY``, or has options with which it walks another process.
     """
     if not isinstance(scheduler, FAMILY):
         raise ValueError(
-            f"scheduler is a {type(scheduler).__name__}: allowed are {', '.join(kind.__name__ for kind in FAMILY)}. "
-            "If the network was trained on a DDPM noise process, pass DDIMScheduler.from_config(scheduler.config)"
+            f"scheduler is a {getattr(scheduler, '__name__', type(scheduler).__name__)}: allowed are instances of "
+            f"{', '.join(kind.__name__ for kind in FAMILY)}. "
+            "If the network was trained on a DDPM noise process, pass a DDIMScheduler with its betas and "
+            "prediction_type; if on a rectified flow, a FlowMatchEulerDiscreteScheduler with its shift"
         )
-    # PNDM never clips, and DDIM does where the configuration does not say
-    return DDIMScheduler.from_config(scheduler.config, clip_sample=scheduler.config.get("clip_sample", False))
+    return _as_flow(scheduler) if is_flow(scheduler) else _as_ddim(scheduler)
+
+
+def is_flow(scheduler) -> bool:
+    """Whether a scheduler walks a rectified flow."""
+    return isinstance(scheduler, FLOWS) or bool(scheduler.config.get("use_flow_sigmas"))
+
+
+def clip_of(scheduler) -> float:
+    """The range to which a scheduler clips x_0; 0 where it does not."""
+    config = scheduler.config
+    return float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample") else 0.0
+
+
+def _as_ddim(scheduler) -> DDIMScheduler:
+    config, name = scheduler.config, type(scheduler).__name__
+    kind = config.get("prediction_type", "epsilon").replace("original_", "")
+    if kind not in PREDICTIONS:
+        raise ValueError(
+            f"{name} has prediction_type={kind!r}: allowed are {', '.join(PREDICTIONS)}, and flow_prediction together "
+            "with use_flow_sigmas=True"
+        )
+    if config.get("timestep_type", "discrete") != "discrete":
+        raise ValueError(
+            f"{name} has timestep_type={config.timestep_type!r}, with which the network is called with logarithms of "
+            "sigma: of those, networks of timesteps from 0 on are quantized, timestep_type='discrete'"
+        )
+    known = inspect.signature(DDIMScheduler.__init__).parameters
+    values = {name: value for name, value in config.items() if name in known}
+    values |= {"prediction_type": kind, "clip_sample": config.get("clip_sample", False)}
+    if values.get("beta_schedule", "linear") in BETA_SCHEDULES:
+        ddim = DDIMScheduler(**values)
+        # some put a power of 2^-24 in the place of none
+        if torch.allclose(ddim.alphas_cumprod, scheduler.alphas_cumprod.float(), rtol=1e-4, atol=LEAST_SIGNAL):
+            return ddim
+    alphas = scheduler.alphas_cumprod.double()
+    betas = (1 - alphas / torch.cat([torch.ones(1, dtype=torch.float64), alphas[:-1]])).tolist()
+    values |= {"trained_betas": betas, "rescale_betas_zero_snr": False, "beta_schedule": "linear"}
+    return DDIMScheduler(**values)
+
+
+def _as_flow(scheduler) -> FlowMatchEulerDiscreteScheduler:
+    config, name = scheduler.config, type(scheduler).__name__
+    kind = config.get("prediction_type", "flow_prediction")
+    if kind != "flow_prediction":
+        raise ValueError(f"{name} has use_flow_sigmas=True and prediction_type={kind!r}: allowed is 'flow_prediction'")
+    if config.get("invert_sigmas"):
+        raise ValueError(f"{name} has invert_sigmas=True: allowed are flows whose timesteps fall from noise to image")
+    # one that set_shift has changed is not in the configuration
+    shift = getattr(scheduler, "_shift", config.get("shift", config.get("flow_shift")))
+    if config.get("use_dynamic_shifting"):
+        mu = config.get("max_shift") or LARGEST_SHIFT
+        shift = math.exp(mu) if config.time_shift_type == "exponential" else mu
+    return FlowMatchEulerDiscreteScheduler(
+        config.num_train_timesteps, shift, shift_terminal=config.get("shift_terminal")
+    )
 
 
 def settings_of(scheduler) -> str:
@@ -42,7 +164,7 @@ def check_signal(scheduler, timesteps: Tensor) -> None:
         ValueError: the signal there is zero, and a prediction of the noise says nothing about the image.
     """
     first = int(timesteps[0])
-    if scheduler.config.prediction_type == "epsilon" and float(scheduler.alphas_cumprod[first]) < LEAST_SIGNAL:
+    if process_of(scheduler).prediction_type == "epsilon" and float(scheduler.alphas_cumprod[first]) < LEAST_SIGNAL:
         raise ValueError(
             f"at timestep {first} the schedule has no signal, and a prediction of epsilon says nothing about the image "
             "there: such a network predicts v or the sample, or its betas are others (rescale_betas_zero_snr?)"
@@ -50,12 +172,17 @@ def check_signal(scheduler, timesteps: Tensor) -> None:
 
 
 def matching_ddim(scheduler, num_train_timesteps: int) -> DDIMScheduler:
-    """:func:`as_ddim` of the scheduler that a network was quantized with.
+    """:func:`as_sampler` of the scheduler that a network was quantized with, for programs that hold DDIM's steps.
 
     Raises:
-        ValueError: as :func:`as_ddim`, or it has another number of training timesteps.
+        ValueError: as :func:`as_sampler`, it walks a rectified flow, or has another number of training timesteps.
     """
-    scheduler = as_ddim(scheduler)
+    scheduler = as_sampler(scheduler)
+    if not isinstance(scheduler, DDIMScheduler):
+        raise ValueError(
+            "the scheduler walks a rectified flow, and exported programs sample with DDIM's steps at whole timesteps: "
+            'write torch.compile(network, backend="pqcad") for a network of a flow'
+        )
     trained = scheduler.config.num_train_timesteps
     if trained != num_train_timesteps:
         raise ValueError(
@@ -65,7 +192,7 @@ def matching_ddim(scheduler, num_train_timesteps: int) -> DDIMScheduler:
     return scheduler
 
 
-def find_scheduler(model: nn.Module) -> DDIMScheduler | None:
+def find_scheduler(model: nn.Module) -> Sampler | None:
     """The scheduler saved beside a network that was loaded from a diffusers folder, if there is one.
 
     Raises:
@@ -80,24 +207,32 @@ def find_scheduler(model: nn.Module) -> DDIMScheduler | None:
     return None
 
 
-def read_scheduler(folder: Path) -> DDIMScheduler:
-    """The DDIM sampler of the scheduler that a folder holds.
+def read_scheduler(folder: Path) -> Sampler:
+    """:func:`as_sampler` of the scheduler that a folder holds.
 
     Raises:
-        ValueError: it is not of the DDPM/DDIM family, or damaged.
+        ValueError: as :func:`as_sampler`, or it is damaged.
     """
     file = folder / "scheduler_config.json"
     kind, values = class_of(file, {kind.__name__: kind for kind in FAMILY}), read_json(file)
     # before anything is made of them: each becomes as many numbers
     check_count(f"{file}: num_train_timesteps", values.get("num_train_timesteps", 1000), most=MOST_TIMESTEPS)
     try:
-        scheduler = as_ddim(kind.from_pretrained(folder))
-        sound = all(0 <= power <= 1 for power in [*scheduler.alphas_cumprod.tolist(), scheduler.final_alpha_cumprod])
+        scheduler = as_sampler(kind.from_pretrained(folder))
+        sound = _is_sound(scheduler)
     except Exception as error:  # what a configuration says reaches every line of diffusers' constructors
         raise ValueError(f"{file} cannot be read as a {kind.__name__}: {error}") from error
     if not sound:
-        raise ValueError(f"{file} is damaged: with its betas the signal's power is not from 0 to 1")
+        raise ValueError(f"{file} is damaged: with its betas, or its shift, the signal is not from 0 to 1")
     return scheduler
+
+
+def _is_sound(sampler: Sampler) -> bool:
+    """Whether the signal is from none to all, at every training timestep and wherever the sampler stops."""
+    process, trained = process_of(sampler), sampler.config.num_train_timesteps
+    process.set_timesteps(min(20, trained))
+    alphas, _ = process.alphas_sigmas([*range(trained), *sampler.timesteps.tolist()])
+    return bool(((alphas >= 0) & (alphas <= 1)).all())
 
 
 def class_of(config: Path, allowed: dict[str, Any]) -> Any:

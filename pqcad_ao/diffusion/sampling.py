@@ -10,6 +10,8 @@ from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
 from pqcad_ao.denoiser import predict, take_rows
+from pqcad_ao.diffusion.noise import RectifiedFlow
+from pqcad_ao.diffusion.process import FLOWS, as_sampler, clip_of
 from pqcad_ao.utils.checks import NOT_FINITE
 
 
@@ -17,10 +19,9 @@ def _cause(dtype: torch.dtype, scheduler) -> str:
     """What makes a sampler leave the finite numbers, most likely."""
     if dtype == torch.float16:
         return "float16 ends at 65504, which the network's activations may exceed: give it in float32 or bfloat16"
-    return (
-        "check the network's weights and that the scheduler is the one it was trained with "
-        f"({scheduler.config.prediction_type}, {scheduler.config.beta_schedule})"
-    )
+    names = ("prediction_type", "beta_schedule", "shift")
+    said = ", ".join(str(scheduler.config[name]) for name in names if name in scheduler.config)
+    return f"check the network's weights and that the scheduler is the one it was trained with ({said})"
 
 
 def overflow(doing: str, dtype: torch.dtype, scheduler) -> FloatingPointError:
@@ -70,14 +71,17 @@ def sample(
     callback: Callable[[int, int, Tensor, Tensor], None] | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Deterministic DDIM (Song et al. 2021, eq. 12 with σ = 0) from ``noise`` (N, C, H, W) to images x_0 in [-1, 1].
+    """Walk a scheduler from ``noise`` (N, C, H, W) to images x_0 in [-1, 1]: DDIM (Song et al. 2021, eq. 12 with
+    σ = 0) where it is one.
 
     Args:
         unet: anything called as ``f(x_t, timesteps, **conditioning)`` with (B,) timesteps.
-        scheduler: a diffusers scheduler; a fresh copy is stepped, the one given is not touched.
+        scheduler: of diffusers; a fresh copy is stepped, the one given is not touched. A flow is walked as
+            :func:`~pqcad_ao.diffusion.process.as_sampler` says.
         conditioning: keyword arguments with one row per image, sliced along with the batch.
         batch_size: images per forward call.
-        callback: called as ``callback(first_row, step_index, timestep, x_t)`` before each forward call.
+        callback: called as ``callback(first_row, step_index, timestep, x_t)`` before each forward call, with the x_t
+            that the network is given.
         progress: show a bar.
 
     Returns:
@@ -89,34 +93,29 @@ def sample(
     """
     if not noise.isfinite().all():
         raise FloatingPointError("the noise that sampling starts from holds NaN or infinity")
-    scheduler = type(scheduler).from_config(scheduler.config)
-    scheduler.set_timesteps(num_inference_steps)
+    scheduler = as_sampler(scheduler) if isinstance(scheduler, FLOWS) else type(scheduler).from_config(scheduler.config)
+    _start(scheduler, num_inference_steps)
     # the scheduler looks its constants up on the CPU: a timestep from a GPU would have to be waited for at every step
     timesteps = scheduler.timesteps
     shown = timesteps.to(noise.device)
     conditioning = conditioning or {}
-    schedule = getattr(getattr(unet, "_pqcad_timestep", None), "schedule", None)
-    if schedule is not None and timesteps.tolist() != schedule:
-        warnings.warn(
-            f"this network was distilled for the timesteps {schedule} and is sampled at {timesteps.tolist()}: use "
-            f"num_inference_steps={len(schedule)} and the scheduler that came with it",
-            stacklevel=3,  # of what is decorated with no_grad
-        )
+    _check_walk(getattr(unet, "_pqcad_timestep", None), scheduler)
     images = torch.empty_like(noise)
     total = -(-noise.shape[0] // batch_size) * len(timesteps)
     with tqdm(total=total, desc="sampling", disable=not progress, leave=False) as bar:
         for first in range(0, noise.shape[0], batch_size):
             rows = slice(first, first + batch_size)
-            scheduler.set_timesteps(num_inference_steps)  # some keep a history of the last batch
-            x_t = noise[rows] * scheduler.init_noise_sigma
+            _start(scheduler, num_inference_steps)
+            x_t = noise[rows] * getattr(scheduler, "init_noise_sigma", 1.0)
             chosen = take_rows(conditioning, rows)
             finite: list[Tensor] = []
             for index, timestep in enumerate(timesteps):
                 # oneDNN and cuDNN convolve in this layout, and a network keeps its input's from end to end
-                x_t = x_t.to(memory_format=torch.channels_last)
+                x_t = like_images(x_t)
+                given = scheduler.scale_model_input(x_t, timestep) if hasattr(scheduler, "scale_model_input") else x_t
                 if callback is not None:
-                    callback(first, index, timestep, x_t)
-                inputs = (x_t, shown[index].repeat(len(x_t)), chosen)
+                    callback(first, index, timestep, given)
+                inputs = (given, shown[index].repeat(len(x_t)), chosen)
                 try:
                     prediction = predict(unet, *inputs)
                 except (ArithmeticError, ValueError, RuntimeError) as error:
@@ -134,10 +133,43 @@ def sample(
     return images
 
 
+def _check_walk(known: Any, scheduler) -> None:
+    """Warn where a quantized network was made for another walk than a scheduler's, by what it knows about its time."""
+    schedule, clip = getattr(known, "schedule", None), getattr(known, "clip", None)
+    timesteps = scheduler.timesteps.tolist()
+    if schedule is not None and timesteps != schedule:
+        warnings.warn(
+            f"this network was distilled for the timesteps {schedule} and is sampled at {timesteps}: use "
+            f"num_inference_steps={len(schedule)} and the scheduler that came with it",
+            stacklevel=4,  # of what is decorated with no_grad
+        )
+    clips = clip_of(scheduler)
+    if clip is not None and clips != clip:
+        here, there = (f"clips x_0 to ±{bound:g}" if bound else "does not clip x_0" for bound in (clips, clip))
+        warnings.warn(
+            f"this sampler {here}, and the one that the network was calibrated on {there}: its activations are others. "
+            "Give quantize_ the scheduler that you sample with",
+            stacklevel=4,
+        )
+
+
+def _start(scheduler, num_inference_steps: int) -> None:
+    """Let a scheduler begin a walk; some keep a history of the last one."""
+    if isinstance(scheduler, FLOWS):
+        RectifiedFlow(scheduler).set_timesteps(num_inference_steps)
+    else:
+        scheduler.set_timesteps(num_inference_steps)
+
+
+def like_images(x_t: Tensor) -> Tensor:
+    """Images (B, C, H, W) in the layout that convolutions like best; of other samples there is one layout."""
+    return x_t.to(memory_format=torch.channels_last) if x_t.dim() == 4 else x_t
+
+
 def _left(unet: Any, inputs: tuple[Tensor, Tensor, dict[str, Any]], scheduler, index: int) -> FloatingPointError:
     """The error of a sampler after whose step ``index`` x_t is not finite."""
     where = first_overflow(unet, *inputs)
     return FloatingPointError(
         f"the sampler left the finite numbers in step {index + 1} of {len(scheduler.timesteps)} (timestep "
-        f"{int(scheduler.timesteps[index])}){', ' if where else ''}{where}: {_cause(inputs[0].dtype, scheduler)}"
+        f"{float(scheduler.timesteps[index]):g}){', ' if where else ''}{where}: {_cause(inputs[0].dtype, scheduler)}"
     )

@@ -4,82 +4,88 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
-from pqcad_ao.diffusion.process import as_ddim, check_signal
+from pqcad_ao.diffusion.noise import Sampler, process_of
+from pqcad_ao.diffusion.process import as_sampler, check_signal
 from pqcad_ao.utils.checks import check_count
 
 
-def teachable(scheduler, num_inference_steps: int, halvings: int) -> DDIMScheduler:
-    """The DDIM sampler behind ``scheduler``, where a network can be taught to take its steps two at a time.
+def teachable(scheduler, num_inference_steps: int, halvings: int) -> Sampler:
+    """The sampler behind ``scheduler``, where a network can be taught to take its steps two at a time.
 
-    Its timesteps are trailing, whatever the scheduler's are (Lin et al. 2023, §3.3): in half the steps, or a quarter,
-    it visits every second, or every fourth, of them, so that its config says all there is to remember.
+    In half the steps, or a quarter, it visits every second, or every fourth, of its timesteps, so that its config says
+    all there is to remember. A flow's are so; DDIM's become trailing, whatever they were (Lin et al. 2023, §3.3).
 
     Raises:
         ValueError: steps that cannot be halved so often, or do not divide the training timesteps, a scheduler that
-            draws noise while it samples, another family, dynamic thresholding, or epsilon prediction where the signal
-            is zero.
+            draws noise while it samples, another family, dynamic thresholding, a flow with a terminal shift, or epsilon
+            prediction where the signal is zero.
     """
     if isinstance(scheduler, DDPMScheduler):
         raise ValueError(
             "DDPMScheduler draws noise at every step, and a jump over two of them has no one target: pass "
             "DDIMScheduler.from_config(scheduler.config)"
         )
-    ddim, parts = as_ddim(scheduler), 2**halvings
+    sampler, parts = as_sampler(scheduler), 2**halvings
     if num_inference_steps < parts or num_inference_steps % parts:
         raise ValueError(
             f"{num_inference_steps} steps cannot be halved {halvings} times: give a multiple of {parts}, such as "
             f"{max(1, round(num_inference_steps / parts)) * parts}"
         )
-    if ddim.config.num_train_timesteps % num_inference_steps:
+    if not isinstance(sampler, DDIMScheduler):
+        if sampler.config.shift_terminal:
+            raise ValueError(
+                f"shift_terminal={sampler.config.shift_terminal} moves the timesteps of half as many steps off those "
+                "of all: give a FlowMatchEulerDiscreteScheduler without it"
+            )
+        return sampler
+    if sampler.config.num_train_timesteps % num_inference_steps:
         raise ValueError(
-            f"{num_inference_steps} steps do not divide the scheduler's {ddim.config.num_train_timesteps} training "
+            f"{num_inference_steps} steps do not divide the scheduler's {sampler.config.num_train_timesteps} training "
             "timesteps, so every second of them is no schedule: give a number that does"
         )
-    if ddim.config.thresholding:
+    if sampler.config.thresholding:
         raise ValueError(
             "thresholding=True clips by each picture's own values, which no jump's target knows: give False"
         )
-    ddim = DDIMScheduler.from_config(ddim.config, timestep_spacing="trailing")
+    ddim = DDIMScheduler.from_config(sampler.config, timestep_spacing="trailing")
     ddim.set_timesteps(num_inference_steps)
     check_signal(ddim, ddim.timesteps)
     return ddim
 
 
-def timesteps_of(scheduler: DDIMScheduler, num_inference_steps: int) -> list[int]:
-    """The timesteps that a sampler visits, from noise to image."""
-    walked = DDIMScheduler.from_config(scheduler.config)
-    walked.set_timesteps(num_inference_steps)
-    return walked.timesteps.tolist()
+def timesteps_of(scheduler, num_inference_steps: int) -> list:
+    """The timesteps that :func:`~pqcad_ao.diffusion.process.as_sampler` visits, from noise to image."""
+    process = process_of(as_sampler(scheduler))
+    process.set_timesteps(num_inference_steps)
+    return process.sampler.timesteps.tolist()
 
 
-def refined(timesteps: list[int], substeps: int) -> list[int]:
-    """Timesteps with others between each two of them, and behind the last one: ``substeps`` times as many, evenly
-    spaced up to rounding."""
-    ends = [*timesteps[1:], -1]
+def refined(sampler: Sampler, num_inference_steps: int, substeps: int) -> list:
+    """A sampler's timesteps with others between each two of them, and behind the last one: ``substeps`` as many."""
+    process, visited = process_of(sampler), timesteps_of(sampler, num_inference_steps)
+    ends = [*visited[1:], process.image]
     return [
-        start - round(number * (start - end) / substeps)
-        for start, end in zip(timesteps, ends, strict=True)
-        for number in range(substeps)
+        timestep for start, end in zip(visited, ends, strict=True) for timestep in process.between(start, end, substeps)
     ]
 
 
-def check_substeps(ddim: DDIMScheduler, num_inference_steps: int, substeps: int) -> None:
+def check_substeps(sampler: Sampler, num_inference_steps: int, substeps: int) -> None:
     """Look whether the flow can be walked in ``substeps`` for each step of the sampler, which :func:`teachable` made.
 
     Raises:
         ValueError: more than the training timesteps hold, or the noise does not grow from one visited timestep to the
             next, so that no solver has a step there.
     """
-    trained = ddim.config.num_train_timesteps
+    trained = sampler.config.num_train_timesteps
     between = trained // num_inference_steps
-    if substeps > between:
+    if substeps > between and isinstance(sampler, DDIMScheduler):
         raise ValueError(
             f"reference_substeps={substeps}: {num_inference_steps} of {trained} training timesteps are {between} "
             f"apart, and the reference stops at training timesteps alone: write at most {between}"
         )
-    visited = refined(timesteps_of(ddim, num_inference_steps), substeps)
-    signal = ddim.alphas_cumprod[visited]
-    if not (bool((signal.diff() > 0).all()) and float(signal[-1]) < 1):
+    visited = refined(sampler, num_inference_steps, substeps)
+    alphas, _ = process_of(sampler).alphas_sigmas(visited)
+    if not (bool((alphas[:-1].diff() > 0).all()) and float(alphas[-2]) < 1):
         raise ValueError(
             f"the scheduler adds no noise between some of the {len(visited)} timesteps that the reference visits: its "
             "betas must be above 0, or give fewer reference_substeps"

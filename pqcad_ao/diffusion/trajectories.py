@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -24,10 +23,12 @@ from pqcad_ao.denoiser import (
     placement,
     predict_float32,
     spread_rows,
+    time_scale,
 )
 from pqcad_ao.diffusion.ddim import DDIMSchedule
+from pqcad_ao.diffusion.noise import Sampler
 from pqcad_ao.diffusion.process import settings_of
-from pqcad_ao.diffusion.sampling import overflow
+from pqcad_ao.diffusion.sampling import like_images, overflow
 from pqcad_ao.diffusion.solvers import SOLVERS
 from pqcad_ao.utils.files import digest, read_json, whole_file, write_whole
 from pqcad_ao.utils.processes import rank_and_world, wait_for_all
@@ -84,7 +85,7 @@ class Trajectories:
 
 def draw_trajectories(
     reference: nn.Module,
-    scheduler: DDIMScheduler,
+    scheduler: Sampler,
     shape: tuple[int, int, int],
     config: CADConfig,
     conditioning: dict[str, Any],
@@ -118,6 +119,7 @@ def draw_trajectories(
         else:
             drawn_by = (
                 reference.state_dict(),
+                time_scale(reference),
                 settings_of(scheduler),
                 config.steps,
                 config.reference_solver,
@@ -135,7 +137,7 @@ def _draw(
     store: "_Store",
     pictures: Trajectories,
     reference: nn.Module,
-    scheduler: DDIMScheduler,
+    scheduler: Sampler,
     config: CADConfig,
     *,
     check: Callable[[Trajectories], None] | None,
@@ -173,7 +175,7 @@ def _draw(
 @torch.no_grad()
 def _batch(
     reference: nn.Module,
-    scheduler: DDIMScheduler,
+    scheduler: Sampler,
     shape: tuple[int, int, int],
     config: CADConfig,
     conditioning: dict[str, Any],
@@ -184,7 +186,7 @@ def _batch(
     schedule = DDIMSchedule.of(scheduler, config.steps, device, substeps=_substeps(config))
     steps = len(schedule.timesteps) - 1
     noise = torch.stack([noise_of(shape, config.seed, int(row)) for row in rows])
-    x_t = noise.to(device, memory_format=torch.channels_last)  # as convolutions like it best
+    x_t = like_images(noise.to(device))
     chosen = spread_rows(conditioning, rows, config.points)
     start = torch.zeros(len(rows), dtype=torch.int64, device=device)
     every, met = steps // config.runs[0][1], [x_t]
@@ -381,7 +383,7 @@ def check_denoising(reference: nn.Module, schedule: DDIMSchedule, images: Trajec
         departure = abs(float(predicted.square().sum() / (predicted * noise).sum()) - 1)
         if not departure <= FARTHEST:
             raise ValueError(
-                f"at timestep {int(schedule.timesteps[step])} the noise that the network finds is "
+                f"at timestep {float(schedule.timesteps[step]):g} the noise that the network finds is "
                 f"{100 * departure:.0f} % off that which the scheduler put in: it has other betas or another "
                 "prediction_type than the network was trained with. If you are sure that it has not, write "
                 "CADConfig(check_betas=False)"
@@ -390,7 +392,7 @@ def check_denoising(reference: nn.Module, schedule: DDIMSchedule, images: Trajec
 
 def checked_trajectories(
     reference: nn.Module,
-    ddim: DDIMScheduler,
+    ddim: Sampler,
     shape: tuple[int, int, int],
     config: CADConfig,
     conditioning: dict[str, Any] | None,

@@ -28,6 +28,7 @@ from pqcad_ao.edge.storage import EdgePlan, check_objective, plan_edge
 from pqcad_ao.graph.operators import operator_of
 from pqcad_ao.nn.layers import QuantizedLayer
 from pqcad_ao.nn.state import quantized_state, required_state
+from pqcad_ao.nn.timestep import check_whole
 from pqcad_ao.passes.attention import decompose_attention
 from pqcad_ao.passes.fold_constants import fold_constants
 from pqcad_ao.passes.fold_timesteps import fold_timesteps
@@ -116,7 +117,7 @@ def export_pte(
     Args:
         unet: a float32 network on the CPU that ``quantize_`` has quantized.
         path: of the .pte.
-        scheduler: of the DDPM/DDIM family; for a distilled network the one that ``distill_`` returned.
+        scheduler: of a DDPM noise process; for a distilled network the one that ``distill_`` returned.
         num_inference_steps: of the schedule; None: as many as the network was distilled for, or else 20.
         objective: ``"speed"`` stores two weights a byte where that costs a layer little time, ``"size"`` wherever it
             can. max_bytes: of the file; then layers are chosen by the time that a saved byte costs.
@@ -130,9 +131,9 @@ def export_pte(
 
     Raises:
         ImportError: executorch is not installed.
-        ValueError: the network is not quantized by pqcad_ao, not float32 or not on the CPU; conditioning is missing;
-            the scheduler is foreign, of another number of training timesteps, or walks other timesteps than the
-            network was distilled for; the file cannot be made as small as ``max_bytes``.
+        ValueError: the network is not quantized by pqcad_ao, of a flow, not float32 or not on the CPU; conditioning is
+            missing; the scheduler is foreign, of another number of training timesteps, or walks other timesteps than
+            the network was distilled for; the file cannot be made as small as ``max_bytes``.
         OSError: ``path`` cannot be written; said before the work begins.
         ParityError: the program departs from the network; says where and by how much, and nothing is written.
 
@@ -143,6 +144,7 @@ def export_pte(
     """
     require_executorch()
     timestep = required_state(unet, ", or export_fp32_pte for the baseline").timestep
+    check_whole(timestep)
     _check_float(unet)
     scheduler = matching_ddim(scheduler, timestep.num_train_timesteps)
     num_inference_steps = steps_to_bind(scheduler, num_inference_steps, timestep.schedule)

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from pqcad_ao.config import CADConfig
-from pqcad_ao.denoiser import evaluation_mode, placement, predict_float32, take_rows
+from pqcad_ao.denoiser import evaluation_mode, placement, predict_float32, take_rows, time_scale
 from pqcad_ao.diffusion.ddim import DDIMSchedule
+from pqcad_ao.diffusion.noise import Sampler
 from pqcad_ao.diffusion.process import settings_of
 from pqcad_ao.diffusion.sampling import overflow
 from pqcad_ao.diffusion.schedule import timesteps_of
@@ -54,7 +54,7 @@ class DistillUpdate:
 def teach(
     student: nn.Module,
     reference: nn.Module,
-    ddim: DDIMScheduler,
+    ddim: Sampler,
     shape: tuple[int, int, int],
     config: CADConfig,
     pictures: Trajectories,
@@ -62,7 +62,7 @@ def teach(
     folder: str | Path | None,
     callback: Callable[[str, int, int], None] | None,
     progress: bool,
-) -> DDIMScheduler:
+) -> Sampler:
     """Every run of updates in turn; returns the last one's sampler."""
     rank, _ = rank_and_world()
     # the network that is taught once more, while the caller's is as it was
@@ -98,7 +98,7 @@ class _Halving:
         self,
         student: nn.Module,
         reference: nn.Module,
-        scheduler: DDIMScheduler,
+        scheduler: Sampler,
         images: Trajectories,
         config: CADConfig,
         number: int,
@@ -126,6 +126,7 @@ class _Halving:
         self.key = digest(
             self.graph.state_dict(),
             reference.state_dict(),
+            time_scale(reference),
             settings_of(scheduler),
             shape,
             images.extra,
@@ -211,7 +212,7 @@ class _Halving:
             prediction = self.forward(x_t, self.schedule.timesteps[step], conditioning)
         x_0, _ = self.schedule.x_0_and_noise(prediction.float(), x_t, step)
         v = self.schedule.velocity(x_0, x_t, step)
-        weight = torch.ones_like(v[:, :1, :1, :1])
+        weight = torch.ones(len(v), *[1] * (v.dim() - 1), device=v.device)
         if config.space == "x":  # max(SNR, 1)·σ² of v's error, which is x_0's over σ
             alpha_t, sigma_t = self.schedule.alpha_sigma(step, v)
             weight = torch.maximum(alpha_t.square(), sigma_t.square())

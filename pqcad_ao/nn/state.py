@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
-from math import prod
+from math import inf, prod
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from pqcad_ao.utils.checks import is_whole
 
 FORMAT = 1
 FIELDS = {"quant_method", "format", "config", "plan", "timestep_groups", "num_train_timesteps", "transitions"}
-OPTIONAL = {"schedule"}
+OPTIONAL = {"schedule", "continuous", "time_scale", "clip"}
 WEIGHTS = "weights"  # field of a config.json, beside those of a state: the checksum of what was saved with it
 ATTRIBUTE = "_pqcad_state"  # of a quantized network
 
@@ -44,9 +44,8 @@ class QuantizedState:
     distilled: list[Any] = field(default_factory=list)  # updates of the run that distilled it; not saved
 
     def to_dict(self) -> dict[str, Any]:
-        schedule = {} if self.timestep.schedule is None else {"schedule": self.timestep.schedule}
         return {
-            **schedule,
+            **_of_time(self.timestep),
             "quant_method": Method.PQCAD.value,
             "format": FORMAT,
             "config": config_to_dict(self.config),
@@ -78,13 +77,7 @@ def state_from_dict(values: dict[str, Any]) -> QuantizedState:
         for row in plan.quantized:
             if names[row.fqn] > 1:
                 raise ValueError(f"its plan has {names[row.fqn]} rows for {row.fqn!r}")
-        counts = values["timestep_groups"], values["num_train_timesteps"]
-        if not all(is_whole(count, most=MOST_TIMESTEPS) for count in counts):
-            raise ValueError(f"timestep_groups and num_train_timesteps are {counts}")
-        timestep, schedule = Timestep(*counts), values.get("schedule")
-        if schedule is not None and not _is_schedule(schedule, counts[1]):
-            raise ValueError(f"schedule is {schedule}, expected are falling timesteps from {counts[1] - 1} to 0")
-        timestep.schedule = schedule
+        timestep = _time_from(values)
         if not all(isinstance(entry, dict) for entry in values["transitions"]):
             raise ValueError(f"transitions is {values['transitions']!r}")
         return QuantizedState(config, plan, timestep, values["transitions"])
@@ -93,9 +86,46 @@ def state_from_dict(values: dict[str, Any]) -> QuantizedState:
         raise ValueError(f"the checkpoint's quantization config is damaged: {detail}") from error
 
 
-def _is_schedule(schedule: Any, num_train_timesteps: int) -> bool:
-    sound = isinstance(schedule, list) and all(is_whole(t, 0, num_train_timesteps - 1) for t in schedule)
-    return sound and len(schedule) > 0 and all(a > b for a, b in pairwise(schedule))
+def _of_time(timestep: Timestep) -> dict[str, Any]:
+    """The optional fields, of what a network knows about its time."""
+    fields: dict[str, Any] = {} if timestep.schedule is None else {"schedule": timestep.schedule}
+    if timestep.continuous:
+        fields["continuous"] = True
+    if timestep.time_scale != 1:
+        fields["time_scale"] = timestep.time_scale
+    if timestep.clip is not None:
+        fields["clip"] = timestep.clip
+    return fields
+
+
+def _time_from(values: dict[str, Any]) -> Timestep:
+    """Invert :func:`_of_time`. Raises ValueError: a value is out of range."""
+    counts = values["timestep_groups"], values["num_train_timesteps"]
+    if not all(is_whole(count, most=MOST_TIMESTEPS) for count in counts):
+        raise ValueError(f"timestep_groups and num_train_timesteps are {counts}")
+    continuous, time_scale = values.get("continuous", False), values.get("time_scale", 1.0)
+    if not isinstance(continuous, bool):
+        raise ValueError(f"continuous is {continuous!r}")
+    if not isinstance(time_scale, float) or not 0 < time_scale <= 1:
+        raise ValueError(f"time_scale is {time_scale!r}")
+    timestep = Timestep(*counts, continuous=continuous, time_scale=time_scale)
+    schedule, timestep.clip = values.get("schedule"), values.get("clip")
+    if timestep.clip is not None and not (isinstance(timestep.clip, float) and 0 <= timestep.clip < inf):
+        raise ValueError(f"clip is {timestep.clip!r}")
+    if schedule is not None and not _is_schedule(schedule, timestep):
+        raise ValueError(f"schedule is {schedule}, expected are falling timesteps from {counts[1] - 1} to 0")
+    timestep.schedule = schedule
+    return timestep
+
+
+def _is_schedule(schedule: Any, of: Timestep) -> bool:
+    if not isinstance(schedule, list) or not schedule:
+        return False
+    if of.continuous:
+        sound = all(isinstance(t, float) and 0 < t <= of.num_train_timesteps for t in schedule)
+    else:
+        sound = all(is_whole(t, 0, of.num_train_timesteps - 1) for t in schedule)
+    return sound and all(a > b for a, b in pairwise(schedule))
 
 
 def _check_row(row: PlanRow) -> None:

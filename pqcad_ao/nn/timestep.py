@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pqcad_ao.denoiser import timestep_position
+from pqcad_ao.denoiser import set_time_scale, timestep_position
 
 ATTRIBUTE = "_pqcad_timestep"  # of a quantized network
+LOOKED_AT = 2  # first calls of a network
+ROUNDING = 2**-7  # relative, of timesteps that pipelines hand over in bfloat16
 
 
 class Call:
@@ -23,7 +25,7 @@ class Call:
 
     def __init__(self) -> None:
         self.group: Tensor | None = None
-        self.visited: int | None = None
+        self.visited: float | None = None
 
 
 class _Calls(threading.local):
@@ -47,10 +49,16 @@ class Timestep:
     called and :func:`release_timestep` clears it when the network returns. Threads may share a network.
     """
 
-    def __init__(self, groups: int, num_train_timesteps: int) -> None:
+    def __init__(
+        self, groups: int, num_train_timesteps: int, *, continuous: bool = False, time_scale: float = 1.0
+    ) -> None:
         self.groups, self.num_train_timesteps = groups, num_train_timesteps
+        self.continuous = continuous  # timesteps are fractions up to T, and not whole numbers up to T - 1
+        self.time_scale = time_scale  # what the network is called with, a training timestep times this
         self.position = 1  # of the timestep among the arguments of the network's forward
-        self.schedule: list[int] | None = None  # the timesteps that the network was distilled for
+        self.schedule: list | None = None  # the timesteps that the network was distilled for
+        self.clip: float | None = None  # range of x_0 in the sampler it was calibrated on, 0 of none; None: unknown
+        self.looked_at = 0  # calls, by :func:`check_scale`
         self._calls = _Calls()
 
     @property
@@ -83,35 +91,76 @@ def timestep_group(timesteps: Tensor, groups: int, num_train_timesteps: int) -> 
     return timesteps.to(torch.int64).clamp(0, num_train_timesteps - 1) * groups // num_train_timesteps
 
 
-def check_timesteps(timesteps: Tensor, num_train_timesteps: int) -> None:
-    """Raise ValueError where a timestep lies outside of [0, num_train_timesteps).
+def check_timesteps(
+    timesteps: Tensor, num_train_timesteps: int, *, continuous: bool = False, time_scale: float = 1.0
+) -> None:
+    """Raise ValueError where a timestep lies outside of [0, num_train_timesteps), of a continuous process beyond it.
 
     Fractions are taken: samplers such as Euler's stop between two training timesteps.
+
+    Args:
+        time_scale: in the error's words the network is called with a timestep times this.
     """
-    sound = (timesteps >= 0) & (timesteps < num_train_timesteps)
+    most = num_train_timesteps if continuous else num_train_timesteps - 1
+    sound = (timesteps >= 0) & (timesteps < num_train_timesteps + continuous)
     if not sound.all():
         raise ValueError(
-            f"timestep {timesteps[~sound][0].item():g}: this network takes those from 0 to {num_train_timesteps - 1}, "
-            "which it was trained with"
+            f"timestep {time_scale * timesteps[~sound][0].item():g}: this network takes those from 0 to "
+            f"{time_scale * most:g}, which it was trained with"
         )
 
 
-def check_schedule(state: Timestep, timesteps: list[int]) -> None:
+def check_whole(state: Timestep) -> None:
+    """Raises ValueError: a network takes fractions, which no exported program does."""
+    if state.continuous:
+        raise ValueError(
+            "the network was quantized for a rectified flow, and exported programs take whole timesteps and DDIM's "
+            'steps: write torch.compile(network, backend="pqcad")'
+        )
+
+
+def check_scale(state: Timestep, timesteps: Tensor) -> None:
+    """Warn, once, where a network that counts its timesteps is called with a time from 0 to 1 from the start."""
+    if state.looked_at >= LOOKED_AT:
+        return
+    below = timesteps.is_floating_point() and bool(((timesteps > 0) & (timesteps <= 1)).all())
+    state.looked_at = state.looked_at + 1 if below else LOOKED_AT
+    if below and state.looked_at == LOOKED_AT:
+        warnings.warn(
+            f"this network was calibrated at timesteps from 0 to {state.num_train_timesteps} and is called with "
+            f"{timesteps[0].item():g}: all its layers take the scales of the first group. If it is called with a time "
+            f"from 0 to 1, write quantize_(..., time_scale=1 / {state.num_train_timesteps})",
+            stacklevel=4,
+        )
+
+
+def check_schedule(state: Timestep, timesteps: list) -> None:
     """Warn where a network that was distilled for a schedule is asked for other timesteps, or walks past some."""
-    schedule, asked = state.schedule or [], sorted(set(timesteps))
-    wrong = [f"is asked for {t}" for t in asked if t not in schedule][:1]
+    schedule, asked = state.schedule or [], sorted({_in_schedule(state, t) for t in timesteps})
+    wrong = [f"is asked for {t:g}" for t in asked if t not in schedule][:1]
     if not wrong and len(asked) == 1:
         before, now = state.call.visited, asked[0]
         # downwards, as samplers walk: a new walk begins above
-        if before in schedule and now < before and schedule.index(now) > schedule.index(before) + 1:
-            wrong = [f"goes from {before} to {now}"]
+        if (
+            before is not None
+            and before in schedule
+            and now < before
+            and schedule.index(now) > schedule.index(before) + 1
+        ):
+            wrong = [f"goes from {before:g} to {now:g}"]
         state.call.visited = now
     if wrong:
         warnings.warn(
-            f"this network was distilled for {len(schedule)} timesteps, {schedule[0]} to {schedule[-1]}, and "
+            f"this network was distilled for {len(schedule)} timesteps, {schedule[0]:g} to {schedule[-1]:g}, and "
             f"{wrong[0]}: sample with num_inference_steps={len(schedule)} and the scheduler it was saved with",
             stacklevel=3,
         )
+
+
+def _in_schedule(state: Timestep, timestep: float) -> float:
+    """The timestep of a schedule that a rounded one stands for; where timesteps are counted, none is rounded."""
+    nearest = min(state.schedule or [timestep], key=lambda known: abs(known - timestep))
+    return nearest if state.continuous and abs(nearest - timestep) <= ROUNDING * nearest else timestep
 
 
 def _call_argument(module: nn.Module, args: tuple, kwargs: dict[str, Any], position: int) -> Any:
@@ -132,10 +181,19 @@ def bind_timestep(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     if isinstance(timesteps, (int, float)):  # torch.full takes a symbolic number; as_tensor would recompile for each
         timesteps = torch.full((1,), timesteps)
     timesteps = torch.as_tensor(timesteps).reshape(-1)
+    if timesteps.is_floating_point():
+        timesteps = timesteps.float()  # which tells 1000 from 1001
     state = module._pqcad_timestep
+    if state.time_scale != 1:
+        timesteps = timesteps * (1 / state.time_scale)
+        if not state.continuous:
+            timesteps = timesteps.round()  # a whole number, but for what was lost when it was divided
     # one that is on a GPU would have to be waited for at every step; pqcad_ao's own sampler looks before it starts
     if timesteps.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_timesteps(timesteps, state.num_train_timesteps)
+        # a time just below 1 is 1 in bfloat16
+        continuous = state.continuous or state.time_scale != 1
+        check_timesteps(timesteps, state.num_train_timesteps, continuous=continuous, time_scale=state.time_scale)
+        check_scale(state, timesteps)
         if state.schedule is not None:
             check_schedule(state, timesteps.tolist())
     timesteps = timesteps.to(sample.device)
@@ -156,6 +214,7 @@ def install_timestep(module: nn.Module, timestep: Timestep) -> None:
     """Make ``module`` hand its timestep to the quantized layers that hold ``timestep``."""
     setattr(module, ATTRIBUTE, timestep)
     timestep.position = timestep_position(module)
+    set_time_scale(module, timestep.time_scale)
     for fqn, layer in module.named_modules():
         if getattr(layer, "timestep", None) is timestep:
             layer.fqn = fqn
