@@ -148,7 +148,7 @@ def load_images(
     return _pad_to(images, image_size), labels
 
 
-def some_images(folder: str | Path, shape: tuple[int, int, int], count: int, seed: int) -> Tensor:
+def some_images(folder: str | Path, shape: tuple[int, ...], count: int, seed: int) -> Tensor:
     """At most ``count`` pictures of a data set's training half, drawn without repetition: (N, C, H, W) in [-1, 1].
 
     Raises: as :func:`load_images`.

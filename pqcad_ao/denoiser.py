@@ -9,18 +9,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from pqcad_ao.utils.checks import is_whole
+
+EXTRA_CHANNELS = "extra_channels"  # of the conditioning: what a network takes beside x_t in its first argument
+# Of the conditioning: positions of tokens (tokens, axes), the same for every sample, as Flux takes them.
+WITHOUT_ROWS = ("img_ids", "txt_ids")
+
+
+def with_rows(conditioning: dict[str, Any]) -> dict[str, Any]:
+    """What of a conditioning has a row for each sample."""
+    return {name: value for name, value in conditioning.items() if name not in WITHOUT_ROWS}
+
 
 def take_rows(conditioning: dict[str, Any], rows: Any) -> dict[str, Any]:
-    """The chosen rows of every tensor in a (nested) conditioning dictionary."""
-    return tree_map(lambda value: value[rows] if isinstance(value, Tensor) else value, conditioning)
+    """The chosen rows of every tensor in a (nested) conditioning dictionary; all of what has no rows."""
+    taken = tree_map(lambda value: value[rows] if isinstance(value, Tensor) else value, with_rows(conditioning))
+    return {name: taken.get(name, value) for name, value in conditioning.items()}
 
 
 def cast_floats(values: Any, dtype: torch.dtype = torch.float32) -> Any:
     """Every floating-point tensor of a nested value in ``dtype``."""
     return tree_map(lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v, values)
-
-
-EXTRA_CHANNELS = "extra_channels"  # of the conditioning: what a network takes beside x_t in its first argument
 
 
 TIME_SCALE = "_pqcad_time_scale"  # attribute of a network that was given one
@@ -151,8 +160,8 @@ def predict_float32(network: nn.Module, x_t: Tensor, timesteps: Tensor, conditio
     return predict(network, x_t.to(dtype), timesteps, cast_floats(conditioning, dtype)).float()
 
 
-def sample_shape(model: nn.Module, given: tuple[int, ...] | None = None) -> tuple[int, int, int]:
-    """(C, H, W) of the images a network denoises: as given, or from a diffusers config.
+def sample_shape(model: nn.Module, given: tuple[int, ...] | None = None) -> tuple[int, ...]:
+    """The shape of one sample that a network denoises: as given, or (C, H, W) from a diffusers config.
 
     Where a network takes more channels than it predicts (a mask beside the sample) or predicts more than it takes (a
     variance beside the mean), the smaller number is the sample's.
@@ -161,16 +170,17 @@ def sample_shape(model: nn.Module, given: tuple[int, ...] | None = None) -> tupl
         ValueError: neither is there.
     """
     if given is not None:
-        if len(given) != 3:
-            raise ValueError(f"sample_shape={tuple(given)}: write (channels, height, width)")
-        channels, height, width = given
-        return channels, height, width
+        if len(given) < 2 or not all(is_whole(size) for size in given):
+            raise ValueError(
+                f"sample_shape={tuple(given)}: write (channels, height, width), of packed tokens (tokens, channels)"
+            )
+        return tuple(given)
     config = getattr(model, "config", None)
     in_channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
     if in_channels is None or size is None:
         raise ValueError(
             f"{type(model).__name__} does not say what it denoises (no config with in_channels and sample_size): "
-            "pass sample_shape=(channels, height, width)"
+            "pass sample_shape=(channels, height, width), of packed tokens (tokens, channels)"
         )
     height, width = (size, size) if isinstance(size, int) else size
     return min(in_channels, getattr(config, "out_channels", None) or in_channels), height, width
@@ -180,7 +190,7 @@ def check_conditioning(model: nn.Module, conditioning: dict[str, Any] | None) ->
     """The conditioning on the network's device; what a network needs and did not get is an error that names it.
 
     Args:
-        conditioning: keyword arguments of ``model.forward``, tensors with rows to draw from.
+        conditioning: keyword arguments of ``model.forward``, tensors with rows to draw from, but ``WITHOUT_ROWS``.
 
     Raises:
         ValueError: missing, empty, or of unequal lengths. TypeError: not a dictionary.
@@ -205,7 +215,8 @@ def check_conditioning(model: nn.Module, conditioning: dict[str, Any] | None) ->
                 f"{type(model).__name__} is conditional and conditioning has no {name!r}: pass "
                 f"conditioning={{{name!r}: tensor with rows to draw from}}"
             )
-    lengths = {leaf.shape[0] if leaf.dim() else 0 for leaf in tree_leaves(conditioning) if isinstance(leaf, Tensor)}
+    tensors = [leaf for leaf in tree_leaves(with_rows(conditioning)) if isinstance(leaf, Tensor)]
+    lengths = {leaf.shape[0] if leaf.dim() else 0 for leaf in tensors}
     if len(lengths) > 1 or 0 in lengths:
         raise ValueError(
             f"conditioning holds tensors of {sorted(lengths)} rows; give each the same number, at least one"
@@ -232,7 +243,7 @@ def _check_extra_channels(model: nn.Module, conditioning: dict[str, Any]) -> Non
 
 def conditioning_rows(conditioning: dict[str, Any]) -> int:
     """How many samples a (nested) conditioning describes; 1 where it holds no tensor."""
-    return next((leaf.shape[0] for leaf in tree_leaves(conditioning) if isinstance(leaf, Tensor)), 1)
+    return next((leaf.shape[0] for leaf in tree_leaves(with_rows(conditioning)) if isinstance(leaf, Tensor)), 1)
 
 
 def spread_rows(conditioning: dict[str, Any], numbers: Tensor, count: int) -> dict[str, Any]:

@@ -33,8 +33,8 @@ def check_distillation(
     *,
     images: Tensor | None = None,
     conditioning: dict[str, Any] | None = None,
-    sample_shape: tuple[int, int, int] | None = None,
-) -> tuple[Sampler, tuple[int, int, int]]:
+    sample_shape: tuple[int, ...] | None = None,
+) -> tuple[Sampler, tuple[int, ...]]:
     """What :func:`distill_` can say before any work is done; its arguments and errors.
 
     Returns:
@@ -58,7 +58,7 @@ def check_distillation(
             f"images were given together with conditioning ({', '.join(conditioning)}), and nothing says which rows of "
             "it are theirs: leave the images out, C_DC is drawn under the conditioning"
         )
-    if images.dim() != 4 or tuple(images.shape[1:]) != shape or not len(images):
+    if tuple(images.shape[1:]) != shape or not len(images):
         raise ValueError(f"images has shape {tuple(images.shape)}: write (N, {', '.join(map(str, shape))}), N from 1")
     if not images.is_floating_point() or not images.abs().max() <= OUTERMOST:
         raise ValueError(
@@ -76,7 +76,7 @@ def distill_(
     *,
     images: Tensor | None = None,
     conditioning: dict[str, Any] | None = None,
-    sample_shape: tuple[int, int, int] | None = None,
+    sample_shape: tuple[int, ...] | None = None,
     time_scale: float | None = None,
     folder: str | Path | None = None,
     callback: Callable[[str, int, int], None] | None = None,
@@ -141,7 +141,7 @@ def compress(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     images: Tensor | None = None,
     conditioning: dict[str, Any] | None = None,
-    sample_shape: tuple[int, int, int] | None = None,
+    sample_shape: tuple[int, ...] | None = None,
     time_scale: float | None = None,
     folder: str | Path | None = None,
     callback: Callable[[str, int, int], None] | None = None,

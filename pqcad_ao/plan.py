@@ -23,7 +23,7 @@ def plan(
     config: PQCADConfig | None = None,
     *,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
-    sample_shape: tuple[int, int, int] | None = None,
+    sample_shape: tuple[int, ...] | None = None,
     conditioning: dict[str, Any] | None = None,
     time_scale: float | None = None,
 ) -> Plan:
@@ -57,7 +57,7 @@ def planned(
     model: nn.Module,
     config: PQCADConfig,
     filter_fn: Callable[[nn.Module, str], bool] | None,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     conditioning: dict[str, Any],
 ) -> tuple[Capture, Plan]:
     """The graph that will be quantized, and its plan; raises all that can be known before any work is done."""
@@ -81,7 +81,7 @@ def _resolve(
     return replace(resolved, target_bits=config.target_bits)
 
 
-def _capture(model: nn.Module, shape: tuple[int, int, int] | None, conditioning: dict[str, Any] | None) -> Capture:
+def _capture(model: nn.Module, shape: tuple[int, ...] | None, conditioning: dict[str, Any] | None) -> Capture:
     return capture(model, sample_shape(model, shape), check_conditioning(model, conditioning))
 
 

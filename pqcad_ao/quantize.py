@@ -52,7 +52,7 @@ def quantize_(
     device: torch.device | str | None = None,
     *,
     scheduler: Any = None,
-    sample_shape: tuple[int, int, int] | None = None,
+    sample_shape: tuple[int, ...] | None = None,
     conditioning: dict[str, Any] | None = None,
     prompts: list[str] | None = None,
     call: dict[str, Any] | None = None,

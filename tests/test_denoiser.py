@@ -4,13 +4,23 @@ import copy
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiTTransformer2DModel, PixArtTransformer2DModel, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import TINY_TEXT_UNET, quick, sqnr
 
-from pqcad_ao import load_quantized, plan, quantize_, save_quantized
+from pqcad_ao import CADConfig, PQCADConfig, distill_, load_quantized, plan, quantize_, save_quantized
 from pqcad_ao.denoiser import Denoiser, predict, sample_shape, spread_rows, take_rows
+from pqcad_ao.diffusion.sampling import sample
+from pqcad_ao.nn.state import quantized_state
 
 ATTENTION = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2}
 PATCHES = {"in_channels": 4, "out_channels": 8, "sample_size": 8, "patch_size": 2}  # noise, and a variance
@@ -25,6 +35,46 @@ def text_transformer():
     """Its forward takes the text before the timestep."""
     text = {"caption_channels": 12, "cross_attention_dim": 16, "use_additional_conditions": False}
     return PixArtTransformer2DModel(**ATTENTION, **PATCHES, **text), {"encoder_hidden_states": torch.randn(6, 5, 12)}
+
+
+def stronger(network):
+    """With weights of blocks that count: as they are made, what they add to the sample is hardly to be seen."""
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "blocks" in name:
+                parameter.mul_(4)
+    return network
+
+
+def sd3_transformer():
+    text = {"joint_attention_dim": 12, "caption_projection_dim": 16, "pooled_projection_dim": 10}
+    patches = {"in_channels": 4, "out_channels": 4, "sample_size": 8, "patch_size": 2, "pos_embed_max_size": 8}
+    conditioning = {"encoder_hidden_states": torch.randn(6, 5, 12), "pooled_projections": torch.randn(6, 10)}
+    return stronger(SD3Transformer2DModel(**ATTENTION, **text, **patches)), conditioning
+
+
+def flux_transformer():
+    """Packed tokens, with positions that are the same for every sample; called with a timestep / 1000."""
+    network = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        pooled_projection_dim=10,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 4, 8),
+    )
+    conditioning = {
+        "encoder_hidden_states": torch.randn(6, 5, 12),
+        "pooled_projections": torch.randn(6, 10),
+        "guidance": torch.full((6,), 3.5),
+        "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0)),
+        "txt_ids": torch.zeros(5, 3),
+    }
+    return stronger(network), conditioning
 
 
 def inpainting_unet():
@@ -70,6 +120,81 @@ def test_channels_beside_the_sample_are_asked_for_before_any_work(extra):
         del conditioning["extra_channels"]
     with pytest.raises(ValueError, match=r"takes 5 channels beside .* pass conditioning=\{'extra_channels'"):
         quantize_(network, quick(), scheduler=DDIMScheduler(), conditioning=conditioning)
+
+
+SD3, FLUX = (sd3_transformer, (4, 8, 8), 1), (flux_transformer, (16, 4), 1000)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "divisor"), [pytest.param(*SD3, marks=pytest.mark.slow), FLUX], ids=["SD3", "Flux"]
+)
+def test_a_transformer_of_a_flow(make, shape, divisor, tmp_path):
+    torch.manual_seed(0)
+    network, conditioning = make()
+    network.eval()
+    config, flow = quick(weight_bits=8, activation_bits=8), FlowMatchEulerDiscreteScheduler(shift=3.0)
+    reference = copy.deepcopy(network)
+    given = {"conditioning": conditioning, "sample_shape": shape}
+    quantize_(network, config, scheduler=flow, **given, progress=False)
+    rows = {row.fqn: row for row in plan(network)}
+    assert all(row.role and row.reason for row in rows.values())
+    block = "transformer_blocks.0"
+    for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out"):
+        assert rows[f"{block}.attn.{name}"].role == "attention", name
+    for name in (f"{block}.norm1.linear", f"{block}.norm1_context.linear", "norm_out.linear"):
+        assert rows[name].role == "time_projection", name
+    assert rows[f"{block}.ff.net.2"].role == "body"
+
+    noise = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    chosen = take_rows(conditioning, torch.tensor([0, 2, 4]))
+    ways = [sample(each, flow, noise, 4, conditioning=chosen) for each in (reference, network)]
+    assert sqnr(*ways) > 25
+    timesteps = torch.tensor([1000.0, 437.5, 0.25])
+    with torch.no_grad():
+        found = predict(network, noise, timesteps, chosen)
+        called = network(hidden_states=noise, timestep=timesteps / divisor, **chosen)  # as diffusers' pipelines do
+        assert torch.equal(called.sample, found)
+        compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(hidden_states=noise, timestep=timesteps / divisor, **chosen).sample, found)
+        network.save_pretrained(tmp_path)
+        again = type(network).from_pretrained(tmp_path)
+        assert torch.equal(predict(again, noise, timesteps, chosen), found)
+    assert quantized_state(again).timestep.time_scale == 1 / divisor
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("make", "shape", "divisor"), [SD3, FLUX], ids=["SD3", "Flux"])
+def test_a_transformer_of_a_flow_learns(make, shape, divisor):
+    torch.manual_seed(0)
+    network, conditioning = make()
+    reference, plain = network.eval(), copy.deepcopy(network)
+    student = copy.deepcopy(network)
+    flow = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    given = {"conditioning": conditioning, "sample_shape": shape, "progress": False}
+    quantize_(plain, quick(activation_bits=6), scheduler=flow, **given)
+    sizes = {"calibration_steps": 4, "timestep_groups": 4, "learning_points": 32, "batch_size": 8}
+    quantize_(student, PQCADConfig.fast(iterations=60, **sizes), scheduler=flow, **given)
+    noise = torch.randn(6, *shape, generator=torch.Generator().manual_seed(1))
+    goal, *ways = (sample(each, flow, noise, 4, conditioning=conditioning) for each in (reference, plain, student))
+    assert sqnr(goal, ways[1]) > sqnr(goal, ways[0]) + 1
+    config = CADConfig(steps=4, iterations=30, batch_size=8, points=16, check_betas=False)
+    before = sqnr(goal, sample(student, flow, noise, 2, conditioning=conditioning))
+    sampler = distill_(student, reference, flow, config, **given)
+    assert sqnr(goal, sample(student, sampler, noise, 2, conditioning=conditioning)) > before
+
+
+@pytest.mark.parametrize("wrong", [(), (8,), (1, 0, 8), (1, 8.0, 8), (True, 8)])
+def test_a_sample_of_no_shape_is_an_error(wrong):
+    with pytest.raises(ValueError, match=r"sample_shape=.*: write \(channels, height, width\), of packed tokens"):
+        sample_shape(inpainting_unet()[0], wrong)
+
+
+def test_positions_have_no_rows():
+    conditioning = {"text": torch.arange(12).view(4, 3), "img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(5, 3)}
+    chosen = take_rows(conditioning, torch.tensor([3, 1]))
+    assert list(chosen) == list(conditioning)
+    assert chosen["text"].tolist() == [[9, 10, 11], [3, 4, 5]]
+    assert chosen["img_ids"] is conditioning["img_ids"]
 
 
 @given(st.integers(1, 40), st.integers(1, 40))

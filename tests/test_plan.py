@@ -448,7 +448,7 @@ def test_a_network_without_layers_or_shape_is_an_error():
     with pytest.raises(ValueError, match=r"pass sample_shape=\(channels, height, width\)"):
         plan(Nothing())
     with pytest.raises(ValueError, match=r"write \(channels, height, width\)"):
-        plan(Nothing(), sample_shape=(8, 8))
+        plan(Nothing(), sample_shape=(8,))
 
 
 def test_an_adapter_that_is_not_merged_is_an_error():

@@ -129,10 +129,10 @@ def test_a_file_names_a_class_of_the_table_or_none(tmp_path):
 # Flows
 
 
-@given(st.integers(1, 12), st.sampled_from([1.0, 3.0, 0.5]), st.integers(0, 2**31))
-def test_a_flow_is_walked_as_diffusers_walks_it(steps, shift, seed):
+@pytest.mark.parametrize(("steps", "shift"), [(1, 3.0), (5, 1.0), (12, 3.0), (7, 0.5)])
+def test_a_flow_is_walked_as_diffusers_walks_it(steps, shift):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    noise, network = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(seed)), Small()
+    noise, network = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0)), Small()
     scheduler.set_timesteps(sigmas=[(steps - step) / steps for step in range(steps)])  # as Flux's pipelines call it
     expected = noise
     schedule, found = DDIMSchedule.of(FlowMatchEulerDiscreteScheduler(shift=shift), steps), noise

@@ -51,7 +51,14 @@ def _again(network: torch.nn.Module, fresh: torch.nn.Module, tmp_path) -> torch.
 # Schedulers
 
 
-@pytest.mark.parametrize("kind", [EulerDiscreteScheduler, UniPCMultistepScheduler, DPMSolverMultistepScheduler])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        EulerDiscreteScheduler,
+        pytest.param(UniPCMultistepScheduler, marks=pytest.mark.slow),
+        pytest.param(DPMSolverMultistepScheduler, marks=pytest.mark.slow),
+    ],
+)
 def test_a_pipelines_scheduler_calibrates_on_its_process(kind):
     scheduler = kind(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
     first, second = Small(), Small()
@@ -129,7 +136,9 @@ def test_a_flow_learns_to_halve_its_steps(renoised, tmp_path):
 # The scale of time
 
 
-@pytest.mark.parametrize("scheduler", [cosine_scheduler(), FLOW], ids=["DDPM", "flow"])
+@pytest.mark.parametrize(
+    "scheduler", [cosine_scheduler(), pytest.param(FLOW, marks=pytest.mark.slow)], ids=["DDPM", "flow"]
+)
 def test_a_network_whose_time_is_from_0_to_1_has_scales_for_each_group(scheduler, tmp_path):
     network, reference = UnitTime(), UnitTime()
     quantize_(network, EIGHT, scheduler=scheduler, sample_shape=SHAPE, time_scale=1 / 1000, progress=False)

@@ -167,8 +167,7 @@ def _check_parity(
 @one_at_a_time
 def _any_schedule(unet: nn.Module, x_t: Tensor, rows: dict[str, Any]) -> torch.export.ExportedProgram:
     """The fused network as ``f(x_t, timesteps, conditioning)`` with a dynamic batch."""
-    _, channels, height, width = x_t.shape
-    graph = capture(unet, (channels, height, width), rows).graph
+    graph = capture(unet, tuple(x_t.shape[1:]), rows).graph
     fuse(graph)
     inputs = (x_t, torch.arange(len(x_t)), rows)
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
@@ -239,7 +238,7 @@ class PT2UNet:
             x_t: (B, C, H, W). timestep: one for all, or (B,).
         """
         sizes = range(1, MAX_BATCH + 1) if self.batch_size is None else [self.batch_size]
-        if x_t.dim() != 4 or tuple(x_t.shape[1:]) != self.sample_shape or len(x_t) not in sizes:
+        if tuple(x_t.shape[1:]) != self.sample_shape or len(x_t) not in sizes:
             batch = f"1 to {MAX_BATCH}" if self.batch_size is None else self.batch_size
             expected = f"({batch}, {', '.join(map(str, self.sample_shape))})"
             raise ValueError(f"x_t has shape {tuple(x_t.shape)}: this package takes {expected}")

@@ -100,7 +100,7 @@ def assign_trajectories(step: Tensor, trajectories: int, generator: torch.Genera
 def calibration_set(
     model: nn.Module,
     scheduler: Any,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     config: PQCADConfig,
     conditioning: dict[str, Any] | None = None,
     *,
@@ -136,7 +136,7 @@ def calibration_set(
 def _points(
     model: nn.Module,
     scheduler: Any,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     config: PQCADConfig,
     conditioning: dict[str, Any] | None,
     folder: str | Path | None,
@@ -190,7 +190,7 @@ class _Draw:
 
 def _draw(
     scheduler: Any,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     config: PQCADConfig,
     conditioning: dict[str, Any],
     device: torch.device,

@@ -86,7 +86,7 @@ class Trajectories:
 def draw_trajectories(
     reference: nn.Module,
     scheduler: Sampler,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     config: CADConfig,
     conditioning: dict[str, Any],
     *,
@@ -176,7 +176,7 @@ def _draw(
 def _batch(
     reference: nn.Module,
     scheduler: Sampler,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     config: CADConfig,
     conditioning: dict[str, Any],
     rows: Tensor,
@@ -393,7 +393,7 @@ def check_denoising(reference: nn.Module, schedule: DDIMSchedule, images: Trajec
 def checked_trajectories(
     reference: nn.Module,
     ddim: Sampler,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     config: CADConfig,
     conditioning: dict[str, Any] | None,
     *,

@@ -151,7 +151,7 @@ def export_pte(
     check_counts(batch_size=batch_size, trajectories=trajectories)
     check_objective(objective, max_bytes)
     conditioning = check_conditioning(unet, conditioning)
-    shape = denoiser.sample_shape(unet, sample_shape)
+    shape = _image_shape(unet, sample_shape)
     path = check_writable(path)
     unet = _contiguous(unet)
     stages = tqdm(total=4, desc="recording trajectories", disable=not progress, leave=False)
@@ -238,7 +238,7 @@ def export_fp32_pte(
     _check_float(unet)
     check_counts(batch_size=batch_size)
     conditioning = check_conditioning(unet, conditioning)
-    shape = denoiser.sample_shape(unet, sample_shape)
+    shape = _image_shape(unet, sample_shape)
     path = check_writable(path)
     unet = _contiguous(unet)
     with evaluation_mode(unet), torch.no_grad(), forgetting_sources():
@@ -247,6 +247,14 @@ def export_fp32_pte(
     write_whole(path, program)
     delegates = calls.pop("executorch_call_delegate", 0)
     return PTEReport(path, len(program), delegates, dict(calls))
+
+
+def _image_shape(unet: nn.Module, given: tuple[int, ...] | None) -> tuple[int, ...]:
+    """(C, H, W). Raises ValueError: what the network denoises are no images."""
+    shape = denoiser.sample_shape(unet, given)
+    if len(shape) != 3:
+        raise ValueError(f"sample_shape={shape}: a .pte draws images, write (channels, height, width)")
+    return shape
 
 
 def _check_float(unet: nn.Module) -> None:
@@ -259,7 +267,7 @@ def _check_float(unet: nn.Module) -> None:
 
 
 def _step(
-    unet: nn.Module, shape: tuple[int, int, int], batch_size: int, conditioning: dict[str, Any]
+    unet: nn.Module, shape: tuple[int, ...], batch_size: int, conditioning: dict[str, Any]
 ) -> tuple[Denoiser, tuple[Any, ...], list[str]]:
     """The network as a function of tensors, inputs to export it with, and its conditioning's names."""
     tensors, rebuild = tensors_of(conditioning)
@@ -270,7 +278,7 @@ def _step(
 
 @one_at_a_time
 def _capture(
-    unet: nn.Module, shape: tuple[int, int, int], batch_size: int, conditioning: dict[str, Any]
+    unet: nn.Module, shape: tuple[int, ...], batch_size: int, conditioning: dict[str, Any]
 ) -> tuple[GraphModule, tuple[Any, ...], list[str]]:
     """The network's graph for one batch size, the inputs it was captured with, and its conditioning's names.
 
@@ -288,7 +296,7 @@ def _capture(
 
 
 def _metadata(
-    scheduler: DDIMScheduler, steps: int, batch_size: int, shape: tuple[int, int, int], names: list[str]
+    scheduler: DDIMScheduler, steps: int, batch_size: int, shape: tuple[int, ...], names: list[str]
 ) -> dict[str, Any]:
     """Constant methods of the program: all that a sampler needs, for one without Python as well.
 

@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_map
 
 from pqcad_ao.config import MAX_BATCH
-from pqcad_ao.denoiser import Denoiser, conditioning_rows, evaluation_mode, placement, take_rows
+from pqcad_ao.denoiser import Denoiser, conditioning_rows, evaluation_mode, placement, take_rows, with_rows
 from pqcad_ao.utils.tracing import one_at_a_time
 
 
@@ -28,7 +28,7 @@ class Capture:
 
 
 @one_at_a_time
-def capture(model: nn.Module, shape: tuple[int, int, int], conditioning: dict[str, Any]) -> Capture:
+def capture(model: nn.Module, shape: tuple[int, ...], conditioning: dict[str, Any]) -> Capture:
     """Export ``model`` in evaluation mode with a dynamic batch (1 to 63) and one timestep for each sample.
 
     The model's own training flags are left as they were.
@@ -41,7 +41,8 @@ def capture(model: nn.Module, shape: tuple[int, int, int], conditioning: dict[st
     timesteps = torch.tensor([1, 2, 3], device=device)
     example = take_rows(conditioning, torch.arange(3) % conditioning_rows(conditioning))
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
-    dynamic = tree_map(lambda value: {0: batch} if isinstance(value, Tensor) else None, (x_t, timesteps, (example,)))
+    rows = tree_map(lambda value: {0: batch} if isinstance(value, Tensor) else None, with_rows(example))
+    dynamic = ({0: batch}, {0: batch}, ({name: rows.get(name) for name in example},))
     try:
         with evaluation_mode(model), torch.no_grad():
             exported = torch.export.export(Denoiser(model), (x_t, timesteps, example), dynamic_shapes=dynamic)

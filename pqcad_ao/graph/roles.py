@@ -12,8 +12,6 @@ aten = torch.ops.aten
 CHANNELWISE = {aten.group_norm.default, aten.silu.default, aten.dropout.default, aten.relu.default, aten.gelu.default}
 CHANNELWISE |= {aten.mish.default, aten.contiguous.default, aten.clone.default, aten.to.dtype, aten.silu_.default}
 RESAMPLING = {aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec, aten.upsample_nearest2d.default}
-RESHAPING = {aten.view.default, aten.transpose.int, aten.reshape.default, aten.permute.default, aten.unsqueeze.default}
-RESHAPING |= {aten.contiguous.default, aten.clone.default, aten.to.dtype, aten.dropout.default}
 
 
 def ancestors(capture: Capture) -> dict[Node, set[Node]]:
@@ -28,15 +26,20 @@ def ancestors(capture: Capture) -> dict[Node, set[Node]]:
     return found
 
 
-def _reaches(node: Node, through: set, wanted: tuple, *, forward: bool) -> bool:
-    """Whether an operator in ``wanted`` is next to ``node``, passing only operators in ``through``."""
-    waiting = list(node.users if forward else node.all_input_nodes)
+def _multiplies_two_activations(node: Node, *, forward: bool) -> bool:
+    """Whether what a layer computes, or is given, is a factor, or the result, of a product of two activations.
+
+    Between them is whatever attention does to its heads (norms, rotary embeddings, joining the text's), and no layer.
+    """
+    waiting, seen = [node], {node}
     while waiting:
-        other = waiting.pop()
-        if other.target in wanted:
-            return True
-        if other.target in through:
-            waiting += other.users if forward else other.all_input_nodes
+        following = waiting.pop()
+        for other in following.users if forward else following.all_input_nodes:
+            if other.target in BATCHED_PRODUCTS:
+                return True
+            if other not in seen and operator_of(other) is None:
+                seen.add(other)
+                waiting.append(other)
     return False
 
 
@@ -63,7 +66,9 @@ def role_of(node: Node, row: Operator, capture: Capture, above: dict[Node, set[N
         if len(node.meta["val"].shape) > 2:
             return "attention"  # keys and values of a text: on a sequence, and not on the image
         leads_to_time = any(
-            node in above[other] and capture.x_t not in above[other] for other in followed if other is not node
+            node in above[other] and capture.x_t not in above[other] and other.meta["val"].dim() == 2
+            for other in followed
+            if other is not node
         )
         return "time_embedding" if leads_to_time else "time_projection"
     if not any(other.op != "placeholder" and capture.x_t in above[other] for other in of_input):
@@ -73,10 +78,10 @@ def role_of(node: Node, row: Operator, capture: Capture, above: dict[Node, set[N
     concatenated = len(segments_of(node, row)) > 1
     if row.quantized is None:
         return "skip_concat" if concatenated else "body"
-    if row.spatial < 2 and any(_reaches(node, RESHAPING, BATCHED_PRODUCTS, forward=way) for way in (True, False)):
+    if row.spatial < 2 and any(_multiplies_two_activations(node, forward=way) for way in (True, False)):
         return "attention"  # of a sequence; an image's layers have other roles
     if row.spatial > 0 and weight.op == "get_attr":
-        if max(arguments["stride"]) > 1 or _reaches(node, set(), tuple(RESAMPLING), forward=False):
+        if max(arguments["stride"]) > 1 or source.target in RESAMPLING:
             return "resample"
         kernel_size = capture.graph.get_parameter(weight.target).shape[2:]
         added = any(user.target is aten.add.Tensor for user in node.users)

@@ -55,7 +55,7 @@ def teach(
     student: nn.Module,
     reference: nn.Module,
     ddim: Sampler,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     config: CADConfig,
     pictures: Trajectories,
     *,
@@ -102,7 +102,7 @@ class _Halving:
         images: Trajectories,
         config: CADConfig,
         number: int,
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
     ) -> None:
         self.student, self.reference, self.images, self.config = student, reference, images, config
         self.number, self.scheduler = number, scheduler

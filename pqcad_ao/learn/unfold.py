@@ -16,7 +16,7 @@ from pqcad_ao.prepare.observe import activation_quantizers, weight_quantizers
 
 @torch.no_grad()
 def unfold(
-    model: nn.Module, reference: nn.Module, shape: tuple[int, int, int], conditioning: dict[str, Any]
+    model: nn.Module, reference: nn.Module, shape: tuple[int, ...], conditioning: dict[str, Any]
 ) -> tuple[GraphModule, nn.Module]:
     """Invert :func:`fold`: the fake-quantized graph that computes what a quantized network does, to learn on.
 
