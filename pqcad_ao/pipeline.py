@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from tqdm.auto import tqdm
 
 from pqcad_ao.config import PQCADConfig
-from pqcad_ao.denoiser import EXTRA_CHANNELS, evaluation_mode, placement, time_scale, timestep_position
+from pqcad_ao.denoiser import EXTRA_CHANNELS, evaluation_mode, placement, time_scale, timestep_position, with_rows
 from pqcad_ao.diffusion.calibration import CalibrationSet, assign_trajectories, draw_steps
 from pqcad_ao.utils.files import digest
 from pqcad_ao.utils.tensor_files import read_tensors, write_tensors
@@ -56,12 +56,12 @@ class PipelineWalk:
             are prompts goes along with them; where there are no prompts, such as ``class_labels``.
 
     Attributes:
-        network: that denoises. shape: (C, H, W) of its samples. conditioning: some rows, as the pipeline makes them.
+        network: that denoises. shape: of a sample. conditioning: some rows, as the pipeline makes them.
         scheduler: the pipeline's; num_train_timesteps: of it.
 
     Raises:
         ValueError: no network, no prompts for a pipeline that takes them, an argument that its call does not have,
-            samples that are no images, conditioning without a row for each sample.
+            conditioning without a row for each sample.
     """
 
     def __init__(
@@ -76,8 +76,7 @@ class PipelineWalk:
         self.num_train_timesteps = self.scheduler.config.num_train_timesteps
         first = next(self._calls(range(PROBED), probe=True))
         _check_rows(pipeline, first)
-        channels, height, width = first.x_t.shape[1:]
-        self.shape, self.conditioning = (channels, height, width), first.conditioning
+        self.shape, self.conditioning = tuple(first.x_t.shape[1:]), first.conditioning
         # pictures of a call
         self.batch = max(1, config.calibration_batch_size * PROBED // len(first))
 
@@ -260,12 +259,12 @@ def _joined(parts: list[CalibrationSet]) -> CalibrationSet:
     """Their rows one behind the other."""
     if len(parts) == 1:
         return parts[0]
-    leaves, form = zip(*(tree_flatten(part.conditioning) for part in parts), strict=True)
+    leaves, form = zip(*(tree_flatten(with_rows(part.conditioning)) for part in parts), strict=True)
     conditioning = [torch.cat(each) if isinstance(each[0], Tensor) else each[0] for each in zip(*leaves, strict=True)]
     return CalibrationSet(
         torch.cat([part.x_t for part in parts]),
         torch.cat([part.timesteps for part in parts]),
-        tree_unflatten(conditioning, form[0]),
+        parts[0].conditioning | tree_unflatten(conditioning, form[0]),
     )
 
 
@@ -292,13 +291,9 @@ def _checked(
 
 
 def _check_rows(pipeline: DiffusionPipeline, call: CalibrationSet) -> None:
-    """Raises ValueError: a pipeline's network is not one of images with a row of conditioning for each."""
+    """Raises ValueError: a pipeline's network is not one with a row of conditioning for each sample."""
     kind = type(pipeline).__name__
-    if call.x_t.dim() != 4:
-        raise ValueError(
-            f"{kind} denoises samples of {tuple(call.x_t.shape[1:])}: networks of images (C, H, W) are quantized"
-        )
-    for name, value in call.conditioning.items():
+    for name, value in with_rows(call.conditioning).items():
         for leaf in tree_leaves(value):
             if isinstance(leaf, Tensor) and (not leaf.dim() or len(leaf) != len(call)):
                 raise ValueError(

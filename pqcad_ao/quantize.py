@@ -142,7 +142,7 @@ class _Trajectories:
         network: nn.Module,
         config: PQCADConfig,
         scheduler: Any,
-        sample_shape: tuple[int, int, int] | None,
+        sample_shape: tuple[int, ...] | None,
         conditioning: dict[str, Any] | None,
     ) -> None:
         self.network, self.config, self.scheduler = network, config, _scheduler(network, scheduler)
