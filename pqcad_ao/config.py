@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
 
@@ -147,6 +147,8 @@ class PQCADConfig(AOBaseConfig):
             ...
         ValueError: weight_bits=9: allowed are 2 to 8, or None for floating point
     """
+
+    quant_method: ClassVar[str] = "pqcad"  # as diffusers asks a quantization_config
 
     weight_bits: int = 4
     activation_bits: int | None = 6

@@ -116,7 +116,12 @@ def _call(
     # a transformer takes text before its timestep
     output = unet(sample, timestep, **keywords) if position == 1 else unet(sample, timestep=timestep, **keywords)
     if not isinstance(output, Tensor):
-        output = output[0] if isinstance(output, tuple) else output.sample
+        output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"the network returns a {type(output).__name__}: expected is a tensor, a tuple that begins with one, or an "
+            "object with one as its sample"
+        )
     return output if output.shape[1] == x_t.shape[1] else output[:, : x_t.shape[1]]
 
 
@@ -199,11 +204,12 @@ def check_conditioning(model: nn.Module, conditioning: dict[str, Any] | None) ->
         raise TypeError(
             f"conditioning is a {type(conditioning).__name__}: write {{'name of forward's argument': tensor}}"
         )
-    conditioning = conditioning or {}
     config = getattr(model, "config", None)
-    needed = []
-    if getattr(config, "cross_attention_dim", None) is not None and type(model).__name__ == "UNet2DConditionModel":
-        needed.append("encoder_hidden_states")
+    needed = _required(model)
+    if getattr(config, "encoder_hid_dim_type", None) == "image_proj":  # it makes them of image_embeds by itself
+        needed = [name for name in needed if name != "encoder_hidden_states"]
+        conditioning = {"encoder_hidden_states": None, **(conditioning or {})}
+    conditioning = conditioning or {}
     if getattr(config, "class_embed_type", None) is not None or getattr(config, "num_class_embeds", None) is not None:
         needed.append("class_labels")
     if getattr(config, "addition_embed_type", None) is not None:
@@ -223,6 +229,19 @@ def check_conditioning(model: nn.Module, conditioning: dict[str, Any] | None) ->
         )
     device, _ = placement(model)
     return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, conditioning)
+
+
+def _required(model: nn.Module) -> list[str]:
+    """The arguments of a network's forward, beside sample and timestep, that have no default."""
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    position = timestep_position(model)
+    return [
+        parameter.name
+        for number, parameter in enumerate(parameters)
+        if number not in (0, position)
+        and parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
 
 
 def _check_extra_channels(model: nn.Module, conditioning: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, ModelMixin, UNet2DConditionModel, UNet2DModel
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from torch import nn
@@ -173,7 +173,13 @@ def save_model(unet: nn.Module, scheduler: Sampler, folder: str | Path) -> Path:
 
     Raises:
         OSError: the folder cannot be written, or there is no room for both models; the one before stays.
+        TypeError: the network is no diffusers model.
     """
+    if not isinstance(unet, ModelMixin):
+        raise TypeError(
+            f"save_model writes diffusers models, and a {type(unet).__name__} is none: write save_quantized(model, "
+            "path)"
+        )
     folder = Path(folder)
     with only_run_in(folder):
         _finish_saving(folder)

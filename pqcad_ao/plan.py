@@ -12,6 +12,7 @@ from pqcad_ao.config import PQCADConfig
 from pqcad_ao.denoiser import cast_floats, check_conditioning, sample_shape, set_time_scale
 from pqcad_ao.graph.capture import Capture, capture
 from pqcad_ao.graph.plan import Plan, resolve
+from pqcad_ao.graph.suitable import check_suitable
 from pqcad_ao.learn.progressive import policies
 from pqcad_ao.learn.sensitivity import spare_bits
 from pqcad_ao.learn.training import to_learn
@@ -48,6 +49,7 @@ def plan(
         if config is not None:
             raise ValueError("the network is quantized already, no other bits can be planned for it: give no config")
         return state.plan
+    check_suitable(model)
     config = config or PQCADConfig()
     set_time_scale(model, time_scale)
     return _resolve(_capture(model, sample_shape, conditioning), model, config, filter_fn)
@@ -61,6 +63,7 @@ def planned(
     conditioning: dict[str, Any],
 ) -> tuple[Capture, Plan]:
     """The graph that will be quantized, and its plan; raises all that can be known before any work is done."""
+    check_suitable(model)
     # learning trains the graph, which shares its parameters with what it is captured from
     subject = to_learn(model) if config.learns else model
     captured = capture(subject, shape, cast_floats(conditioning) if config.learns else conditioning)

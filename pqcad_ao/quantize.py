@@ -19,6 +19,7 @@ from pqcad_ao.diffusion.noise import Sampler
 from pqcad_ao.diffusion.process import as_sampler, clip_of, find_scheduler, is_flow
 from pqcad_ao.graph.capture import Capture
 from pqcad_ao.graph.plan import Plan
+from pqcad_ao.graph.suitable import check_suitable
 from pqcad_ao.learn.progressive import Learned, learn
 from pqcad_ao.learn.ptq import calibrate, prepare
 from pqcad_ao.learn.sensitivity import sensitive
@@ -232,6 +233,7 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError(
             f"this {type(model).__name__} was quantized by something else; load it without quantization_config"
         )
+    check_suitable(model)
     for name, parameter in model.named_parameters():
         if type(parameter) is not nn.Parameter:
             raise ValueError(f"{name} is a {type(parameter).__name__}: the network was quantized by something else")

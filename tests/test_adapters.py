@@ -173,5 +173,7 @@ def test_what_needs_the_floating_point_weight_is_an_error(unet):
     with pytest.raises(ValueError, match="variant"):
         copy.deepcopy(unet).add_adapter(lora(use_dora=True))
     unet.add_adapter(lora())
+    with pytest.raises(ValueError, match=r"could not be loaded, .* Save adapters with save_lora_adapter"):
+        unet.save_pretrained("nowhere")
     with pytest.raises(ValueError, match=r"holds packed integers, no adapter can be merged into it: leave it beside"):
         unet.fuse_lora()

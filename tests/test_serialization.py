@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, UNet2DModel
-from networks import SHAPE, Small, cosine_scheduler, quick
+from diffusers import DDIMPipeline, UNet2DConditionModel, UNet2DModel
+from networks import SHAPE, TINY_TEXT_UNET, TINY_UNET, Small, cosine_scheduler, quick, sqnr
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -346,3 +346,82 @@ def test_another_network_or_none_is_an_error(small, tmp_path):
         load_quantized(small, tmp_path / "model.safetensors")
     with pytest.raises(FileNotFoundError):
         load_quantized(Small(), tmp_path / "nowhere.safetensors")
+
+
+# what diffusers does with its models
+
+
+def test_dequantize_gives_the_network_in_floating_point(quantized_unet, tmp_path):
+    original = copy.deepcopy(quantized_unet)
+    layers = {row.fqn: original.get_submodule(row.fqn) for row in plan(original).quantized}
+    assert quantized_unet.dequantize() is quantized_unet
+    for fqn, layer in layers.items():
+        plain = quantized_unet.get_submodule(fqn)
+        assert type(plain) in (nn.Conv2d, nn.Linear)
+        assert torch.equal(plain.weight, layer.dequantized_weight())
+        assert plain.bias is None or torch.equal(plain.bias, layer.bias)
+    x, t = _inputs()
+    with torch.no_grad():
+        output, expected = quantized_unet(x, t).sample, original(x, t).sample
+    assert sqnr(expected, output) > 5  # activations are not rounded any more
+    assert len(plan(quantized_unet, quick()).quantized) == len(layers)  # it may be quantized again
+    assert not quantized_unet._forward_pre_hooks
+    assert not quantized_unet._forward_hooks
+    quantized_unet.save_pretrained(tmp_path)
+    loaded = UNet2DModel.from_pretrained(tmp_path)
+    assert "quantization_config" not in loaded.config
+    with torch.no_grad():
+        assert torch.equal(loaded(x, t).sample, output)
+    with pytest.raises(ValueError, match="first quantize"):
+        quantized_unet.dequantize()
+
+
+def test_parameters_are_counted_as_those_of_full_precision(tiny_unet, quantized_unet, saved):
+    for unet in (quantized_unet, copy.deepcopy(quantized_unet), UNet2DModel.from_pretrained(saved)):
+        assert unet.num_parameters() == tiny_unet.num_parameters()
+        assert unet.num_parameters(only_trainable=True) < tiny_unet.num_parameters() / 10
+    assert quantized_unet.dequantize().num_parameters() == tiny_unet.num_parameters()
+
+
+def test_what_could_not_be_loaded_is_not_saved(quantized_unet, tmp_path):
+    quantized_unet.conv_in = nn.Conv2d(1, 8, 3, padding=1)
+    with pytest.raises(ValueError, match=r"could not be loaded, .* another network: conv_in\..* replace layers before"):
+        quantized_unet.save_pretrained(tmp_path / "after")
+    unet = UNet2DModel(**{**TINY_UNET, "out_channels": 2})
+    unet.register_to_config(out_channels=1)
+    quantize_(unet, quick(), scheduler=cosine_scheduler(), sample_shape=SHAPE, progress=False)
+    with pytest.raises(ValueError, match=r"conv_out as conv2d \[2, 8, 3, 3\]; .* register_to_config"):
+        unet.save_pretrained(tmp_path / "before")
+    assert not list(tmp_path.rglob("*.safetensors"))
+    unet.register_to_config(out_channels=2)
+    unet.save_pretrained(tmp_path)
+    _assert_same(unet, UNet2DModel.from_pretrained(tmp_path))
+
+
+def test_what_changed_between_two_saves_is_saved(quantized_unet, tmp_path):
+    quantized_unet.save_pretrained(tmp_path)
+    quantized_unet.register_to_config(note="tuned")
+    quantized_unet.conv_norm_out.weight.data *= 1.5
+    quantized_unet.save_pretrained(tmp_path)
+    _assert_same(quantized_unet, UNet2DModel.from_pretrained(tmp_path))
+
+
+def test_a_full_precision_network_with_a_quantized_ones_config_is_named(quantized_unet, tmp_path):
+    UNet2DModel.from_config(quantized_unet.config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"in floating point, .*: delete quantization_config from config\.json"):
+        UNet2DModel.from_pretrained(tmp_path)
+
+
+def test_loading_does_not_quantize(tiny_dir, saved):
+    with pytest.raises(ValueError, match=r"load it without quantization_config, then write quantize_\(unet"):
+        UNet2DModel.from_pretrained(tiny_dir / "unet", quantization_config=quick())
+    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
+        assert plan(UNet2DModel.from_pretrained(saved, quantization_config=quick())).quantized
+
+
+def test_projections_of_a_quantized_network_are_not_fused():
+    unet = UNet2DConditionModel(**TINY_TEXT_UNET).eval()
+    conditioning = {"encoder_hidden_states": torch.zeros(2, 4, 12)}
+    quantize_(unet, quick(), scheduler=cosine_scheduler(), conditioning=conditioning, progress=False)
+    with pytest.raises(ValueError, match=r"packed weights with grids of their own are not fused"):
+        unet.fuse_qkv_projections()

@@ -237,10 +237,8 @@ def resolve(capture: Capture, model: nn.Module, config: PQCADConfig, filter_fn=N
         filter_fn: ``(module, fqn) -> bool`` in torchao's manner; layers it refuses stay in floating point.
 
     Raises:
-        ValueError: an override matches neither a role nor a layer; the network has no convolution or linear at all, or
-            an adapter that is not merged.
+        ValueError: an override matches neither a role nor a layer, or the network has no convolution or linear at all.
     """
-    _check_adapters(model)
     network, plan = _Network(capture, model), Plan()
     for node in capture.graph.graph.nodes:
         operator = operator_of(node)
@@ -257,18 +255,6 @@ def resolve(capture: Capture, model: nn.Module, config: PQCADConfig, filter_fn=N
                 f"{plan.rows[0].fqn!r}"
             )
     return plan
-
-
-def _check_adapters(model: nn.Module) -> None:
-    """Raises ValueError: an adapter of peft's (LoRA and others) would be quantized beside its layer."""
-    for fqn, module in model.named_modules():
-        of_peft = any(kind.__module__.startswith("peft.tuners.") for kind in type(module).__mro__)
-        if of_peft and getattr(module, "merged", None) is False and not getattr(module, "disable_adapters", False):
-            raise ValueError(
-                f"{fqn} has an adapter that is not merged into its weight, and each would be quantized by itself: "
-                "call fuse_lora() and then unload_lora() of the network (of a pipeline, fuse_lora() and "
-                "unload_lora_weights()) to quantize what they are together, or disable_adapters() to leave it out"
-            )
 
 
 def _product(node: Node) -> PlanRow:

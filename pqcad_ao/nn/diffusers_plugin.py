@@ -2,18 +2,21 @@
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin
+from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from diffusers.utils import is_peft_available
 from torch import Tensor, nn
 
+from pqcad_ao.denoiser import placement
 from pqcad_ao.nn.layers import QuantizedLayer, check_saved
 from pqcad_ao.nn.state import ATTRIBUTE, WEIGHTS, Method, QuantizedState, insert_layers, make_layers, state_from_dict
+from pqcad_ao.nn.timestep import uninstall_timestep
 from pqcad_ao.utils.tensor_files import checksum, checksum_of, join_checksums
 
 
@@ -26,7 +29,57 @@ def attach(model: nn.Module, state: QuantizedState) -> None:
         model.hf_quantizer = PQCADDiffusersQuantizer(quantization_config, pre_quantized=True)
         # diffusers refuses .to(dtype) where this is set; our layers keep their grids in float32 through any cast
         model.is_quantized = False
+        for name, function in INSTEAD.items():
+            if hasattr(model, name):
+                setattr(model, name, partial(function, model))
     setattr(model, ATTRIBUTE, state)
+
+
+def _num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    """As diffusers counts them, with those of the quantized layers, which are buffers."""
+    kind: Any = type(model)
+    counted = kind.num_parameters(model, only_trainable, exclude_embeddings)
+    layers = [] if only_trainable else [m for m in model.modules() if isinstance(m, QuantizedLayer)]
+    return counted + sum(len(m.weight) * m.reduction + (0 if m.bias is None else len(m.bias)) for m in layers)
+
+
+def _fuse_qkv_projections(model: nn.Module) -> None:
+    raise ValueError(
+        f"this {type(model).__name__} is quantized, and packed weights with grids of their own are not fused: leave "
+        'fuse_qkv_projections out, torch.compile(unet, backend="pqcad") quantizes the input of all three once'
+    )
+
+
+INSTEAD: dict[str, Callable] = {"num_parameters": _num_parameters, "fuse_qkv_projections": _fuse_qkv_projections}
+
+
+def skeleton_of(model: Any) -> Any:
+    """The full-precision network that a diffusers network's configuration makes, on the meta device."""
+    config = {name: value for name, value in model.config.items() if name != "quantization_config"}
+    with torch.device("meta"):
+        return type(model).from_config(config)
+
+
+def check_loadable(model: Any, state: QuantizedState) -> None:
+    """Look whether a quantized network is what it will be loaded as.
+
+    Raises:
+        ValueError: it has other tensors than its configuration and its plan make.
+    """
+    skeleton = skeleton_of(model)
+    try:
+        for fqn, layer in make_layers(skeleton, state).items():
+            skeleton.set_submodule(fqn, layer)
+        own, made = ({name: v.shape for name, v in net.state_dict().items()} for net in (model, skeleton))
+        wrong = sorted(name for name in own.keys() | made.keys() if own.get(name) != made.get(name))
+    except ValueError as error:
+        wrong = [str(error)]
+    if wrong:
+        raise ValueError(
+            f"what was saved of this {type(model).__name__} could not be loaded, its configuration makes another "
+            f"network: {wrong[0]}. Save adapters with save_lora_adapter and remove them with unload_lora; replace "
+            "layers before quantize_, and write what they change with register_to_config(in_channels=...)"
+        )
 
 
 class PQCADQuantizationConfig(QuantizationConfigMixin):
@@ -68,6 +121,15 @@ class PQCADDiffusersQuantizer(DiffusersQuantizer):
 
     requires_calibration = True  # only networks quantized before can be loaded: quantize_ does the rest
 
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        if not kwargs.get("pre_quantized", True):
+            raise ValueError(
+                "pqcad_ao calibrates a network on its own sampling, which loading knows nothing of: load it without "
+                "quantization_config, then write quantize_(unet, PQCADConfig(), scheduler=...) or "
+                "quantize_(pipeline, PQCADConfig(), prompts=[...])"
+            )
+        super().__init__(quantization_config, **kwargs)
+
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         self.state = state_from_dict(self.quantization_config.to_dict())
         self.read: dict[str, str] = {}  # checksums of the tensors, as they are in the file
@@ -92,6 +154,13 @@ class PQCADDiffusersQuantizer(DiffusersQuantizer):
     ) -> bool:
         """Whether a tensor is one of a quantized layer; diffusers asks for each, so each is looked at here."""
         owner = model.get_submodule(param_name.rpartition(".")[0])
+        given = state_dict[param_name].dtype
+        if isinstance(owner, QuantizedLayer) and param_name.endswith(".weight") and given.is_floating_point:
+            raise ValueError(
+                "config.json says that pqcad_ao quantized the network, and its weights are in floating point, as those "
+                "of one that from_config(quantized.config) made: delete quantization_config from config.json, and it "
+                "loads as what it is"
+            )
         # state_dict still holds the saved type; param_value was cast to torch_dtype
         check_saved(param_name, state_dict[param_name], owner)
         self.read[param_name] = checksum_of(param_name, state_dict[param_name])
@@ -113,7 +182,37 @@ class PQCADDiffusersQuantizer(DiffusersQuantizer):
 
     @property
     def is_serializable(self) -> bool:
+        """Whether the network can be saved; diffusers asks before it does. Raises as :func:`check_loadable`."""
+        owner = self.quantization_config.owner
+        model: Any = None if owner is None else owner.model()
+        if model is not None:
+            check_loadable(model, model._pqcad_state)
+            # anew, since saving before has put what it was then into the configuration
+            model.register_to_config(quantization_config=self.quantization_config)
         return True
+
+    def _dequantize(self, model: Any) -> nn.Module:
+        """The network in floating point, on the weights that its integers stand for; ``model.dequantize()``.
+
+        Raises:
+            ValueError: as :func:`check_loadable`.
+        """
+        state = model._pqcad_state
+        check_loadable(model, state)
+        skeleton, (_, dtype) = skeleton_of(model), placement(model)
+        for row in state.plan.quantized:
+            layer, original = model.get_submodule(row.fqn), skeleton.get_submodule(row.fqn)
+            original.to_empty(device=layer.weight.device).to(dtype).train(layer.training)
+            with torch.no_grad():
+                original.weight.copy_(layer.dequantized_weight())
+                if layer.bias is not None:
+                    original.bias.copy_(layer.bias)
+            model.set_submodule(row.fqn, original)
+        uninstall_timestep(model)
+        for name in (ATTRIBUTE, *(name for name in INSTEAD if name in vars(model))):
+            delattr(model, name)
+        model._internal_dict = FrozenDict({n: v for n, v in model.config.items() if n != "quantization_config"})
+        return model
 
     @property
     def is_trainable(self) -> bool:

@@ -220,3 +220,16 @@ def install_timestep(module: nn.Module, timestep: Timestep) -> None:
             layer.fqn = fqn
     module.register_forward_pre_hook(bind_timestep, with_kwargs=True)
     module.register_forward_hook(release_timestep, always_call=True)
+
+
+def uninstall_timestep(module: nn.Module) -> None:
+    """Invert :func:`install_timestep`, of a network that has no quantized layers any more."""
+    delattr(module, ATTRIBUTE)
+    # not by their handles, which a copy of the network does not share
+    hooks: list[tuple[Any, Any, Any]] = [
+        (bind_timestep, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (release_timestep, module._forward_hooks, module._forward_hooks_always_called),
+    ]
+    for ours, registered, options in hooks:
+        for key in [key for key, hook in registered.items() if hook is ours]:
+            del registered[key], options[key]
