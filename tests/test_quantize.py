@@ -292,6 +292,11 @@ def test_a_text_conditional_unet():
         assert not torch.equal(unet(x, t, text[1:]).sample, output)
         alone = torch.cat([unet(x[i : i + 1], t[i], text[i : i + 1]).sample for i in range(4)])
         assert sqnr(output, alone) > 40
+        # attention may be computed in slices afterwards, and is not fused
+        unet.set_attention_slice("max")
+        torch.testing.assert_close(unet(x, t, text[:4]).sample, output)
+    with pytest.raises(ValueError, match=r"packed weights with grids of their own are not fused"):
+        unet.fuse_qkv_projections()
 
 
 class Labelled(Plain):

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, UNet2DConditionModel, UNet2DModel
-from networks import SHAPE, TINY_TEXT_UNET, TINY_UNET, Small, cosine_scheduler, quick, sqnr
+from diffusers import DDIMPipeline, UNet2DModel
+from networks import SHAPE, TINY_UNET, Small, cosine_scheduler, quick, sqnr
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -417,11 +417,3 @@ def test_loading_does_not_quantize(tiny_dir, saved):
         UNet2DModel.from_pretrained(tiny_dir / "unet", quantization_config=quick())
     with pytest.warns(UserWarning, match="already has a `quantization_config`"):
         assert plan(UNet2DModel.from_pretrained(saved, quantization_config=quick())).quantized
-
-
-def test_projections_of_a_quantized_network_are_not_fused():
-    unet = UNet2DConditionModel(**TINY_TEXT_UNET).eval()
-    conditioning = {"encoder_hidden_states": torch.zeros(2, 4, 12)}
-    quantize_(unet, quick(), scheduler=cosine_scheduler(), conditioning=conditioning, progress=False)
-    with pytest.raises(ValueError, match=r"packed weights with grids of their own are not fused"):
-        unet.fuse_qkv_projections()
