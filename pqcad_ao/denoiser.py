@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ EXTRA_CHANNELS = "extra_channels"  # of the conditioning: what a network takes b
 # Of the conditioning: positions of tokens (tokens, axes), the same for every sample, as Flux takes them.
 WITHOUT_ROWS = ("img_ids", "txt_ids")
 
+# Of the conditioning, for guidance: how strong it is, and what of the conditioning is otherwise in the other call.
+GUIDANCE_SCALE, NEGATIVE = "guidance_scale", "negative"
+
 
 def with_rows(conditioning: dict[str, Any]) -> dict[str, Any]:
     """What of a conditioning has a row for each sample."""
@@ -25,6 +29,39 @@ def take_rows(conditioning: dict[str, Any], rows: Any) -> dict[str, Any]:
     """The chosen rows of every tensor in a (nested) conditioning dictionary; all of what has no rows."""
     taken = tree_map(lambda value: value[rows] if isinstance(value, Tensor) else value, with_rows(conditioning))
     return {name: taken.get(name, value) for name, value in conditioning.items()}
+
+
+def unguided(conditioning: dict[str, Any]) -> dict[str, Any]:
+    """The conditioning of a network's one call for the prompt."""
+    return {name: value for name, value in conditioning.items() if name not in (GUIDANCE_SCALE, NEGATIVE)}
+
+
+def guided(network: Callable[..., Tensor], x_t: Tensor, timesteps: Any, conditioning: dict[str, Any]) -> Tensor:
+    """``network(x_t, timesteps, conditioning)``, under guidance where the conditioning says so.
+
+    Classifier-free guidance (Ho & Salimans 2022, eq. 6) as diffusers' pipelines write it: the negative's prediction,
+    and ``guidance_scale`` times the prompt's difference from it.
+    """
+    prompt = unguided(conditioning)
+    prediction = network(x_t, timesteps, prompt)
+    if GUIDANCE_SCALE not in conditioning:
+        return prediction
+    negative = network(x_t, timesteps, {**prompt, **conditioning[NEGATIVE]})
+    return negative + conditioning[GUIDANCE_SCALE] * (prediction - negative)
+
+
+def in_one_call(conditioning: dict[str, Any], negative: Tensor) -> dict[str, Any]:
+    """What a network is given in one of guidance's two calls: in each row the negative's (N,) or the prompt's."""
+    prompt = unguided(conditioning)
+    if GUIDANCE_SCALE not in conditioning:
+        return prompt
+
+    def choose(other: Any, own: Any) -> Any:
+        if not isinstance(own, Tensor):
+            return own
+        return torch.where(negative.to(own.device).view(-1, *[1] * (own.dim() - 1)), other, own)
+
+    return prompt | tree_map(choose, with_rows({**prompt, **conditioning[NEGATIVE]}), with_rows(prompt))
 
 
 def cast_floats(values: Any, dtype: torch.dtype = torch.float32) -> Any:
@@ -91,12 +128,14 @@ def predict(
         x_t: (B, C, H, W). timestep: of its scheduler, int, 0-d or (B,); the network is called with it times its
             :func:`time_scale`. conditioning: further keyword arguments of ``unet.forward``.
             ``extra_channels`` in it (B, E, H, W) follow the sample's channels in the network's first argument, as the
-            mask and the masked picture do in inpainting.
+            mask and the masked picture do in inpainting. With a ``guidance_scale`` and a ``negative`` in it, a
+            dictionary alike, the prediction is :func:`guided`.
 
     Returns:
         (B, C, H, W): of a network that predicts more, such as a variance, the first C channels.
     """
-    return _call(unet, timestep_position(unet), time_scale(unet), x_t, timestep, conditioning or {})
+    call = partial(_call, unet, timestep_position(unet), time_scale(unet))
+    return guided(call, x_t, timestep, conditioning or {})
 
 
 def _call(
@@ -195,10 +234,12 @@ def check_conditioning(model: nn.Module, conditioning: dict[str, Any] | None) ->
     """The conditioning on the network's device; what a network needs and did not get is an error that names it.
 
     Args:
-        conditioning: keyword arguments of ``model.forward``, tensors with rows to draw from, but ``WITHOUT_ROWS``.
+        conditioning: keyword arguments of ``model.forward``, tensors with rows to draw from, but ``WITHOUT_ROWS``; for
+            guidance also ``guidance_scale`` and ``negative``.
 
     Raises:
-        ValueError: missing, empty, or of unequal lengths. TypeError: not a dictionary.
+        ValueError: missing, empty, or of unequal lengths, one of guidance's two without the other, or a negative whose
+            tensors have other shapes. TypeError: not a dictionary.
     """
     if not isinstance(conditioning, (dict, type(None))):
         raise TypeError(
@@ -215,6 +256,7 @@ def check_conditioning(model: nn.Module, conditioning: dict[str, Any] | None) ->
     if getattr(config, "addition_embed_type", None) is not None:
         needed.append("added_cond_kwargs")
     _check_extra_channels(model, conditioning)
+    _check_guidance(conditioning)
     for name in needed:
         if conditioning.get(name) is None:
             raise ValueError(
@@ -229,6 +271,27 @@ def check_conditioning(model: nn.Module, conditioning: dict[str, Any] | None) ->
         )
     device, _ = placement(model)
     return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, conditioning)
+
+
+def _check_guidance(conditioning: dict[str, Any]) -> None:
+    """Raises ValueError: guidance is not said in full, or the negative is of another form than the prompt."""
+    scale, negative = conditioning.get(GUIDANCE_SCALE), conditioning.get(NEGATIVE)
+    if scale is None and negative is None:
+        return
+    if not isinstance(scale, (int, float)) or not isinstance(negative, dict):
+        raise ValueError(
+            f"guidance wants {GUIDANCE_SCALE}=number and {NEGATIVE}={{...}}, what of the conditioning is otherwise "
+            f"without the prompt; conditioning has {GUIDANCE_SCALE}={scale!r} and a {type(negative).__name__}"
+        )
+    for name, value in negative.items():
+        forms = [
+            [v.shape for v in tree_leaves(each) if isinstance(v, Tensor)] for each in (value, conditioning.get(name))
+        ]
+        if forms[0] != forms[1]:
+            raise ValueError(
+                f"{NEGATIVE}[{name!r}] is of {list(map(list, forms[0]))} and conditioning[{name!r}] of "
+                f"{list(map(list, forms[1]))}: give both the same shape, a row for a row"
+            )
 
 
 def _required(model: nn.Module) -> list[str]:

@@ -96,7 +96,8 @@ def distill_(
             become trailing ones. If None, the one saved beside the reference.
         images: (N, C, H, W) real pictures in [-1, 1], mixed into C_DC, each as often as a drawn one (so give about
             ``config.points`` of them for half); none are needed. Unconditional networks only.
-        conditioning: keyword arguments of ``forward`` with rows to draw from, for conditional networks.
+        conditioning: keyword arguments of ``forward`` with rows to draw from, for conditional networks. With
+            ``{"guidance_scale": 5.0, "negative": {...}}`` in it, targets and student are guided, two calls each.
         sample_shape: (C, H, W), for networks whose config does not say it.
         time_scale: as for :func:`~pqcad_ao.quantize.quantize_`; a quantized student knows its own.
         folder: keeps C_DC, checkpoints and ``log.jsonl``: the same call with the same folder goes on after a kill, to

@@ -21,7 +21,17 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from tqdm.auto import tqdm
 
 from pqcad_ao.config import PQCADConfig
-from pqcad_ao.denoiser import EXTRA_CHANNELS, evaluation_mode, placement, time_scale, timestep_position, with_rows
+from pqcad_ao.denoiser import (
+    EXTRA_CHANNELS,
+    GUIDANCE_SCALE,
+    NEGATIVE,
+    evaluation_mode,
+    placement,
+    take_rows,
+    time_scale,
+    timestep_position,
+    with_rows,
+)
 from pqcad_ao.diffusion.calibration import CalibrationSet, assign_trajectories, draw_steps
 from pqcad_ao.utils.files import digest
 from pqcad_ao.utils.tensor_files import read_tensors, write_tensors
@@ -44,6 +54,26 @@ def network_of(pipeline: DiffusionPipeline) -> nn.Module:
         f"{type(pipeline).__name__} has {held} (its components: {', '.join(sorted(pipeline.components))}): hand over "
         "the network that is to be quantized, with conditioning={'name of forward's argument': tensor of some rows}"
     )
+
+
+def conditioning_of(
+    pipeline: DiffusionPipeline, prompts: list[str], call: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What a pipeline makes of prompts, a row for each, as the ``conditioning`` of ``distill_`` and ``quantize_``.
+
+    Under guidance (``call={"guidance_scale": ...}``, or what the pipeline does by itself) with ``guidance_scale`` and
+    ``negative``: of the rows that such pipelines hand over, the first half is that of the negative prompts.
+
+    Raises:
+        ValueError: as :class:`PipelineWalk`.
+    """
+    walk = PipelineWalk(pipeline, prompts, call, PQCADConfig())
+    made = next(walk._calls(range(len(prompts)), probe=True))
+    if len(made) == len(prompts):
+        return made.conditioning
+    negative, own = (take_rows(made.conditioning, rows) for rows in (slice(len(prompts)), slice(len(prompts), None)))
+    scale = (call or {}).get(GUIDANCE_SCALE, walk.allowed[GUIDANCE_SCALE].default)
+    return {**own, GUIDANCE_SCALE: scale, NEGATIVE: negative}
 
 
 class PipelineWalk:

@@ -12,7 +12,7 @@ from torch import distributed as dist
 from tqdm.auto import tqdm
 
 from pqcad_ao.config import PQCADConfig
-from pqcad_ao.denoiser import evaluation_mode, placement, spread_rows, take_rows, time_scale
+from pqcad_ao.denoiser import evaluation_mode, in_one_call, placement, spread_rows, take_rows, time_scale
 from pqcad_ao.diffusion.noise import process_of
 from pqcad_ao.diffusion.process import as_sampler, check_signal, settings_of
 from pqcad_ao.diffusion.sampling import sample
@@ -116,7 +116,8 @@ def calibration_set(
     the trajectories has there; as many trajectories are walked as give each point an x_t of its own.
 
     Args:
-        shape: (C, H, W). conditioning: rows are used in turn, one for each trajectory.
+        shape: (C, H, W). conditioning: rows are used in turn, one for each trajectory. Under guidance the trajectories
+            are guided, and half of the points are of the negative's call.
         folder: keeps the points in a file named by all that they depend on. What is found there is not walked again; a
             walk that was cut short goes on with its next batch of trajectories.
         share: (rank, world) of this process where several walk a part each, in the same batches as one alone, and call
@@ -150,7 +151,7 @@ def _points(
     points = CalibrationSet(
         torch.zeros(len(drawn.step), *shape, dtype=dtype, device=device),
         scheduler.timesteps[drawn.step].to(device),
-        take_rows(drawn.conditioning, drawn.trajectory),
+        in_one_call(take_rows(drawn.conditioning, drawn.trajectory), drawn.negative),
     )
     size, trajectories, (rank, world) = config.calibration_batch_size, len(drawn.noise), share
     whole = part = None
@@ -179,11 +180,13 @@ class _Draw:
 
     Attributes:
         step, trajectory: (N,) int64, of each point: the sampler's step at which, and the trajectory from which.
+        negative: (N,) bool, under guidance: whether the point is of the negative's call.
         noise: (trajectories, C, H, W) where they begin. conditioning: with a row for each of them.
     """
 
     step: Tensor
     trajectory: Tensor
+    negative: Tensor
     noise: Tensor
     conditioning: dict[str, Any]
 
@@ -201,7 +204,8 @@ def _draw(
     step, trajectories = draw_steps(scheduler.timesteps, scheduler.config.num_train_timesteps, config, generator)
     noise = torch.randn(trajectories, *shape, generator=generator).to(device, dtype)
     trajectory = assign_trajectories(step, trajectories, generator)
-    return _Draw(step, trajectory, noise, spread_rows(conditioning, torch.arange(trajectories), trajectories))
+    negative = torch.rand(len(step), generator=generator) < 0.5
+    return _Draw(step, trajectory, negative, noise, spread_rows(conditioning, torch.arange(trajectories), trajectories))
 
 
 def _walk(

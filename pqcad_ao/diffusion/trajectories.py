@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from pqcad_ao.config import CADConfig
 from pqcad_ao.denoiser import (
+    GUIDANCE_SCALE,
     cast_floats,
     check_conditioning,
     evaluation_mode,
@@ -405,6 +406,7 @@ def checked_trajectories(
     """C_DC, of a scheduler that :func:`check_denoising` finds to fit; as :func:`draw_trajectories`."""
     rank, _ = rank_and_world()
     schedule = DDIMSchedule.of(ddim, config.steps, placement(reference)[0])
+    is_guided = GUIDANCE_SCALE in (conditioning or {})
     return draw_trajectories(
         reference,
         ddim,
@@ -413,7 +415,8 @@ def checked_trajectories(
         cast_floats(check_conditioning(reference, conditioning)),
         images=images,
         folder=folder,
-        check=partial(check_denoising, reference, schedule) if config.check_betas else None,
+        # a guided prediction is no estimate of the noise, and moves the pictures away from those of the network
+        check=partial(check_denoising, reference, schedule) if config.check_betas and not is_guided else None,
         callback=callback,
         progress=progress and rank == 0,
     )

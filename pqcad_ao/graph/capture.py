@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_map
 
 from pqcad_ao.config import MAX_BATCH
-from pqcad_ao.denoiser import Denoiser, conditioning_rows, evaluation_mode, placement, take_rows, with_rows
+from pqcad_ao.denoiser import Denoiser, conditioning_rows, evaluation_mode, placement, take_rows, unguided, with_rows
 from pqcad_ao.utils.tracing import one_at_a_time
 
 
@@ -39,6 +39,7 @@ def capture(model: nn.Module, shape: tuple[int, ...], conditioning: dict[str, An
     device, dtype = placement(model)
     x_t = torch.zeros(3, *shape, device=device, dtype=dtype)
     timesteps = torch.tensor([1, 2, 3], device=device)
+    conditioning = unguided(conditioning)  # a network's own call; guidance combines two
     example = take_rows(conditioning, torch.arange(3) % conditioning_rows(conditioning))
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     rows = tree_map(lambda value: {0: batch} if isinstance(value, Tensor) else None, with_rows(example))

@@ -13,7 +13,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from pqcad_ao.config import CADConfig
-from pqcad_ao.denoiser import evaluation_mode, placement, predict_float32, take_rows, time_scale
+from pqcad_ao.denoiser import evaluation_mode, guided, placement, predict_float32, take_rows, time_scale
 from pqcad_ao.diffusion.ddim import DDIMSchedule
 from pqcad_ao.diffusion.noise import Sampler
 from pqcad_ao.diffusion.process import settings_of
@@ -197,7 +197,7 @@ class _Halving:
     @torch.no_grad()
     def _walked(self, teacher: nn.Module, x_t: Tensor, step: Tensor, conditioning: Any) -> Tensor:
         """Where a network, the student as it was, goes in as many of its steps as become one."""
-        return ddim(lambda x, t: teacher(x, t, conditioning), self.schedule, x_t, step, self.jump)
+        return ddim(lambda x, t: guided(teacher, x, t, conditioning), self.schedule, x_t, step, self.jump)
 
     def update(self) -> DistillUpdate:
         """One training update."""
@@ -209,7 +209,7 @@ class _Halving:
         if self.teacher is not None:
             targets["teacher"] = self._target(self._walked(self.teacher, x_t, step, conditioning), x_t, step)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            prediction = self.forward(x_t, self.schedule.timesteps[step], conditioning)
+            prediction = guided(self.forward, x_t, self.schedule.timesteps[step], conditioning)
         x_0, _ = self.schedule.x_0_and_noise(prediction.float(), x_t, step)
         v = self.schedule.velocity(x_0, x_t, step)
         weight = torch.ones(len(v), *[1] * (v.dim() - 1), device=v.device)

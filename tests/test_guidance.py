@@ -1,0 +1,131 @@
+"""Classifier-free guidance: its two calls while a network is calibrated and while it is distilled."""
+
+import copy
+
+import pytest
+import torch
+from networks import SHAPE, Small, cosine_scheduler, quick
+from pipelines import CALLS, PROMPTS, TEXT, dit
+from torch import Tensor
+
+from pqcad_ao import CADConfig, distill_, quantize_
+from pqcad_ao.denoiser import check_conditioning, predict
+from pqcad_ao.diffusion.calibration import calibration_set
+from pqcad_ao.diffusion.sampling import sample
+from pqcad_ao.diffusion.trajectories import checked_trajectories
+from pqcad_ao.pipeline import conditioning_of
+
+SCALE = 3.0
+
+
+class Labelled(Small):
+    """A network that is called with a class, of which 0 is none."""
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        return super().forward(x + 0.3 * labels.view(-1, 1, 1, 1), t)
+
+
+def guidance(rows: int = 4, scale: float = SCALE) -> dict:
+    labels = 1 + torch.arange(rows) % 2
+    return {"labels": labels, "guidance_scale": scale, "negative": {"labels": torch.zeros_like(labels)}}
+
+
+def test_a_guided_prediction_is_the_pipelines_formula():
+    network, x, t = Labelled(), torch.randn(4, *SHAPE), torch.tensor([1, 200, 500, 900])
+    given = guidance()
+    prompt, negative = network(x, t, given["labels"]), network(x, t, torch.zeros(4))
+    assert torch.equal(predict(network, x, t, given), negative + SCALE * (prompt - negative))
+    torch.testing.assert_close(predict(network, x, t, {**given, "guidance_scale": 1.0}), prompt)
+
+
+def test_guided_samples_are_those_of_diffusers():
+    pipeline, labels = dit(), torch.tensor([3, 7])
+    noise = torch.cat([torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(n)) for n in range(2)])
+    pipeline.set_progress_bar_config(disable=True)
+    seen: list[Tensor] = []
+    pipeline.vae.decode = lambda latents: seen.append(latents) or copy.copy(DECODED)
+    pipeline(
+        class_labels=labels.tolist(),
+        guidance_scale=SCALE,
+        num_inference_steps=4,
+        generator=[torch.Generator().manual_seed(n) for n in range(2)],
+        output_type="np",
+    )
+    negative = {"class_labels": torch.full((2,), 1000)}
+    conditioning = {"class_labels": labels, "guidance_scale": SCALE, "negative": negative}
+    latents = sample(pipeline.transformer, pipeline.scheduler, noise, 4, conditioning=conditioning)
+    torch.testing.assert_close(latents / pipeline.vae.config.scaling_factor, seen[0], rtol=1e-4, atol=1e-5)
+
+
+class _Decoded:
+    sample = torch.zeros(2, 3, 8, 8)
+
+
+DECODED = _Decoded()
+
+
+def test_calibration_sees_both_calls_of_the_guided_walk():
+    network, config = Labelled(), quick(calibration_points=64)
+    points = calibration_set(network, cosine_scheduler(), SHAPE, config, guidance())
+    assert points.conditioning.keys() == {"labels"}
+    counts = torch.bincount(points.conditioning["labels"])
+    assert len(counts) == 3
+    assert 20 < counts[0] < 44
+    plain = calibration_set(network, cosine_scheduler(), SHAPE, config, {"labels": guidance()["labels"]})
+    first = points.timesteps == points.timesteps.max()
+    assert torch.equal(points.x_t[first], plain.x_t[first])  # noise
+    assert not torch.allclose(points.x_t[~first], plain.x_t[~first])
+    quantize_(
+        network, config, scheduler=cosine_scheduler(), sample_shape=SHAPE, conditioning=guidance(), progress=False
+    )
+    x, t = torch.randn(4, *SHAPE), torch.tensor([1, 200, 500, 900])
+    assert predict(network, x, t, guidance()).isfinite().all()
+
+
+def test_distillation_walks_and_teaches_guided_steps():
+    reference, scheduler = Labelled(), cosine_scheduler()
+    options = {"steps": 4, "iterations": 30, "batch_size": 8, "points": 16, "generation_batch_size": 8, "seed": 3}
+    config = CADConfig(**options, reference_solver="ddim", reference_substeps=1, learning_rate=1e-3)
+    keeps = {"folder": None, "callback": None, "progress": False}
+    drawn = checked_trajectories(reference, scheduler, SHAPE, config, guidance(), images=None, **keeps)
+    noise = torch.from_numpy(drawn.drawn[:, 0])
+    expected = sample(reference, scheduler, noise, 4, conditioning=drawn.rows(torch.arange(16))[1])
+    torch.testing.assert_close(torch.from_numpy(drawn.drawn[:, -1]), expected, rtol=1e-4, atol=1e-4)
+
+    student = copy.deepcopy(reference)
+    sampler = distill_(
+        student, reference, scheduler, config, conditioning=guidance(), sample_shape=SHAPE, progress=False
+    )
+    noise = torch.randn(32, *SHAPE, generator=torch.Generator().manual_seed(9))
+    finely = sample(reference, scheduler, noise, 4, conditioning=guidance(32))
+
+    def error(network) -> float:
+        return float((sample(network, sampler, noise, 2, conditioning=guidance(32)) - finely).square().mean())
+
+    assert error(student) < 0.8 * error(reference)
+
+
+def test_half_of_it_is_an_error():
+    network, given = Labelled(), guidance()
+    for name in ("guidance_scale", "negative"):
+        part = {key: value for key, value in given.items() if key != name}
+        with pytest.raises(ValueError, match=r"guidance wants guidance_scale=number and negative=\{\.\.\.\}"):
+            check_conditioning(network, part)
+    with pytest.raises(
+        ValueError, match=r"negative\['labels'\] is of \[\[1\]\] and conditioning\['labels'\] of \[\[4\]\]"
+    ):
+        check_conditioning(network, {**given, "negative": {"labels": torch.zeros(1)}})
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_a_pipelines_prompts_with_their_guidance(name, tmp_path):
+    pytest.importorskip("transformers")
+    pipeline = TEXT[name](tmp_path)
+    conditioning = conditioning_of(pipeline, PROMPTS, {"guidance_scale": SCALE, **CALLS[name]})
+    assert conditioning["guidance_scale"] == SCALE
+    negative = conditioning["negative"]["encoder_hidden_states"]
+    assert torch.equal(negative, negative[:1].expand_as(negative))
+    assert len(conditioning["encoder_hidden_states"].unique(dim=0)) == len(PROMPTS)
+    alone = conditioning_of(pipeline, PROMPTS, {"guidance_scale": 1.0, **CALLS[name]})
+    torch.testing.assert_close(alone["encoder_hidden_states"], conditioning["encoder_hidden_states"])
+    assert "negative" not in alone
