@@ -1,12 +1,19 @@
-"""What a user may ask for: frozen-vocabulary dataclasses on torchao's ``AOBaseConfig``, checked when they are made."""
+"""What a user may ask for: frozen-vocabulary dataclasses, checked when they are made.
+
+They are torchao's ``AOBaseConfig``, as which ``nn/state.py`` registers them: this file imports no PyTorch, for the
+command line reads its options off these fields and their descriptions, and is to answer ``--help`` at once.
+"""
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, ClassVar
-
-from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pqcad_ao.utils.checks import check_count, is_whole
+
+if TYPE_CHECKING:
+    from torchao.core.config import AOBaseConfig
+else:
+    AOBaseConfig = object
 
 ROLES = (
     "stem",
@@ -19,18 +26,14 @@ ROLES = (
     "resample",
     "body",
 )
-MODES = ("ptq", "fixed", "progressive")
-TRANSITIONS = ("momentum", "schedule")
-SOLVERS = ("ddim", "dpmpp_2m")
-TIMESTEP_LAWS = ("normal", "uniform")
+Mode = Literal["ptq", "fixed", "progressive"]
+TransitionLaw = Literal["momentum", "schedule"]
+Solver = Literal["ddim", "dpmpp_2m"]
+TimestepLaw = Literal["normal", "uniform"]
+Space = Literal["v", "x"]
 WEIGHT_BITS = range(2, 9)
 ACTIVATION_BITS = range(2, 9)
 MAX_BATCH = 63  # diffusers 0.42 branches at a batch of 64 in Upsample2D; one captured graph holds one branch
-
-# torchao rebuilds a config from JSON by calling whatever a module on this list has under the name that the JSON gives
-# (torchao 0.18, core/config.py). This module holds nothing but configurations and checks of numbers; the package, which
-# holds import_module and load_pt2, must never stand there.
-ALLOWED_AO_MODULES.add(__name__)
 
 
 def _check_bits(name: str, value: Any, allowed: range, where: str = "") -> None:
@@ -44,7 +47,8 @@ def _is_number(value: Any, least: float, most: float) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
 
 
-def _check_word(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+def _check_word(name: str, value: Any, words: Any) -> None:
+    allowed = get_args(words)
     if value not in allowed:
         raise ValueError(f"{name}={value!r}: allowed are {', '.join(map(repr, allowed))}")
 
@@ -118,11 +122,15 @@ class PQCADConfig(AOBaseConfig):
         learning_rate: of weights, biases and norms (Adam), after a short rise falling linearly to zero; halved for each
             bit that the current width is above the final one.
         scale_learning_rate: of the scales, as a part of their own size, falling alike.
-        weight_ladder, activation_ladder: bits to step through before the final ones, falling; those not above the final
+        weight_ladder: bits of the weights to step through before the final ones, falling; those not above the final
             ones are left out.
+        activation_ladder: the same of the activations.
         weight_share: part of the updates that the first stage, weights alone, takes.
         transitions: ``"momentum"``, or ``"schedule"``, where every width takes an equal share and gives way at once.
-        beta, tau, window, patience: of :class:`~pqcad_ao.learn.transition.MomentumTransition`.
+        beta: momentum of the loss, by which a width gives way to the next, and of the blend between the two.
+        tau: progress below which a width counts as settled, as a part of the loss.
+        window: updates over which progress is measured.
+        patience: how many updates in a row must show it.
         learning_points: noisy images x_t to learn from.
         calibration_points: as many of them calibrate the activations, the first eight of each timestep group; without
             learning, all that there are.
@@ -131,8 +139,7 @@ class PQCADConfig(AOBaseConfig):
             ``"uniform"``.
         calibration_mean: mean of the normal law as a part of T, 0 to 1.
         calibration_std: standard deviation of the normal law as a part of T, 0.001 to 10.
-        calibration_batch_size: images per forward call while calibrating, at most 63 (diffusers' upsampling takes
-            another branch from 64 on, which the captured graph does not hold).
+        calibration_batch_size: images per forward call while calibrating, at most 63.
         seed: seeds every random draw, 0 to 2^63 - 1.
 
     Raises:
@@ -149,10 +156,11 @@ class PQCADConfig(AOBaseConfig):
     """
 
     quant_method: ClassVar[str] = "pqcad"  # as diffusers asks a quantization_config
+    version: ClassVar[int] = 1  # of the JSON that torchao writes
 
     weight_bits: int = 4
     activation_bits: int | None = 6
-    mode: str = "progressive"
+    mode: Mode = "progressive"
     timestep_groups: int = 20
     overrides: dict[str, dict[str, int | None]] = field(default_factory=dict)
     target_bits: float | None = None
@@ -163,7 +171,7 @@ class PQCADConfig(AOBaseConfig):
     weight_ladder: list[int] = field(default_factory=lambda: [5])
     activation_ladder: list[int] = field(default_factory=lambda: [6])
     weight_share: float = 0.15
-    transitions: str = "momentum"
+    transitions: TransitionLaw = "momentum"
     beta: float = 0.9
     tau: float = 0.02
     window: int = 20
@@ -171,7 +179,7 @@ class PQCADConfig(AOBaseConfig):
     learning_points: int = 4096
     calibration_points: int = 512
     calibration_steps: int = 20
-    calibration_timesteps: str = "uniform"
+    calibration_timesteps: TimestepLaw = "uniform"
     calibration_mean: float = 0.4
     calibration_std: float = 0.4
     calibration_batch_size: int = 32
@@ -184,9 +192,9 @@ class PQCADConfig(AOBaseConfig):
             )
         _check_bits("weight_bits", self.weight_bits, WEIGHT_BITS)
         _check_bits("activation_bits", self.activation_bits, ACTIVATION_BITS)
-        _check_word("mode", self.mode, MODES)
-        _check_word("transitions", self.transitions, TRANSITIONS)
-        _check_word("calibration_timesteps", self.calibration_timesteps, TIMESTEP_LAWS)
+        _check_word("mode", self.mode, Mode)
+        _check_word("transitions", self.transitions, TransitionLaw)
+        _check_word("calibration_timesteps", self.calibration_timesteps, TimestepLaw)
         if self.target_bits is not None and not _is_number(self.target_bits, 2, 8):
             raise ValueError(f"target_bits={self.target_bits!r}: allowed are numbers from 2 to 8, or None")
         _check_ladder("weight_ladder", self.weight_ladder, WEIGHT_BITS)
@@ -250,9 +258,11 @@ class CADConfig(AOBaseConfig):
     """How a network learns to sample in half the steps, staying quantized.
 
     Args:
-        steps: N, of the full schedule; a multiple of 2^halvings. halvings: the student samples in N / 2^halvings.
+        steps: N, of the full schedule; a multiple of 2^halvings.
+        halvings: the student samples in N / 2^halvings.
         direct: teach all the halvings in one run of updates, not each in a run of its own.
-        iterations: training updates of each run. batch_size: of an update, at most 63.
+        iterations: training updates of each run.
+        batch_size: of an update, at most 63.
         learning_rate: of weights, biases and norms (Adam), after a short rise falling linearly to zero.
         scale_learning_rate: of the scales, as a part of their own size, falling alike.
         reference_weight: of the target that the full-precision network sets: where its probability flow leads.
@@ -283,6 +293,8 @@ class CADConfig(AOBaseConfig):
         [(20, 5)]
     """
 
+    version: ClassVar[int] = 1
+
     steps: int = 20
     halvings: int = 1
     direct: bool = False
@@ -291,10 +303,10 @@ class CADConfig(AOBaseConfig):
     learning_rate: float = 6e-4
     scale_learning_rate: float = 1e-3
     reference_weight: float = 1.0
-    reference_solver: str = "dpmpp_2m"
+    reference_solver: Solver = "dpmpp_2m"
     reference_substeps: int = 2
     teacher_weight: float = 0.0
-    space: str = "v"
+    space: Space = "v"
     points: int = 1024
     renoised: bool = False
     noise_injection: float = 0.0
@@ -307,13 +319,13 @@ class CADConfig(AOBaseConfig):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r}: write True or False")
         _check_counts(self, ("steps", "halvings", "iterations", "points", "reference_substeps"))
-        _check_word("reference_solver", self.reference_solver, SOLVERS)
+        _check_word("reference_solver", self.reference_solver, Solver)
         _check_counts(self, ("batch_size", "generation_batch_size"), most=MAX_BATCH)
         _check_numbers(self, ("learning_rate", "scale_learning_rate", "noise_injection"))
         _check_numbers(self, ("reference_weight", "teacher_weight"), most=1000)
         if self.reference_weight + self.teacher_weight == 0:
             raise ValueError("reference_weight=0 and teacher_weight=0 leave nothing to learn from")
-        _check_word("space", self.space, ("v", "x"))
+        _check_word("space", self.space, Space)
         if self.steps % 2**self.halvings:
             raise ValueError(
                 f"steps={self.steps} cannot be halved {self.halvings} times: give a multiple of {2**self.halvings}"

@@ -6,7 +6,6 @@ quantizes; what it calibrates on and the pictures are drawn by all. What is kill
 the same ``--out``.
 """
 
-import argparse
 import contextlib
 import copy
 import os
@@ -15,9 +14,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from cyclopts import App
 from torch import distributed as dist
 from torch import nn
 
@@ -33,8 +33,15 @@ from pqcad_ao.nn.state import quantized_state
 from pqcad_ao.quantize import quantize_
 from pqcad_ao.utils.files import digest, write_whole
 from pqcad_ao.utils.machine import check_device
-from pqcad_ao.utils.options import read_options
+from pqcad_ao.utils.options import NONE_GIVEN, WRITTEN, command_line, options
 from pqcad_ao.utils.processes import rank_and_world, wait_for_all
+
+if TYPE_CHECKING:
+    Quantizing = dict[str, Any]
+    Distilling = dict[str, Any]
+else:  # made at run time, where no type checker looks
+    Quantizing = options(PQCADConfig, "Quantizing (PQCADConfig)", without=(), **WRITTEN)
+    Distilling = options(CADConfig, "Distilling (CADConfig)", without=())
 
 
 @contextlib.contextmanager
@@ -109,42 +116,46 @@ def compress_on_all(
     return student
 
 
-def from_dotted(kind: type, asked: list[str]) -> Any:
-    """A configuration from ``name=value`` arguments. Raises ValueError: as :func:`read_options`, or a bad value."""
-    values = read_options(kind, asked)
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ValueError(str(error)) from error
+def run(
+    *,
+    model: str,
+    out: Path,
+    data: Path | None = None,
+    device: str = "cpu",
+    pq: Quantizing = NONE_GIVEN,
+    cad: Distilling = NONE_GIVEN,
+) -> None:
+    """Progressive quantization, then distillation, on one process or, under torchrun, on several.
+
+    Args:
+        model: demo, or a folder with a full-precision diffusers UNet.
+        out: folder that receives unet/ and scheduler/; keeps the work in work/.
+        data: folder with real pictures for up to half of C_DC; none are needed.
+        device: cpu, or cuda: a GPU for each process.
+    """
+    config, halving = PQCADConfig(**pq), CADConfig(**cad)
+    with processes(device) as (rank, place):
+        teacher, scheduler = load_model(model)
+        images = None
+        if data is not None:
+            images = some_images(data, sample_shape(teacher), halving.points, halving.seed)
+        teacher.to(place)
+        student = compress_on_all(
+            teacher, scheduler, config, halving, out, rank=rank, images=images, progress=sys.stderr.isatty()
+        )
+        if rank == 0:
+            state = quantized_state(student)
+            schedule = state.timestep.schedule if state else None
+            print(f"{out}: {len(schedule or [])} steps, {state.plan.summary() if state else ''}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pqcad_ao.recipes.cad", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="demo, or a folder with a full-precision diffusers UNet")
-    parser.add_argument(
-        "--out", type=Path, required=True, help="receives unet/ and scheduler/; keeps the work in work/"
-    )
-    parser.add_argument("--data", type=Path, help="real pictures for up to half of C_DC; none are needed")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda: a GPU for each process (cpu)")
-    parser.add_argument("--pq", nargs="*", default=[], metavar="NAME=VALUE", help="of PQCADConfig")
-    parser.add_argument("--cad", nargs="*", default=[], metavar="NAME=VALUE", help="of CADConfig")
-    args = parser.parse_args(argv)
+    app = App(name="python -m pqcad_ao.recipes.cad", help_format="plaintext", version_flags=[])
+    app.default(run)
+    command, bound = command_line(app, sys.argv[1:] if argv is None else argv)
     try:
-        pq, cad = from_dotted(PQCADConfig, args.pq), from_dotted(CADConfig, args.cad)
-        with processes(args.device) as (rank, device):
-            teacher, scheduler = load_model(args.model)
-            images = None
-            if args.data is not None:
-                images = some_images(args.data, sample_shape(teacher), cad.points, cad.seed)
-            teacher.to(device)
-            student = compress_on_all(
-                teacher, scheduler, pq, cad, args.out, rank=rank, images=images, progress=sys.stderr.isatty()
-            )
-            if rank == 0:
-                state = quantized_state(student)
-                schedule = state.timestep.schedule if state else None
-                print(f"{args.out}: {len(schedule or [])} steps, {state.plan.summary() if state else ''}")
-    except (ValueError, OSError, FloatingPointError) as error:
+        command(*bound.args, **bound.kwargs)
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     return 0

@@ -1,4 +1,8 @@
+import dataclasses
+import io
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -6,21 +10,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rich.console
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from PIL import Image
 
-from pqcad_ao import cli
-from pqcad_ao.cli import commands
-from pqcad_ao.cli.arguments import config_from
-from pqcad_ao.cli.command import build_parser
-from pqcad_ao.config import PQCADConfig
+from pqcad_ao import cli, distill
+from pqcad_ao.cli.command import app
+from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.denoiser import predict
 from pqcad_ao.diffusion import trajectories
 from pqcad_ao.edge import export
 from pqcad_ao.evaluate.features import FeatureClassifier
 from pqcad_ao.models import load_model, save_model
 from pqcad_ao.nn.conv2d import QuantizedConv2d
+from pqcad_ao.utils import machine
 
 QUICK = ["--calibration-points", "16", "--groups", "4", "--mode", "ptq"]
 
@@ -157,7 +161,7 @@ def test_what_the_demo_cannot_do_is_one_line_before_the_work(tmp_path: Path, cap
 def test_compress_takes_real_pictures(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     found = {}
     monkeypatch.setattr(
-        commands, "compress", lambda unet, scheduler, pq, cad, **given: found.update(given) or (unet, scheduler)
+        distill, "compress", lambda unet, scheduler, pq, cad, **given: found.update(given) or (unet, scheduler)
     )
     pictures = tmp_path / "pictures"
     pictures.mkdir()
@@ -218,9 +222,9 @@ def test_export_of_a_network_in_full_precision_is_one_line(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "required: COMMAND"),
-        (["plan"], "required: --model"),
-        (["paint"], "invalid choice: 'paint'"),
+        (["compress", "--out", "o"], "--model requires an argument"),
+        (["plan", "--mdoel", "demo"], "Did you mean --model instead of --mdoel? (see pqcad plan --help)"),
+        (["comprss", "--model", "demo"], 'Did you mean "compress"? Available commands: demo, plan'),
         (["plan", "--model", "nowhere"], "no model 'nowhere'"),
         (["plan", "--model", "{tmp}"], "holds no diffusers UNet"),
         (["plan", "--model", "{model}/unet/config.json"], "no model"),
@@ -230,12 +234,16 @@ def test_export_of_a_network_in_full_precision_is_one_line(
         (["plan", "--model", "{model}", "--override", "attention=8,8,8"], "write attention=8,8"),
         (["plan", "--model", "{model}", "--override", "attention=x"], "neither a number of bits nor 'float'"),
         (["plan", "--model", "{model}", "--override", "atention=8"], "matches no layer"),
-        (["compress", "--model", "{model}", "--mode", "magic"], "invalid choice: 'magic'"),
-        (["plan", "--model", "{model}", "--target-bits", "5"], "unrecognized arguments: --target-bits"),
+        (["compress", "--model", "{model}", "--out", "o", "--mode", "magic"], 'Choose from: "ptq", "fixed"'),
+        (["compress", "--model", "{model}", "--out", "o", "--iteratoins", "5"], "Did you mean --iterations?"),
+        (["compress", "--model", "{model}", "--out", "o", "--iterations", "1.5"], "'1.5' is no whole number"),
+        (["compress", "--model", "{model}", "--out", "{tmp}/a", "--cad.points", "5"], "--cad.points without --distill"),
+        (["bench", "quality", "--pq", "batch_size=5"], "--pq batch_size=5: write --pq.batch-size 5"),
+        (["plan", "--model", "{model}", "--iterations", "5"], "Unknown option: --iterations"),
         (["plan", "--model", "{model}", "--json", "{model}/model_index.json/x"], "cannot write to"),
         (["compress", "--model", "{model}", "--out", "{model}/model_index.json"], "cannot write to"),
         (["compress", "--model", "{model}", "--out", "{tmp}/a", "--data", "x"], "--data x without --distill N"),
-        (["sample", "--model", "{model}", "--out", "{tmp}/a.png", "--n", "0"], "'0' is no whole number from 1"),
+        (["sample", "--model", "{model}", "--out", "{tmp}/a.png", "--n", "0"], "Must be >= 1"),
         (["sample", "--model", "{model}", "--out", "{tmp}/a.nopicture", "--n", "1", "--steps", "1"], ".nopicture"),
         (["eval", "--model", "{model}", "--n", "2", "--steps", "1"], "takes (N, 1, 32, 32)"),
         (["eval", "--model", "{model}", "--features", "f"], "give --data DIR too"),
@@ -315,29 +323,91 @@ def test_traceback_shows_where(model_dir: Path, capsys: pytest.CaptureFixture):
     assert shown.splitlines()[-1].startswith("pqcad: error: weight_bits=9")
 
 
+def configuration_of(argv: list[str]) -> PQCADConfig:
+    """What ``pqcad compress`` makes of its options, without the work."""
+    _, bound, _ = app.parse_args(argv)
+    bound.apply_defaults()
+    return (PQCADConfig.fast if bound.arguments["fast"] else PQCADConfig)(**bound.arguments["pq"])
+
+
 def test_options_mirror_the_config():
     compress = ["compress", "--model", "demo", "--out", "out"]
     argv = [*compress, "--weight-bits", "3", "--activation-bits", "float", "--mode", "ptq"]
-    argv += ["--groups", "5", "--seed", "7", "--calibration-points", "9"]
+    argv += ["--groups", "5", "--calibration-points", "9", "--weight-ladder", "8,6"]
     argv += ["--override", "head=8,8", "--override", "up_blocks.*=float", "--override", "stem=8,float"]
     expected = PQCADConfig(
         mode="ptq",
         weight_bits=3,
         activation_bits=None,
         timestep_groups=5,
-        seed=7,
         calibration_points=9,
+        weight_ladder=[8, 6],
         overrides={
             "head": {"weight_bits": 8, "activation_bits": 8},
             "up_blocks.*": {"weight_bits": None},
             "stem": {"weight_bits": 8, "activation_bits": None},
         },
     )
-    assert config_from(build_parser().parse_args(argv)) == expected
-    assert config_from(build_parser().parse_args(compress)) == PQCADConfig()
-    argv = [*compress, "--fast", "--iterations", "50", "--target-bits", "4.2"]
-    expected = PQCADConfig.fast(iterations=50, target_bits=4.2)
-    assert config_from(build_parser().parse_args(argv)) == expected
+    assert configuration_of(argv) == expected
+    assert configuration_of(compress) == PQCADConfig()
+    argv = [*compress, "--fast", "--iterations", "400", "--target-bits", "4.2"]  # 400 is the default, and not fast's
+    assert configuration_of(argv) == PQCADConfig.fast(iterations=400, target_bits=4.2)
+
+
+@pytest.mark.parametrize(("kind", "prefix"), [(PQCADConfig, "--pq."), (CADConfig, "--cad.")])
+def test_every_field_of_a_configuration_is_an_option_with_its_description(kind: type, prefix: str):
+    options = app["bench"]["quality"].assemble_argument_collection()
+    helps = {name: option.parameter.help for option in options for name in option.names}
+    written = {"overrides": "override"}
+    for field in dataclasses.fields(kind):
+        if field.name != "seed":  # every command's
+            assert len(helps[prefix + written.get(field.name, field.name).replace("_", "-")]) > 20
+
+
+def commands_with_options() -> dict[str, list[str]]:
+    """Every command, such as ``bench quality``, and the examples that its help shows at the usual width."""
+    names = [name for name in app if not name.startswith("-") and name != "bench"]
+    names += [f"bench {name}" for name in app["bench"] if not name.startswith("-")]
+    shown = {}
+    for name in names:
+        console = rich.console.Console(width=80, file=io.StringIO(), force_terminal=False)
+        app.help_print(name.split(), console=console)
+        shown[name] = re.findall(r"^ +(pqcad .*)$", console.file.getvalue(), re.MULTILINE)
+    return shown
+
+
+@pytest.mark.parametrize(("name", "examples"), commands_with_options().items())
+def test_help_shows_examples_that_can_be_typed(name: str, examples: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(machine, "check_device", lambda name: name)  # one is for a GPU
+    assert examples
+    for line in examples:
+        assert line.startswith(f"pqcad {name}")
+        command, _, _ = app.parse_args(shlex.split(line)[1:], print_error=False, exit_on_error=False)
+        assert command.__doc__.count(line)  # not broken
+
+
+def test_help_imports_no_pytorch():
+    commands = [[], *(name.split() for name in commands_with_options())]
+    code = (
+        "import sys, pqcad_command\n"
+        f"for command in {commands}:\n"
+        "    sys.argv = ['pqcad', *command, '--help']\n"
+        "    pqcad_command.main()\n"
+        "print('heavy:', sorted({'torch', 'torchao', 'diffusers', 'numpy', 'matplotlib'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("heavy: []\n")
+    assert done.stdout.count("Usage: pqcad") == len(commands)
+
+
+def test_the_command_imports_what_the_package_registers(tiny_dir: Path, tmp_path: Path):
+    """In a process of its own, where nothing but the command has imported the package."""
+    out = tmp_path / "out"
+    code = "import sys, pqcad_command; sys.argv[0] = 'pqcad'; sys.exit(pqcad_command.main())"
+    for argv in (["compress", "--model", tiny_dir, "--out", out, *QUICK], ["plan", "--model", out]):
+        done = subprocess.run([sys.executable, "-c", code, *map(str, argv)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "layers quantized" in done.stdout
 
 
 def test_command_prints_no_noise_of_its_dependencies(model_dir: Path):

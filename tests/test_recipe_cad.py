@@ -12,8 +12,18 @@ from pqcad_ao.models import load_model
 from pqcad_ao.nn.state import quantized_state
 from pqcad_ao.recipes import cad
 
-PQ = ["mode=ptq", "calibration_points=8", "timestep_groups=4", "calibration_batch_size=1"]
-CAD = ["steps=4", "iterations=6", "batch_size=4", "points=8", "generation_batch_size=4", "learning_rate=2e-4"]
+PQ = [
+    "--pq.mode",
+    "ptq",
+    "--pq.calibration-points",
+    "8",
+    "--pq.timestep-groups",
+    "4",
+    "--pq.calibration-batch-size",
+    "1",
+]
+CAD = ["--cad.steps", "4", "--cad.iterations", "6", "--cad.batch-size", "4", "--cad.points", "8"]
+CAD += ["--cad.generation-batch-size", "4", "--cad.learning-rate", "2e-4"]
 
 # What torchrun starts: the recipe, in which a process may die in the middle of an update. It distills in float64: a
 # 4-bit network is a step function, so one value that rounding moves over its threshold moves others, and the loss by
@@ -72,7 +82,7 @@ def start(folder: Path, processes: int, dies_at: int = -1) -> subprocess.Complet
     worker = folder.parent / "worker.py"
     worker.write_text(WORKER)
     many = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    recipe = ["--model", "demo", "--out", str(folder), "--pq", *PQ, "--cad", *CAD]
+    recipe = ["--model", "demo", "--out", str(folder), *PQ, *CAD]
     command = [sys.executable, *many, str(worker), str(dies_at), *recipe]
     return subprocess.run(command, capture_output=True, text=True, timeout=400)
 
@@ -135,17 +145,22 @@ def test_a_process_that_dies_ends_the_job_and_leaves_a_checkpoint(alone, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--cad", "steps=5"], "steps=5 cannot be halved"),
-        (["--cad", "stepz=4"], "CADConfig has no stepz: allowed are"),
-        (["--pq", "weight_bits=9"], "weight_bits=9"),
-        (["--pq", "overrides=3"], "overrides is a int"),
-        (["--pq", "weight_ladder=[6"], "cannot be read as NAME=VALUE"),
+        (["--cad.steps", "5"], "steps=5 cannot be halved"),
+        (["--cad.stepz", "4"], "Did you mean --cad.steps?"),
+        (["--cad", "learning_rate=1e-4"], "--cad learning_rate=1e-4: write --cad.learning-rate 1e-4"),
+        (["--pq.weight-bits", "9"], "weight_bits=9"),
+        (["--pq.override", "3"], "'3' is not ROLE=W,A"),
+        (["--pq.weight-ladder", "[6,x]"], "'x' is no whole number"),
         (["--device", "tpu"], "device 'tpu' cannot be used"),
         (["--data", "nowhere"], "nowhere"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):
-    assert cad.main(["--model", "demo", "--out", str(tmp_path), *arguments]) == 2
+    try:
+        code = cad.main(["--model", "demo", "--out", str(tmp_path), *arguments])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) == 1
@@ -159,6 +174,6 @@ def test_an_empty_image_folder_is_an_error(tmp_path, capsys):
 
 
 def test_another_networks_folder_is_refused(alone, capsys):
-    arguments = ["--model", "demo", "--out", str(alone), "--cad", *CAD]
-    assert cad.main([*arguments, "--pq", *PQ, "weight_bits=3"]) == 2
+    arguments = ["--model", "demo", "--out", str(alone), *CAD, *PQ, "--pq.weight-bits", "3"]
+    assert cad.main(arguments) == 2
     assert "was made from another network, scheduler or PQCADConfig" in capsys.readouterr().err

@@ -33,6 +33,7 @@ ROOMS = [
     "pages",
     "models",
     "report",
+    "registered",
     "pqcad_ao",
     "bench",
     "recipes",

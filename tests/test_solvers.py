@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import pairwise
 from math import log
+from typing import get_args
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pqcad_ao import CADConfig, distill_
-from pqcad_ao.config import SOLVERS as NAMES
+from pqcad_ao.config import Solver
 from pqcad_ao.diffusion.ddim import DDIMSchedule
 from pqcad_ao.diffusion.schedule import check_substeps, refined, teachable, timesteps_of
 from pqcad_ao.diffusion.solvers import SOLVERS, dpmpp_2m
@@ -159,7 +160,7 @@ def test_a_finer_walk_visits_the_samplers_own_timesteps(steps, data):
 
 
 def test_every_solver_can_be_asked_for():
-    assert set(SOLVERS) == set(NAMES)
+    assert set(SOLVERS) == set(get_args(Solver))
 
 
 def test_what_the_reference_cannot_walk_is_said_before_any_work():

@@ -12,6 +12,7 @@ import pytest
 import pqcad_ao
 
 ROOT = Path(__file__).parents[1]
+COMMAND = "pqcad_command.py"  # beside the folders
 FOLDERS = {"pqcad_ao": "pqcad_ao", **{name: f"pqcad_ao/{name}" for name in ("passes", "recipes", "bench")}}
 
 
@@ -34,7 +35,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source")
     for name in FOLDERS:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", COMMAND):
         shutil.copy(ROOT / name, folder)
     return folder
 
@@ -67,7 +68,7 @@ def test_the_wheel_holds_every_module_and_what_they_read(source: Path, wheel: Pa
     }
     with zipfile.ZipFile(wheel) as file:
         names = {name for name in file.namelist() if ".dist-info/" not in name}
-    assert names == expected
+    assert names == expected | {COMMAND}
     assert wheel.stat().st_size < 7_000_000  # teacher 4.1 MB, its compressed form 0.7, features and statistics 1.9
 
 
@@ -88,7 +89,9 @@ def test_the_wheel_runs_away_from_the_checkout(installed: Path):
 
 
 def test_the_command_runs_away_from_the_checkout(installed: Path):
-    assert "compress" in _run(sys.executable, installed / "bin" / "pqcad", "--help", PYTHONPATH=str(installed))
+    pqcad = [sys.executable, installed / "bin" / "pqcad"]
+    assert "compress" in _run(*pqcad, "--help", PYTHONPATH=str(installed))
+    assert pqcad_ao.__version__ in _run(*pqcad, "--version", PYTHONPATH=str(installed))
 
 
 @pytest.mark.slow

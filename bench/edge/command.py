@@ -1,13 +1,11 @@
 """The options of ``pqcad bench edge``, what they run, and its table."""
 
-import argparse
+from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
-from pqcad_ao.bench.edge.contenders import ROWS
-from pqcad_ao.bench.edge.costs import measure_costs
-from pqcad_ao.bench.edge.measure import bench_edge
+from pqcad_ao.utils.options import COMMON, Names, Shared, Whole
 
 
 def table(result: dict[str, Any]) -> str:
@@ -39,31 +37,49 @@ def table(result: dict[str, Any]) -> str:
     return text
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``pqcad bench edge``."""
-    parser.add_argument("--model", default="demo", help="demo, ddpm-cifar10, or a folder with a diffusers UNet (demo)")
-    parser.add_argument("--compressed", metavar="DIR", help="the same network quantized (quantized here, fixed-bit)")
-    parser.add_argument("--rows", type=lambda text: text.split(","), metavar="ROW,ROW", help=f"of {', '.join(ROWS)}")
-    parser.add_argument("--steps", type=int, default=20, help="of the schedule (20)")
-    parser.add_argument("--rounds", type=int, default=25, help="timed calls of each file (25)")
-    parser.add_argument(
-        "--n", type=int, default=0, help="images for the FID, through each file and in eager mode (none)"
-    )
-    parser.add_argument("--threads", type=int, help="for every file (all available cores)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (0)")
-    parser.add_argument("--json", metavar="FILE", help="write the result there")
-    parser.add_argument("--costs", metavar="FILE", help="measure what the planner goes by instead, and write it there")
+def bench_edge(
+    *,
+    model: str = "demo",
+    compressed: str | None = None,
+    rows: Names | None = None,
+    steps: Whole = 20,
+    rounds: Whole = 25,
+    n: Whole = 0,
+    costs: Path | None = None,
+    common: Shared = COMMON,
+) -> dict[str, Any]:
+    """One sampling step as a .pte on ExecuTorch's stock runtime.
 
+    For example, every row of a network of the usual size, and with the pictures' FID:
+        pqcad bench edge --model ddpm-cifar10
+        pqcad bench edge --rows pqcad_speed --n 5000
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure what the parsed options ask for and print it."""
-    if args.costs:
-        result = measure_costs(args.costs, args.rounds)
+    Args:
+        model: demo, ddpm-cifar10, or a folder with a diffusers UNet.
+        compressed: a folder with the same network quantized; quantized here, fixed-bit, if not given.
+        rows: names with commas between; all if not given. A name that is not there is answered with those that are.
+        steps: of the schedule.
+        rounds: timed calls of each file.
+        n: images for the FID, through each file and in eager mode.
+        costs: a file that receives what the planner goes by, measured on this processor instead.
+    """
+    from pqcad_ao.bench.edge import measure
+    from pqcad_ao.bench.edge.costs import measure_costs
+
+    if costs:
+        result = measure_costs(costs, rounds)
         print(tabulate([row.values() for row in result["layers"]], list(result["layers"][0])))
         return result
-    options = {"rows": args.rows, "steps": args.steps, "rounds": args.rounds, "n": args.n}
-    result = bench_edge(
-        args.model, compressed=args.compressed, threads=args.threads, seed=args.seed, json_path=args.json, **options
+    result = measure.bench_edge(
+        model,
+        compressed=compressed,
+        rows=rows,
+        steps=steps,
+        rounds=rounds,
+        n=n,
+        threads=common.threads,
+        seed=common.seed,
+        json_path=common.json,
     )
     print(table(result))
     return result

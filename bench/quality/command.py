@@ -1,19 +1,40 @@
 """The options of ``pqcad bench quality``, what they run, and its table."""
 
-import argparse
 import json
 import sys
+from collections.abc import Sequence
 from math import hypot
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from cyclopts import Parameter, Token
 from tabulate import tabulate
 
-from pqcad_ao.bench.quality.measure import bench_quality
 from pqcad_ao.bench.quality.rows import DEFAULT_ROWS, ROWS, SETS
 from pqcad_ao.config import CADConfig, PQCADConfig
-from pqcad_ao.utils.options import read_options
+from pqcad_ao.utils.options import COMMON, NONE_GIVEN, WRITTEN, Device, Flag, Shared, Whole, options
+
+if TYPE_CHECKING:
+    Quantizing = dict[str, Any]
+    Distilling = dict[str, Any]
+else:  # made at run time, where no type checker looks
+    Quantizing = options(PQCADConfig, "Every row that quantizes (PQCADConfig)", **WRITTEN)
+    Distilling = options(CADConfig, "Every row that distills (CADConfig)")
+
+
+def _rows(_: Any, tokens: Sequence[Token]) -> list[str]:
+    return SETS.get(tokens[0].value) or tokens[0].value.split(",")
+
+
+Rows = Annotated[
+    list[str] | None,
+    Parameter(
+        converter=_rows,
+        n_tokens=1,
+        help=f"{', '.join(SETS)}, or of {', '.join(ROWS)}, with commas between [default: {','.join(DEFAULT_ROWS)}]",
+    ),
+]
 
 
 def table(result: dict[str, Any]) -> str:
@@ -69,53 +90,55 @@ def _half_width(row: dict[str, Any]) -> float:
     return (high - low) / 2
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``pqcad bench quality``."""
-    parser.add_argument("--model", default="demo", help="demo, or a folder with a diffusers UNet (default: demo)")
-    parser.add_argument(
-        "--rows",
-        type=lambda text: SETS.get(text) or text.split(","),
-        metavar="ROW,ROW",
-        help=f"{', '.join(SETS)}, or of {', '.join(ROWS)} (default: {','.join(DEFAULT_ROWS)})",
-    )
-    parser.add_argument(
-        "--pq", nargs="*", default=[], metavar="NAME=VALUE", help="of PQCADConfig, in every row that quantizes"
-    )
-    parser.add_argument(
-        "--cad", nargs="*", default=[], metavar="NAME=VALUE", help="of CADConfig, in every row that distills"
-    )
-    parser.add_argument("--steps", type=int, default=20, help="sampling steps (default: 20)")
-    parser.add_argument("--n", type=int, default=2000, help="images behind each FID (default: 2000)")
-    parser.add_argument("--seed", type=int, default=0, help="the first seed (default: 0)")
-    parser.add_argument("--seeds", type=int, default=1, metavar="K", help="as many seeds, counted from it (default: 1)")
-    parser.add_argument(
-        "--work", type=Path, default=Path("quality-work"), metavar="DIR", help="(default: quality-work)"
-    )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-    parser.add_argument("--threads", type=int, help="(default: PyTorch's)")
-    parser.add_argument("--compile", action="store_true", help="sample through torch.compile: for many images")
-    parser.add_argument("--grid", type=Path, metavar="FILE", help="draw the first images of every row there (PNG)")
-    parser.add_argument("--json", metavar="FILE", help="write the result there")
-    parser.add_argument("--lines", action="store_true", help="print each row as a line of JSON in place of the table")
+def bench_quality(
+    *,
+    model: str = "demo",
+    rows: Rows = None,
+    steps: Whole = 20,
+    n: Whole = 2000,
+    seeds: Whole = 1,
+    work: Path = Path("quality-work"),
+    device: Device = "cpu",
+    compile: Flag = False,
+    grid: Path | None = None,
+    lines: Flag = False,
+    pq: Quantizing = NONE_GIVEN,
+    cad: Distilling = NONE_GIVEN,
+    common: Shared = COMMON,
+) -> dict[str, Any]:
+    """FID, KID, precision and recall of every way to quantize.
 
+    For example, three rows; and what distillation adds, over three seeds, with fewer updates:
+        pqcad bench quality --rows fp_full,ptq_full,pqcad_half
+        pqcad bench quality --rows halving --seeds 3 --compile --pq.iterations 100
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure what the parsed options ask for and print the table, or the rows."""
-    result = bench_quality(
-        args.model,
-        rows=args.rows,
-        steps=args.steps,
-        n=args.n,
-        seeds=[*range(args.seed, args.seed + args.seeds)],
-        work=args.work,
-        device=args.device,
-        options=read_options(PQCADConfig, args.pq),
-        cad_options=read_options(CADConfig, args.cad),
-        threads=args.threads,
-        compiled=args.compile,
-        grid=args.grid,
+    Args:
+        model: demo, or a folder with a diffusers UNet.
+        steps: of the sampler.
+        n: images behind each FID.
+        seeds: as many, counted from --seed.
+        work: folder that keeps what was made; the same command goes on where it was killed.
+        compile: sample through torch.compile: for many images.
+        grid: a picture (PNG) that receives the first images of every row.
+        lines: print each row as a line of JSON in place of the table.
+    """
+    from pqcad_ao.bench.quality import measure
+
+    result = measure.bench_quality(
+        model,
+        rows=rows,
+        steps=steps,
+        n=n,
+        seeds=[*range(common.seed, common.seed + seeds)],
+        work=work,
+        device=device,
+        options=pq,
+        cad_options=cad,
+        threads=common.threads,
+        compiled=compile,
+        grid=grid,
         progress=sys.stderr.isatty(),
-        say=(lambda line: None) if args.lines else print,
+        say=(lambda line: None) if lines else print,
     )
-    print("\n".join(map(json.dumps, result["rows"])) if args.lines else table(result))
+    print("\n".join(map(json.dumps, result["rows"])) if lines else table(result))
     return result

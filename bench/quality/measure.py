@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -224,7 +225,7 @@ class _Sampling:
         row = ROWS[name]
         unet, scheduler, made = bench.network(name, seed)
         if row.solver is not None:
-            scheduler = row.solver.from_config(scheduler.config)
+            scheduler = getattr(diffusers, row.solver).from_config(scheduler.config)
         images, sqnr = images_of(bench.teacher, unet, scheduler, steps, self.n, seed, self.compiled, self.progress)
         quality = image_quality(images, self.network, self.real, seed=seed, bootstrap=BOOTSTRAP)
         result = {

@@ -3,8 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
-
 from pqcad_ao.config import PQCADConfig
 
 
@@ -17,7 +15,7 @@ class Row:
         cad: options of :class:`CADConfig`, the distillation that follows; None: none.
         base: the row whose network this one starts from, with that one's sampler; None: the teacher.
         part: the row is sampled in this part of the steps: 1, 2 (half) or 4.
-        solver: diffusers' scheduler that samples it, with the teacher's noise process; None: the network's own.
+        solver: name of diffusers' scheduler that samples it, with the teacher's noise process; None: the network's own.
     """
 
     title: str
@@ -26,7 +24,7 @@ class Row:
     cad: dict[str, Any] | None = None
     base: str | None = None
     part: int = 1
-    solver: Any = None
+    solver: str | None = None
 
     def config(self, seed: int, extra: dict[str, Any] | None = None) -> PQCADConfig | None:
         if self.options is None:
@@ -66,14 +64,14 @@ ROWS = {
 # Fewer steps without distillation, with the solvers that diffusers has for that.
 SOLVED = {
     "pq_half_w4a6_unipc": Row(
-        "progressive W4A6, UniPC, half the steps", None, base="pq_w4a6", part=2, solver=UniPCMultistepScheduler
+        "progressive W4A6, UniPC, half the steps", None, base="pq_w4a6", part=2, solver="UniPCMultistepScheduler"
     ),
-    "fp_full_dpmpp": Row("full precision, DPM-Solver++ 2M", None, solver=DPMSolverMultistepScheduler),
-    "fp_full_unipc": Row("full precision, UniPC", None, solver=UniPCMultistepScheduler),
+    "fp_full_dpmpp": Row("full precision, DPM-Solver++ 2M", None, solver="DPMSolverMultistepScheduler"),
+    "fp_full_unipc": Row("full precision, UniPC", None, solver="UniPCMultistepScheduler"),
     "fp_half_dpmpp": Row(
-        "full precision, DPM-Solver++ 2M, half the steps", None, part=2, solver=DPMSolverMultistepScheduler
+        "full precision, DPM-Solver++ 2M, half the steps", None, part=2, solver="DPMSolverMultistepScheduler"
     ),
-    "fp_half_unipc": Row("full precision, UniPC, half the steps", None, part=2, solver=UniPCMultistepScheduler),
+    "fp_half_unipc": Row("full precision, UniPC, half the steps", None, part=2, solver="UniPCMultistepScheduler"),
 }
 ROWS |= SOLVED
 # What each part of distillation adds. All take the same number of updates.

@@ -1,37 +1,47 @@
-"""The commands, each a few lines around the library."""
+"""The commands: what each takes, says of itself, and does in a few lines around the library.
 
-import argparse
+PyTorch and all that needs it are imported when a command runs, so that ``--help`` answers at once.
+"""
+
 import dataclasses
-import shlex
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
-from torch import Tensor, nn
+from cyclopts import Parameter
 
-from pqcad_ao import ops
-from pqcad_ao.cli.arguments import config_from
 from pqcad_ao.config import CADConfig, PQCADConfig
-from pqcad_ao.data import load_images, some_images
-from pqcad_ao.denoiser import check_conditioning, sample_shape
-from pqcad_ao.diffusion.sampling import sample
-from pqcad_ao.diffusion.schedule import default_steps
-from pqcad_ao.distill import compress
-from pqcad_ao.evaluate.features import RealFeatures, embedded_features, extract_features, load_classifier
-from pqcad_ao.evaluate.fid import image_quality
-from pqcad_ao.models import load_model, save_model
-from pqcad_ao.nn.state import quantized_state
-from pqcad_ao.plan import plan
-from pqcad_ao.quantize import quantize_
-from pqcad_ao.report import save_grid
-from pqcad_ao.utils.quiet import start_executorch
+from pqcad_ao.utils.options import COMMON, NONE_GIVEN, WRITTEN, Count, Device, Flag, Shared, Whole, options
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    Planning = dict[str, Any]
+    Quantizing = dict[str, Any]
+    Distilling = dict[str, Any]
+else:  # made at run time, where no type checker looks
+    decides = ("weight_bits", "activation_bits", "overrides", "target_bits")
+    Planning = options(PQCADConfig, "Bits", only=decides, **WRITTEN)
+    Quantizing = options(PQCADConfig, "Quantizing (PQCADConfig)", **WRITTEN)
+    Distilling = options(CADConfig, "Distilling (CADConfig)", without=("seed", "steps", "halvings"))
+
+# sd15 is conditional, which of all commands `bench compile` alone can time
+Model = Annotated[
+    str, Parameter(help="demo, ddpm-cifar10 (random weights), or a folder of diffusers layout (unet/ and scheduler/).")
+]
+Steps = Annotated[
+    Count | None, Parameter(help="Sampling steps; what the network was distilled for, or 20, if not given.")
+]
+BatchSize = Annotated[Count, Parameter(help="Images a call.")]
 
 
-def load_unconditional(name_or_dir: str) -> tuple[nn.Module, Any]:
+def load_unconditional(name_or_dir: str) -> tuple["nn.Module", Any]:
     """A network and its scheduler, for the commands that have no way to be given conditioning."""
+    from pqcad_ao.denoiser import check_conditioning
+    from pqcad_ao.models import load_model
+
     unet, scheduler = load_model(name_or_dir)
     try:
         check_conditioning(unet, None)
@@ -53,146 +63,306 @@ def check_writable(folder: Path) -> None:
         raise OSError(f"cannot write to {folder} ({error.strerror}): give another place") from error
 
 
-def steps_of(unet: nn.Module) -> int:
+def steps_of(unet: "nn.Module") -> int:
     """Sampling steps where the command line names none."""
+    from pqcad_ao.diffusion.schedule import default_steps
+    from pqcad_ao.nn.state import quantized_state
+
     state = quantized_state(unet)
     return default_steps(None if state is None else state.timestep.schedule)
 
 
-def sampled(args: argparse.Namespace, unet: nn.Module, scheduler: Any) -> Tensor:
-    """``args.n`` images (N, C, H, W) in [-1, 1] from noise that ``args.seed`` and N alone decide."""
-    generator = torch.Generator().manual_seed(args.seed)
-    noise = torch.randn(args.n, *sample_shape(unet), generator=generator).to(args.device)
-    unet.to(args.device)
-    args.steps = args.steps or steps_of(unet)
-    return sample(unet, scheduler, noise, args.steps, batch_size=args.batch_size, progress=sys.stderr.isatty()).cpu()
+def sampled(unet: "nn.Module", scheduler: Any, n: int, steps: int, batch_size: int, device: str, seed: int) -> "Tensor":
+    """``n`` images (N, C, H, W) in [-1, 1] from noise that ``seed`` and N alone decide."""
+    import torch
+
+    from pqcad_ao.denoiser import sample_shape
+    from pqcad_ao.diffusion.sampling import sample
+
+    noise = torch.randn(n, *sample_shape(unet), generator=torch.Generator().manual_seed(seed)).to(device)
+    unet.to(device)
+    return sample(unet, scheduler, noise, steps, batch_size=batch_size, progress=sys.stderr.isatty()).cpu()
 
 
-def run_demo(args: argparse.Namespace) -> dict[str, Any]:
-    from pqcad_ao.recipes import demo
+def demo(
+    *,
+    model: Model = "demo",
+    out: Path = Path("demo-out"),
+    images: Count = 256,
+    steps: Count = 20,
+    progressive: bool = True,
+    distill: bool = True,
+    common: Shared = COMMON,
+) -> dict[str, Any]:
+    """Compress the embedded teacher and measure everything on the spot.
 
-    if args.distill and args.steps % 2:
-        raise ValueError(f"--steps {args.steps} cannot be halved: give an even number, or --no-distill")
-    check_writable(args.out)
-    return demo.run(
-        args.out,
-        model=args.model,
-        images=args.images,
-        steps=args.steps,
-        config=PQCADConfig.fast(seed=args.seed) if args.progressive else None,
-        cad=CADConfig.fast(steps=args.steps, seed=args.seed) if args.distill else None,
-        shipped="demo-w4a6" if (args.model, args.steps) == ("demo", 20) else None,
-        seed=args.seed,
-        command=shlex.join(["pqcad", *args.argv]),
+    For example, in about five minutes, or in two:
+        pqcad demo
+        pqcad demo --out quick --images 64 --no-progressive --no-distill
+
+    Args:
+        out: folder that receives report.html, samples.png, summary.json, model/ and unet.pte.
+        images: behind each FID.
+        steps: of the sampler.
+        progressive: a row that is learned progressively, about 60 seconds.
+        distill: to half the steps, about 30 seconds.
+    """
+    from pqcad_ao.recipes import demo as recipe
+
+    if distill and steps % 2:
+        raise ValueError(f"--steps {steps} cannot be halved: give an even number, or --no-distill")
+    check_writable(out)
+    return recipe.run(
+        out,
+        model=model,
+        images=images,
+        steps=steps,
+        config=PQCADConfig.fast(seed=common.seed) if progressive else None,
+        cad=CADConfig.fast(steps=steps, seed=common.seed) if distill else None,
+        shipped="demo-w4a6" if (model, steps) == ("demo", 20) else None,
+        seed=common.seed,
+        command=common.command,
         progress=sys.stderr.isatty(),
     )
 
 
-def run_plan(args: argparse.Namespace) -> dict[str, Any]:
-    unet, _ = load_unconditional(args.model)
-    config = PQCADConfig(
-        weight_bits=args.weight_bits, activation_bits=args.activation_bits, overrides=dict(args.override)
-    )
-    resolved = plan(unet, None if config == PQCADConfig() else config)
+def plan(
+    *, model: Model, pq: Annotated[Planning, Parameter(name="*")] = NONE_GIVEN, common: Shared = COMMON
+) -> dict[str, Any]:
+    """Print what happens, or happened, to each layer, and why.
+
+    For example, with attention in eight bits and the first and last convolution in floating point:
+        pqcad plan --model demo --override attention=8,8 --override 'conv_*=float'
+    """
+    from pqcad_ao.plan import plan as plan_of
+
+    unet, _ = load_unconditional(model)
+    resolved = plan_of(unet, PQCADConfig(**pq) if pq else None)
     print(resolved)
     return {"rows": resolved.to_list(), "summary": resolved.summary()}
 
 
-def run_compress(args: argparse.Namespace) -> dict[str, Any]:
-    config, cad = config_from(args), None
-    if args.halvings > 1 and args.distill is None:
-        raise ValueError(f"--halvings {args.halvings} without --distill N: write the steps N that are halved as well")
-    if args.data is not None and args.distill is None:
-        raise ValueError(f"--data {args.data} without --distill N: quantizing alone takes no pictures")
-    if args.distill is not None:
-        preset = CADConfig.fast if args.fast else CADConfig
-        cad = preset(steps=args.distill, halvings=args.halvings, seed=args.seed)
-    for place in (args.out, args.folder):
-        if place is not None:
-            check_writable(place)
-    unet, scheduler = load_unconditional(args.model)
+def compress(
+    *,
+    model: Model,
+    out: Path,
+    distill: Count | None = None,
+    halvings: Count = 1,
+    data: Path | None = None,
+    folder: Path | None = None,
+    fast: Flag = False,
+    device: Device = "cpu",
+    pq: Annotated[Quantizing, Parameter(name="*")] = NONE_GIVEN,
+    cad: Distilling = NONE_GIVEN,
+    common: Shared = COMMON,
+) -> dict[str, Any]:
+    """Quantize a network, teach it to sample in fewer steps where asked to, and save it in diffusers layout.
+
+    For example, in seconds; as it is meant, about 15 minutes; to five steps; and with settings of your own:
+        pqcad compress --model demo --out quick --mode ptq
+        pqcad compress --model demo --out run --distill 20
+        pqcad compress --model demo --out five --distill 20 --halvings 2
+        pqcad compress --model demo --out a4 --activation-bits 4 --iterations 800
+
+    Args:
+        out: folder that receives unet/ and scheduler/.
+        distill: N: then teach it to sample in N / 2 steps what full precision samples in N.
+        halvings: K: N / 2^K steps instead.
+        data: folder with real pictures for up to half of what it learns from then; none are needed.
+        folder: keeps checkpoints and a log; the same command with the same folder goes on where it was killed.
+        fast: fewer updates: quantizing a network of a million parameters takes less than 90 seconds on two idle cores.
+    """
+    from pqcad_ao import ops
+    from pqcad_ao.data import some_images
+    from pqcad_ao.denoiser import sample_shape
+    from pqcad_ao.distill import compress as compressed
+    from pqcad_ao.models import save_model
+    from pqcad_ao.nn.state import quantized_state
+    from pqcad_ao.plan import plan as plan_of
+    from pqcad_ao.quantize import quantize_
+
+    _check_distilling(distill, halvings, data, cad)
+    config = (PQCADConfig.fast if fast else PQCADConfig)(**pq, seed=common.seed)
+    halving = None
+    if distill is not None:
+        preset = CADConfig.fast if fast else CADConfig
+        halving = preset(**cad, steps=distill, halvings=halvings, seed=common.seed)
+    for kept in (out, folder):
+        if kept is not None:
+            check_writable(kept)
+    unet, scheduler = load_unconditional(model)
     begin = time.perf_counter()
-    progress = sys.stderr.isatty()
-    keeps = {"folder": args.folder, "progress": progress}
-    unet.to(args.device)
-    if cad is None:
+    keeps: dict[str, Any] = {"folder": folder, "progress": sys.stderr.isatty()}
+    unet.to(device)
+    if halving is None:
         quantize_(unet, config, scheduler=scheduler, **keeps)
     else:
-        images = None if args.data is None else some_images(args.data, sample_shape(unet), cad.points, cad.seed)
-        unet, scheduler = compress(unet, scheduler, config, cad, images=images, **keeps)
+        images = None if data is None else some_images(data, sample_shape(unet), halving.points, halving.seed)
+        unet, scheduler = compressed(unet, scheduler, config, halving, images=images, **keeps)
     seconds = time.perf_counter() - begin
-    size = save_model(unet, scheduler, args.out).stat().st_size
-    resolved, state = plan(unet), quantized_state(unet)
+    size = save_model(unet, scheduler, out).stat().st_size
+    resolved, state = plan_of(unet), quantized_state(unet)
     for t in state.transitions if state else []:
         print(f"{t['stage']}, update {t['step']}: {t['from_bits']} to {t['to_bits']} bits, {t['reason']}")
-    print(f"{resolved.summary()}\n{args.out}: {size:,} bytes of weights, made in {seconds:.0f} s")
-    if cad is not None:
-        print(f"distilled: samples in {steps_of(unet)} steps with the scheduler beside it, not in {cad.steps}")
+    print(f"{resolved.summary()}\n{out}: {size:,} bytes of weights, made in {seconds:.0f} s")
+    if halving is not None:
+        print(f"distilled: samples in {steps_of(unet)} steps with the scheduler beside it, not in {halving.steps}")
     return {
-        "out": str(args.out),
+        "out": str(out),
         "checkpoint_bytes": size,
         "seconds": seconds,
-        "steps": None if cad is None else steps_of(unet),
+        "steps": None if halving is None else steps_of(unet),
         "summary": resolved.summary(),
         "rows": resolved.to_list(),
         "transitions": state.transitions if state else [],
-        "arithmetic": ops.arithmetic(str(args.device)),
+        "arithmetic": ops.arithmetic(device),
     }
 
 
-def run_sample(args: argparse.Namespace) -> dict[str, Any]:
-    check_writable(args.out.parent)
-    unet, scheduler = load_unconditional(args.model)
-    images = sampled(args, unet, scheduler)
-    save_grid(images, args.out)
-    print(f"{args.out}: {args.n} images in {args.steps} steps")
-    return {"out": str(args.out), "n": args.n, "steps": args.steps, "seed": args.seed}
+def _check_distilling(distill: int | None, halvings: int, data: Path | None, cad: dict[str, Any]) -> None:
+    """Raises ValueError: options of distillation without it."""
+    if distill is not None:
+        return
+    if halvings > 1:
+        raise ValueError(f"--halvings {halvings} without --distill N: write the steps N that are halved as well")
+    if data is not None:
+        raise ValueError(f"--data {data} without --distill N: quantizing alone takes no pictures")
+    if cad:
+        name = next(iter(cad)).replace("_", "-")
+        raise ValueError(f"--cad.{name} without --distill N: write the steps N that are halved as well")
 
 
-def run_eval(args: argparse.Namespace) -> dict[str, Any]:
-    if args.features is not None and args.data is None:
+def sample(
+    *,
+    model: Model,
+    out: Path,
+    n: Count = 16,
+    steps: Steps = None,
+    batch_size: BatchSize = 128,
+    device: Device = "cpu",
+    common: Shared = COMMON,
+) -> dict[str, Any]:
+    """Draw images into one picture.
+
+    For example:
+        pqcad sample --model demo --out grid.png
+        pqcad sample --model run --out grid.png --n 64 --seed 1
+
+    Args:
+        out: a picture, such as grid.png.
+        n: images.
+    """
+    from pqcad_ao.report import save_grid
+
+    check_writable(out.parent)
+    unet, scheduler = load_unconditional(model)
+    steps = steps or steps_of(unet)
+    save_grid(sampled(unet, scheduler, n, steps, batch_size, device, common.seed), out)
+    print(f"{out}: {n} images in {steps} steps")
+    return {"out": str(out), "n": n, "steps": steps, "seed": common.seed}
+
+
+def evaluate(
+    *,
+    model: Model,
+    n: Count = 2000,
+    steps: Steps = None,
+    batch_size: BatchSize = 128,
+    device: Device = "cpu",
+    data: Path | None = None,
+    features: Path | None = None,
+    bootstrap: Whole = 0,
+    common: Shared = COMMON,
+) -> dict[str, Any]:
+    """FID, KID, precision and recall of sampled images.
+
+    For example, with 95 % intervals, and against pictures of your own:
+        pqcad eval --model run --n 2000 --bootstrap 100
+        pqcad eval --model run --data pictures --features net.safetensors
+
+    Args:
+        n: images.
+        data: folder with real images to compare with; the embedded statistics of Fashion-MNIST if not given.
+        features: feature network that pqcad_ao.recipes.train_classifier wrote; the embedded one if not given. Needs
+            --data.
+        bootstrap: resamples behind a 95 % interval of FID; none if 0.
+    """
+    import torch
+
+    from pqcad_ao.data import load_images
+    from pqcad_ao.denoiser import sample_shape
+    from pqcad_ao.evaluate.features import RealFeatures, embedded_features, extract_features, load_classifier
+    from pqcad_ao.evaluate.fid import image_quality
+
+    if features is not None and data is None:
         raise ValueError("--features FILE is a feature network without statistics of real images: give --data DIR too")
-    unet, scheduler = load_unconditional(args.model)
-    shape = sample_shape(unet)
+    unet, scheduler = load_unconditional(model)
+    shape, steps = sample_shape(unet), steps or steps_of(unet)
     network: nn.Module
-    if args.data is None:
+    if data is None:
         network, real = embedded_features()
     else:
-        network = load_classifier(args.features) if args.features is not None else embedded_features()[0]
-        pictures, _ = load_images(args.data, "test", image_size=shape[1], channels=shape[0])
+        network = load_classifier(features) if features is not None else embedded_features()[0]
+        pictures, _ = load_images(data, "test", image_size=shape[1], channels=shape[0])
         real = RealFeatures.from_images(pictures, network)
     extract_features(torch.zeros(2, *shape), network)  # images that do not fit are refused before sampling
-    quality = image_quality(sampled(args, unet, scheduler), network, real, seed=args.seed, bootstrap=args.bootstrap)
+    images = sampled(unet, scheduler, n, steps, batch_size, device, common.seed)
+    quality = image_quality(images, network, real, seed=common.seed, bootstrap=bootstrap)
     interval = f" [{quality['fid_ci'][0]:.2f}, {quality['fid_ci'][1]:.2f}]" if "fid_ci" in quality else ""
     kid = "" if quality["kid"] is None else f", KID {quality['kid']:.5f} ± {quality['kid_std']:.5f}"
     covers = ""
     if quality["recall"] is not None:
         covers = f", precision {quality['precision']:.3f}, recall {quality['recall']:.3f}"
-    print(f"FID {quality['fid']:.3f}{interval}{kid}{covers} ({quality['n']} images, {args.steps} steps)")
-    return {**quality, "steps": args.steps, "seed": args.seed, "model": args.model}
+    print(f"FID {quality['fid']:.3f}{interval}{kid}{covers} ({quality['n']} images, {steps} steps)")
+    return {**quality, "steps": steps, "seed": common.seed, "model": model}
 
 
-def run_export(args: argparse.Namespace) -> dict[str, Any]:
+def export(
+    *,
+    model: Model,
+    out: Path,
+    steps: Steps = None,
+    batch_size: BatchSize = 1,
+    objective: Literal["speed", "size"] = "speed",
+    max_bytes: Count | None = None,
+    full_precision: Flag = False,
+    common: Shared = COMMON,
+) -> dict[str, Any]:
+    """Write a .pte for ExecuTorch, checked against the eager model.
+
+    For example, fast, and small:
+        pqcad export --model run --out unet.pte
+        pqcad export --model run --out unet.pte --objective size
+
+    Args:
+        out: a file, such as unet.pte.
+        objective: what decides a layer's form.
+        max_bytes: of the file; takes the objective's place.
+        full_precision: write a network that is not quantized: the baseline in float32.
+    """
+    import torch
+
     from pqcad_ao.edge.export import export_fp32_pte, export_pte
+    from pqcad_ao.utils.quiet import start_executorch
 
-    check_writable(args.out.parent)
-    unet, scheduler = load_unconditional(args.model)
+    check_writable(out.parent)
+    unet, scheduler = load_unconditional(model)
     start_executorch(torch.get_num_threads())
-    if args.full_precision:
-        made = export_fp32_pte(unet, args.out, batch_size=args.batch_size)
+    if full_precision:
+        made = export_fp32_pte(unet, out, batch_size=batch_size)
     else:
-        args.steps = args.steps or steps_of(unet)
+        steps = steps or steps_of(unet)
         made = export_pte(
             unet,
-            args.out,
+            out,
             scheduler=scheduler,
-            num_inference_steps=args.steps,
-            objective=args.objective,
-            max_bytes=args.max_bytes,
-            batch_size=args.batch_size,
-            seed=args.seed,
+            num_inference_steps=steps,
+            objective=objective,
+            max_bytes=max_bytes,
+            batch_size=batch_size,
+            seed=common.seed,
             progress=sys.stderr.isatty(),
         )
     print(made)
-    result = {**dataclasses.asdict(made), "path": str(made.path), "batch_size": args.batch_size}
-    return result if args.full_precision else {**result, "steps": args.steps}
+    result = {**dataclasses.asdict(made), "path": str(made.path), "batch_size": batch_size}
+    return result if full_precision else {**result, "steps": steps}
