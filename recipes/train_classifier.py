@@ -14,11 +14,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm.auto import tqdm
 
 from pqcad_ao.data import load_images, to_unit
 from pqcad_ao.evaluate.features import FeatureClassifier, RealFeatures, extract_features
 from pqcad_ao.recipes.settings import load_settings
+from pqcad_ao.utils.progress import tqdm
 
 
 def lr_at(step: int, steps: int, train: DictConfig) -> float:

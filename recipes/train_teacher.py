@@ -17,7 +17,6 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pqcad_ao.data import load_images, to_unit
 from pqcad_ao.denoiser import predict
@@ -26,6 +25,7 @@ from pqcad_ao.models import load_model, save_model
 from pqcad_ao.recipes.settings import load_settings
 from pqcad_ao.report import save_grid
 from pqcad_ao.utils.files import write_whole
+from pqcad_ao.utils.progress import tqdm
 from pqcad_ao.utils.runs import only_run_in
 
 

@@ -269,13 +269,14 @@ def test_a_parameter_that_the_forward_never_reads_stays_as_it_is():
 # What is seen while it runs
 
 
-def test_log_callback_and_bar(tmp_path, capsys):
+def test_log_callback_and_bar(tmp_path, capsys, monkeypatch):
     calls = []
     model = quantize(Small(), config(), folder=tmp_path, callback=lambda *args: calls.append(args))
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [engine.Update(**line) for line in lines] == quantized_state(model).log
     assert [args for args in calls if args[0] == "weights"] == [("weights", k, 40) for k in range(1, 17)]
     assert capsys.readouterr().err == ""
+    monkeypatch.setitem(sys.modules, "ipykernel", None)  # in a notebook; elsewhere it is no bar that is captured
     learned(Small(), config(), progress=True)
     shown = capsys.readouterr().err
     assert "stage=activations" in shown

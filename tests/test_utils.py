@@ -1,12 +1,16 @@
 """What every room may use: checks of numbers, files written whole, tensor files read back, assets."""
 
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
-from pqcad_ao.utils import machine
+from pqcad_ao.utils import machine, progress
 from pqcad_ao.utils.assets import asset_path
 from pqcad_ao.utils.checks import check_count, check_counts, is_whole
 from pqcad_ao.utils.files import whole_file, write_whole
@@ -106,3 +110,41 @@ def test_a_busy_machine_says_so(monkeypatch):
         monkeypatch.setattr(machine.psutil, "getloadavg", lambda load=load: (load, 0.0, 0.0))
         assert bool(machine.busy()) == expected
     assert "kept 9.0 of 4 cores busy" in machine.busy()
+
+
+WORK = """
+import pqcad_command, time  # without PyTorch
+from pqcad_ao.utils import progress
+progress.AFTER, progress.EVERY = 0.01, 0.15
+for _ in range(2):
+    bar = progress.tqdm(total=6, desc="learning", leave=False)
+    for done in range(6):
+        time.sleep(0.05)
+        bar.set_postfix(loss=done)
+        bar.update()
+    bar.close()
+    progress.AFTER = 60
+"""
+
+
+def test_progress_through_a_pipe_is_a_line_now_and_then():
+    done = subprocess.run([sys.executable, "-c", WORK], capture_output=True, check=True)
+    assert b"\r" not in done.stderr
+    lines = done.stderr.decode().splitlines()
+    assert (
+        2 <= len(lines) <= 6
+    )  # of 0.3 seconds and twelve changes; and none of the work that is too short to be worth one
+    assert all(re.fullmatch(r"learning: \d/6 \[\d\d:\d\d<\d\d:\d\d, loss=\d\]", line) for line in lines)
+    assert lines[-1].startswith("learning: 6/6")
+
+
+def test_progress_in_a_terminal_and_in_a_notebook_is_a_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.stderr, "isatty", lambda: True)
+        list(progress.tqdm(range(3), desc="learning"))
+        assert "\rlearning" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "ipykernel", ModuleType("ipykernel"))
+    list(progress.tqdm(range(3), desc="learning"))
+    assert "\rlearning" in capsys.readouterr().err

@@ -16,8 +16,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from pqcad_ao.bench.compile.contenders import REFERENCE, ROWS
 from pqcad_ao.bench.compile.drawing import plot
 from pqcad_ao.bench.compile.worker import MACHINE, Failed, Worker
@@ -26,6 +24,7 @@ from pqcad_ao.report import write_json
 from pqcad_ao.utils.checks import check_count
 from pqcad_ao.utils.files import check_writable
 from pqcad_ao.utils.machine import check_threads, describe, loadavg
+from pqcad_ao.utils.progress import tqdm
 
 PAUSE = 0.25  # seconds between turns; OpenMP threads of libiomp spin for 0.2 after their last work
 

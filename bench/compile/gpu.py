@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from pqcad_ao.bench.compile.card import cast, largest_convolutions, name_of, peak_tmacs, wait
 from pqcad_ao.bench.compile.contenders import module_bytes
@@ -34,6 +33,7 @@ from pqcad_ao.evaluate.sqnr import sqnr_db
 from pqcad_ao.quantize import quantize_
 from pqcad_ao.utils.files import write_whole
 from pqcad_ao.utils.machine import check_device, describe, timed
+from pqcad_ao.utils.progress import tqdm
 
 BATCHES = (1, 16, 64, 256)
 REFERENCES = ("torch_compile_bf16", "torch_compile_bf16_max")  # the faster of them divides by the others' times

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from tqdm.auto import tqdm
 
 from pqcad_ao.config import PQCADConfig
 from pqcad_ao.denoiser import evaluation_mode, in_one_call, placement, spread_rows, take_rows, time_scale
@@ -18,6 +17,7 @@ from pqcad_ao.diffusion.process import as_sampler, check_signal, settings_of
 from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.utils.checks import is_whole
 from pqcad_ao.utils.files import digest
+from pqcad_ao.utils.progress import tqdm
 from pqcad_ao.utils.runs import only_run_in
 from pqcad_ao.utils.tensor_files import read_tensors, write_tensors
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from tqdm.auto import tqdm
 
 from pqcad_ao.denoiser import predict, take_rows
 from pqcad_ao.diffusion.noise import RectifiedFlow
 from pqcad_ao.diffusion.process import FLOWS, as_sampler, clip_of
 from pqcad_ao.utils.checks import NOT_FINITE
+from pqcad_ao.utils.progress import tqdm
 
 
 def _cause(dtype: torch.dtype, scheduler) -> str:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from pqcad_ao.config import CADConfig
 from pqcad_ao.denoiser import (
@@ -33,6 +32,7 @@ from pqcad_ao.diffusion.sampling import like_images, overflow
 from pqcad_ao.diffusion.solvers import SOLVERS
 from pqcad_ao.utils.files import digest, read_json, whole_file, write_whole
 from pqcad_ao.utils.processes import rank_and_world, wait_for_all
+from pqcad_ao.utils.progress import tqdm
 from pqcad_ao.utils.runs import only_run_in
 
 CHECKED = 64  # pictures behind the denoising check

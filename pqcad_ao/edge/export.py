@@ -14,7 +14,6 @@ from diffusers import DDIMScheduler
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from tqdm.auto import tqdm
 
 from pqcad_ao import denoiser
 from pqcad_ao.denoiser import Denoiser, check_conditioning, evaluation_mode
@@ -39,6 +38,7 @@ from pqcad_ao.passes.sampling_step import add_sampling_step, ddim_table
 from pqcad_ao.passes.to_xnnpack import to_xnnpack
 from pqcad_ao.utils.checks import check_counts
 from pqcad_ao.utils.files import check_writable, write_whole
+from pqcad_ao.utils.progress import tqdm
 from pqcad_ao.utils.tracing import forgetting_sources, one_at_a_time
 
 __all__ = ["PTEReport", "PTESampler", "ParityError", "export_fp32_pte", "export_pte"]

@@ -10,11 +10,11 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
-from tqdm.auto import tqdm
 
 from pqcad_ao.denoiser import take_rows
 from pqcad_ao.edge.seal import is_sealed
 from pqcad_ao.utils.checks import is_whole
+from pqcad_ao.utils.progress import tqdm
 
 FORMAT = 2  # of the methods and constants that a .pte of ours has
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
-from tqdm.auto import tqdm
 
 from pqcad_ao.config import PQCADConfig
 from pqcad_ao.diffusion.calibration import CalibrationSet
@@ -15,6 +14,7 @@ from pqcad_ao.graph.capture import Capture
 from pqcad_ao.graph.plan import Plan, PlanRow
 from pqcad_ao.learn.ptq import prepare
 from pqcad_ao.prepare.observe import activation_quantizers, observe, weight_quantizers, weights_in_full_precision
+from pqcad_ao.utils.progress import tqdm
 
 RUNGS = (6, 8)  # widths that a layer may be raised to
 POINTS = 16  # of the calibration set, behind each sensitivity

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from tqdm.auto import tqdm
 
 from pqcad_ao.utils.files import whole_file
+from pqcad_ao.utils.progress import tqdm
 from pqcad_ao.utils.runs import only_run_in
 from pqcad_ao.utils.tensor_files import read_tensors, write_tensors
 

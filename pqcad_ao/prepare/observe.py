@@ -6,12 +6,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from tqdm.auto import tqdm
 
 from pqcad_ao.diffusion.calibration import CalibrationSet
 from pqcad_ao.graph.arguments import bind
 from pqcad_ao.graph.operators import layer_fqn, quantizable, weight_fqn
 from pqcad_ao.prepare.fake_quant import ActivationFakeQuantize, WeightFakeQuantize
+from pqcad_ao.utils.progress import tqdm
 
 
 def _layers(graph: GraphModule) -> Iterator[tuple[str, Node]]:
