@@ -18,7 +18,6 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
-from tqdm.auto import tqdm
 
 from pqcad_ao.config import PQCADConfig
 from pqcad_ao.denoiser import (
@@ -34,6 +33,7 @@ from pqcad_ao.denoiser import (
 )
 from pqcad_ao.diffusion.calibration import CalibrationSet, assign_trajectories, draw_steps
 from pqcad_ao.utils.files import digest
+from pqcad_ao.utils.progress import tqdm
 from pqcad_ao.utils.tensor_files import read_tensors, write_tensors
 
 NETWORKS = ("unet", "transformer")  # what pipelines call the component that denoises

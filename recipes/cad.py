@@ -140,9 +140,7 @@ def run(
         if data is not None:
             images = some_images(data, sample_shape(teacher), halving.points, halving.seed)
         teacher.to(place)
-        student = compress_on_all(
-            teacher, scheduler, config, halving, out, rank=rank, images=images, progress=sys.stderr.isatty()
-        )
+        student = compress_on_all(teacher, scheduler, config, halving, out, rank=rank, images=images, progress=True)
         if rank == 0:
             state = quantized_state(student)
             schedule = state.timestep.schedule if state else None

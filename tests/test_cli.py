@@ -4,8 +4,10 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from pqcad_ao.denoiser import predict
 from pqcad_ao.diffusion import trajectories
 from pqcad_ao.edge import export
 from pqcad_ao.evaluate.features import FeatureClassifier
+from pqcad_ao.learn import progressive
 from pqcad_ao.models import load_model, save_model
 from pqcad_ao.nn.conv2d import QuantizedConv2d
 from pqcad_ao.utils import machine
@@ -408,6 +411,41 @@ def test_the_command_imports_what_the_package_registers(tiny_dir: Path, tmp_path
         done = subprocess.run([sys.executable, "-c", code, *map(str, argv)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "layers quantized" in done.stdout
+
+
+def test_an_interrupted_command_says_how_to_go_on_and_goes_on(
+    tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = tmp_path / "an out"
+    argv = ["compress", "--model", str(tiny_dir), "--out", str(out), "--calibration-points", "16", "--groups", "4"]
+    argv += ["--learning-points", "16", "--batch-size", "4", "--iterations", "200"]
+    code = "import sys, pqcad_command; sys.exit(pqcad_command.main())"
+    running = subprocess.Popen([sys.executable, "-c", code, *argv], stderr=subprocess.PIPE, text=True)
+    log = out / "unfinished" / "log.jsonl"
+    while not log.is_file() or log.read_text().count("\n") < 60:  # behind the first checkpoint
+        assert running.poll() is None
+        time.sleep(0.02)
+    running.send_signal(signal.SIGINT)
+    said = running.communicate()[1].splitlines()
+    assert running.returncode == 130
+    assert said[-2:] == [
+        f"pqcad: interrupted; what is done is kept in {out / 'unfinished'}, and the same command goes on from there:",
+        f"  pqcad {shlex.join(argv)}",
+    ]
+    begun = []
+
+    def first_update(run: progressive._Run) -> None:
+        begun.append(len(run.log))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(progressive._Run, "update", first_update)
+    assert cli.main(shlex.split(said[-1])[1:]) == 130
+    assert len(begun) == 1
+    assert begun[0] >= 50
+
+
+def test_nothing_unfinished_stays_behind(compressed_dir: Path):
+    assert {path.name for path in compressed_dir.iterdir()} == {"model_index.json", "pqcad.json", "scheduler", "unet"}
 
 
 def test_command_prints_no_noise_of_its_dependencies(model_dir: Path):

@@ -1,7 +1,6 @@
 """The options of ``pqcad bench quality``, what they run, and its table."""
 
 import json
-import sys
 from collections.abc import Sequence
 from math import hypot
 from pathlib import Path
@@ -13,7 +12,7 @@ from tabulate import tabulate
 
 from pqcad_ao.bench.quality.rows import DEFAULT_ROWS, ROWS, SETS
 from pqcad_ao.config import CADConfig, PQCADConfig
-from pqcad_ao.utils.options import COMMON, NONE_GIVEN, WRITTEN, Device, Flag, Shared, Whole, options
+from pqcad_ao.utils.options import COMMON, NONE_GIVEN, WRITTEN, Device, Flag, Shared, Whole, options, resumable
 
 if TYPE_CHECKING:
     Quantizing = dict[str, Any]
@@ -124,21 +123,22 @@ def bench_quality(
     """
     from pqcad_ao.bench.quality import measure
 
-    result = measure.bench_quality(
-        model,
-        rows=rows,
-        steps=steps,
-        n=n,
-        seeds=[*range(common.seed, common.seed + seeds)],
-        work=work,
-        device=device,
-        options=pq,
-        cad_options=cad,
-        threads=common.threads,
-        compiled=compile,
-        grid=grid,
-        progress=sys.stderr.isatty(),
-        say=(lambda line: None) if lines else print,
-    )
+    with resumable(work):
+        result = measure.bench_quality(
+            model,
+            rows=rows,
+            steps=steps,
+            n=n,
+            seeds=[*range(common.seed, common.seed + seeds)],
+            work=work,
+            device=device,
+            options=pq,
+            cad_options=cad,
+            threads=common.threads,
+            compiled=compile,
+            grid=grid,
+            progress=True,
+            say=(lambda line: None) if lines else print,
+        )
     print("\n".join(map(json.dumps, result["rows"])) if lines else table(result))
     return result

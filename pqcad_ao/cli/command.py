@@ -56,7 +56,7 @@ def quiet_dependencies() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; 0, or 2 after one line on stderr that says what was wrong with the input."""
+    """Run one command; 0, 2 after one line on stderr that says what was wrong with the input, 130 when interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     command, bound = command_line(app, argv)
     if "common" not in bound.signature.parameters:  # --help, --version and the like
@@ -73,8 +73,9 @@ def main(argv: list[str] | None = None) -> int:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         print(f"pqcad: error: {lines[0]}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("pqcad: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        how = f"; {stop}:\n  {common.command}" if stop.args else ""
+        print(f"pqcad: interrupted{how}", file=sys.stderr)
         return 130
     return 0
 

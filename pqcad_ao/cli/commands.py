@@ -4,7 +4,7 @@ PyTorch and all that needs it are imported when a command runs, so that ``--help
 """
 
 import dataclasses
-import sys
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from pqcad_ao.config import CADConfig, PQCADConfig
-from pqcad_ao.utils.options import COMMON, NONE_GIVEN, WRITTEN, Count, Device, Flag, Shared, Whole, options
+from pqcad_ao.utils.options import COMMON, NONE_GIVEN, WRITTEN, Count, Device, Flag, Shared, Whole, options, resumable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,7 +29,10 @@ else:  # made at run time, where no type checker looks
 
 # sd15 is conditional, which of all commands `bench compile` alone can time
 Model = Annotated[
-    str, Parameter(help="demo, ddpm-cifar10 (random weights), or a folder of diffusers layout (unet/ and scheduler/).")
+    str,
+    Parameter(
+        help="demo, demo-w4a6, ddpm-cifar10 (random weights), or a folder of diffusers layout (unet/, scheduler/)."
+    ),
 ]
 Steps = Annotated[
     Count | None, Parameter(help="Sampling steps; what the network was distilled for, or 20, if not given.")
@@ -81,7 +84,7 @@ def sampled(unet: "nn.Module", scheduler: Any, n: int, steps: int, batch_size: i
 
     noise = torch.randn(n, *sample_shape(unet), generator=torch.Generator().manual_seed(seed)).to(device)
     unet.to(device)
-    return sample(unet, scheduler, noise, steps, batch_size=batch_size, progress=sys.stderr.isatty()).cpu()
+    return sample(unet, scheduler, noise, steps, batch_size=batch_size, progress=True).cpu()
 
 
 def demo(
@@ -122,7 +125,7 @@ def demo(
         shipped="demo-w4a6" if (model, steps) == ("demo", 20) else None,
         seed=common.seed,
         command=common.command,
-        progress=sys.stderr.isatty(),
+        progress=True,
     )
 
 
@@ -169,7 +172,8 @@ def compress(
         distill: N: then teach it to sample in N / 2 steps what full precision samples in N.
         halvings: K: N / 2^K steps instead.
         data: folder with real pictures for up to half of what it learns from then; none are needed.
-        folder: keeps checkpoints and a log; the same command with the same folder goes on where it was killed.
+        folder: keeps checkpoints and a log; the same command goes on where it was killed. Where none is given, what a
+            killed command leaves is in unfinished/ of the --out folder until it is done.
         fast: fewer updates: quantizing a network of a million parameters takes less than 90 seconds on two idle cores.
     """
     from pqcad_ao import ops
@@ -187,20 +191,23 @@ def compress(
     if distill is not None:
         preset = CADConfig.fast if fast else CADConfig
         halving = preset(**cad, steps=distill, halvings=halvings, seed=common.seed)
-    for kept in (out, folder):
-        if kept is not None:
-            check_writable(kept)
+    for kept in (out, folder or out):
+        check_writable(kept)
+    work = out / "unfinished" if folder is None else folder
     unet, scheduler = load_unconditional(model)
     begin = time.perf_counter()
-    keeps: dict[str, Any] = {"folder": folder, "progress": sys.stderr.isatty()}
+    keeps: dict[str, Any] = {"folder": work, "progress": True}
     unet.to(device)
-    if halving is None:
-        quantize_(unet, config, scheduler=scheduler, **keeps)
-    else:
-        images = None if data is None else some_images(data, sample_shape(unet), halving.points, halving.seed)
-        unet, scheduler = compressed(unet, scheduler, config, halving, images=images, **keeps)
-    seconds = time.perf_counter() - begin
-    size = save_model(unet, scheduler, out).stat().st_size
+    with resumable(work):
+        if halving is None:
+            quantize_(unet, config, scheduler=scheduler, **keeps)
+        else:
+            images = None if data is None else some_images(data, sample_shape(unet), halving.points, halving.seed)
+            unet, scheduler = compressed(unet, scheduler, config, halving, images=images, **keeps)
+        seconds = time.perf_counter() - begin
+        size = save_model(unet, scheduler, out).stat().st_size
+    if folder is None:
+        shutil.rmtree(work, ignore_errors=True)
     resolved, state = plan_of(unet), quantized_state(unet)
     for t in state.transitions if state else []:
         print(f"{t['stage']}, update {t['step']}: {t['from_bits']} to {t['to_bits']} bits, {t['reason']}")
@@ -361,7 +368,7 @@ def export(
             max_bytes=max_bytes,
             batch_size=batch_size,
             seed=common.seed,
-            progress=sys.stderr.isatty(),
+            progress=True,
         )
     print(made)
     result = {**dataclasses.asdict(made), "path": str(made.path), "batch_size": batch_size}

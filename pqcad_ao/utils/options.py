@@ -1,7 +1,8 @@
 """Command lines: options made from the fields of a configuration and their descriptions, and what all lines share."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, dataclass, fields
 from inspect import BoundArguments
 from itertools import count, pairwise
@@ -136,6 +137,15 @@ WRITTEN: dict[str, tuple[Any, Parameter]] = {
     ),
     "timestep_groups": (Whole, Parameter(alias="groups")),
 }
+
+
+@contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """Say, to whom interrupts what runs meanwhile, that ``folder`` keeps what is done."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"what is done is kept in {folder}, and the same command goes on from there") from stop
 
 
 def command_line(app: App, argv: Sequence[str]) -> tuple[Callable[..., Any], BoundArguments]:
