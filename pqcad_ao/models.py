@@ -2,11 +2,15 @@
 
 import json
 import shutil
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, ModelMixin, UNet2DConditionModel, UNet2DModel
+from huggingface_hub import HfApi
+from huggingface_hub.utils import validate_repo_id
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from torch import nn
@@ -15,6 +19,8 @@ from pqcad_ao.diffusion.noise import Sampler
 from pqcad_ao.diffusion.process import as_sampler, class_of, read_scheduler
 from pqcad_ao.diffusion.schedule import shown, timesteps_of
 from pqcad_ao.nn.state import Method, quantized_state
+from pqcad_ao.pages.card import NAME as CARD
+from pqcad_ao.pages.card import is_users, write_card
 from pqcad_ao.utils.assets import asset_path
 from pqcad_ao.utils.files import flush, read_json, settle, unfinished_folder
 from pqcad_ao.utils.runs import only_run_in
@@ -41,6 +47,11 @@ def load_model(name_or_dir: str | Path) -> tuple[nn.Module, Sampler]:
 
     Raises:
         ValueError: no such name or folder, not of that layout, or damaged.
+
+    Example:
+        >>> unet, scheduler = load_model("demo")
+        >>> sum(parameter.numel() for parameter in unet.parameters())
+        1017265
     """
     if name_or_dir in ARCHITECTURES:
         return _random(str(name_or_dir))
@@ -160,8 +171,18 @@ def _random(name: str) -> tuple[nn.Module, DDIMScheduler]:
     return unet.eval(), DDIMScheduler(**config["scheduler"])
 
 
-def save_model(unet: nn.Module, scheduler: Sampler, folder: str | Path) -> Path:
+def save_model(
+    unet: nn.Module,
+    scheduler: Sampler,
+    folder: str | Path,
+    *,
+    quality: Mapping[str, Any] | None = None,
+    repo_id: str | None = None,
+) -> Path:
     """Write ``unet/``, ``scheduler/`` and ``model_index.json``, which ``DDIMPipeline.from_pretrained(folder)`` reads.
+
+    A card stands beside them, ``README.md``: bits, plan, sizes, how to load and run it, and its teacher's licence where
+    that is known. A README.md that is there and not of ours stays.
 
     Beside them, of a quantized network, ``pqcad.json`` for other programs: the ``average_bits`` of its quantized
     weights, a ``summary`` of its plan, and the ``timesteps`` that it was distilled for (null if it was not).
@@ -169,11 +190,21 @@ def save_model(unet: nn.Module, scheduler: Sampler, folder: str | Path) -> Path:
     ``unet/`` and ``scheduler/`` are replaced as a whole. A process that is killed meanwhile leaves the model that was
     there before or this one, as :func:`load_model` reads it; the next ``save_model`` tidies up.
 
+    Args:
+        quality: of its pictures, for the card: what :func:`~pqcad_ao.evaluate.fid.image_quality` returned, and
+            ``steps``. repo_id: ``"owner/name"`` on a hub, for the card's example.
+
     Returns the file that holds the weights.
 
     Raises:
         OSError: the folder cannot be written, or there is no room for both models; the one before stays.
         TypeError: the network is no diffusers model.
+        ValueError: ``quality`` does not say what the card does.
+
+    Example:
+        >>> save_model(quantized, scheduler, "model").name
+        'diffusion_pytorch_model.safetensors'
+        >>> unet, scheduler = load_model("model")
     """
     if not isinstance(unet, ModelMixin):
         raise TypeError(
@@ -186,6 +217,7 @@ def save_model(unet: nn.Module, scheduler: Sampler, folder: str | Path) -> Path:
         with unfinished_folder(folder / "model") as unfinished:
             try:
                 _write_model(unet, scheduler, unfinished)
+                write_card(unet, unfinished, quality=quality, repo_id=repo_id)
             except SafetensorError as error:  # of the operating system
                 raise OSError(f"the model cannot be written into {folder}: {error}") from error
             settle(unfinished)
@@ -193,6 +225,40 @@ def save_model(unet: nn.Module, scheduler: Sampler, folder: str | Path) -> Path:
             flush(folder)
         _finish_saving(folder)
     return folder / "unet" / "diffusion_pytorch_model.safetensors"
+
+
+def push_to_hub(
+    unet: nn.Module,
+    scheduler: Sampler,
+    repo_id: str,
+    *,
+    quality: Mapping[str, Any] | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+) -> str:
+    """Put a model on the Hugging Face Hub, with its card: what :func:`save_model` writes, in one commit.
+
+    Args:
+        repo_id: ``"owner/name"``; made if it is not there. quality: as for :func:`save_model`.
+        private: whether a repository that is made is. token: None: the one that ``hf auth login`` keeps.
+
+    Returns:
+        the commit's address.
+
+    Raises:
+        ValueError: a name that no repository has. OSError: the hub cannot be reached, or refuses; nothing was changed
+            there but that the repository may have been made.
+    """
+    validate_repo_id(repo_id)
+    hub = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(unet, scheduler, folder, quality=quality, repo_id=repo_id)  # first: what cannot be saved is not sent
+        try:
+            hub.create_repo(repo_id, private=private, exist_ok=True)
+            commit = hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="A diffusion network")
+        except Exception as error:  # of the hub's client: no connection, no token and no right are kinds of their own
+            raise OSError(f"{repo_id} cannot be written on {hub.endpoint}: {error}") from error
+        return str(commit.commit_url)
 
 
 def _write_model(unet: nn.Module, scheduler: Sampler, folder: Path) -> None:
@@ -224,7 +290,9 @@ def _finish_saving(folder: Path) -> None:
         return
     if (saved / WITHOUT_FACTS).exists():
         (folder / FACTS).unlink(missing_ok=True)  # of another network that was here
-    for name in ("unet", "scheduler", FACTS, "model_index.json"):
+    if is_users(folder / CARD):
+        (saved / CARD).unlink(missing_ok=True)
+    for name in ("unet", "scheduler", FACTS, CARD, "model_index.json"):
         if (saved / name).exists():
             if (folder / name).is_dir():
                 (folder / name).rename(saved / f"older {name}")

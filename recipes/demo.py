@@ -173,7 +173,8 @@ def run(
             if row.length == "full"
         }
     shown, timestep = min(pictures, images), visited[0][1][0]
-    measured = measure_forms(rows[0], result, noise[:shown], timestep, out, latency_calls, stages, progress)
+    seen = {**quality[result.name], "steps": result.steps}
+    measured = measure_forms(rows[0], result, seen, noise[:shown], timestep, out, latency_calls, stages, progress)
     sqnr |= measured.sqnr_db
     sqnr["pte_images"] = sqnr_db(drawn[result.name][:shown], measured.pictures)
 
@@ -268,11 +269,20 @@ def draw(
 
 
 def measure_forms(
-    full: Row, result: Row, noise: Tensor, timestep: Tensor, out: Path, calls: int, stages: Stages, progress: bool
+    full: Row,
+    result: Row,
+    quality: dict[str, Any],
+    noise: Tensor,
+    timestep: Tensor,
+    out: Path,
+    calls: int,
+    stages: Stages,
+    progress: bool,
 ) -> Measured:
     """Save, export and compile the teacher and the result, sample ``noise`` with unet.pte, and time a step of each.
 
     Args:
+        quality: of the result's pictures, for its card.
         timestep: of the timed steps, at ``noise[:1]``. out: receives model/ and unet.pte. calls: behind each median.
     """
     x_t, pte = noise[:1], out / "unet.pte"
@@ -280,7 +290,8 @@ def measure_forms(
         fp32_model, fp32_pte = Path(scratch) / "model", Path(scratch) / "fp32.pte"
         with stages("save both models"):
             fp32_checkpoint = save_model(full.unet, full.scheduler, fp32_model).stat().st_size
-            checkpoint = save_model(result.unet, result.scheduler, out / "model").stat().st_size
+            saved = save_model(result.unet, result.scheduler, out / "model", quality=quality)
+            checkpoint = saved.stat().st_size
         with (
             stages("export unet.pte and its fp32 counterpart in processes of their own; meanwhile torch.compile"),
             exporting(fp32_model, fp32_pte, "--full-precision") as finish_fp32,

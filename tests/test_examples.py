@@ -10,10 +10,13 @@ from diffusers import DDIMScheduler, UNet2DModel
 
 import pqcad_ao
 from pqcad_ao.diffusion import trajectories
+from pqcad_ao.models import load_model, save_model
 
 # the compilers of Inductor and ExecuTorch take their time
 SLOW = {"export_pt2", "load_pt2", "export_pte", "PTESampler"}
-NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in pqcad_ao.__all__]
+PUBLIC = {name: getattr(pqcad_ao, name) for name in pqcad_ao.__all__}
+PUBLIC |= {"load_model": load_model, "save_model": save_model}
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in PUBLIC]
 FOLDED = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
 
@@ -28,12 +31,11 @@ def names(
     """What docs/api.md says that every example has at hand."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(trajectories, "FARTHEST", float("inf"))  # random weights denoise nothing
-    public = {name: getattr(pqcad_ao, name) for name in pqcad_ao.__all__}
-    return {**public, "torch": torch, "unet": tiny_unet, "quantized": quantized_unet, "scheduler": scheduler}
+    return {**PUBLIC, "torch": torch, "unet": tiny_unet, "quantized": quantized_unet, "scheduler": scheduler}
 
 
 def examples(name: str) -> list[doctest.DocTest]:
-    subject = getattr(pqcad_ao, name)
+    subject = PUBLIC[name]
     subject = getattr(subject, "__call__", subject) if name == "plan" else subject  # noqa: B004  (a module, and called)
     return [found for found in doctest.DocTestFinder(recurse=False).find(subject, name) if found.examples]
 

@@ -4,11 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
+from jinja2 import TemplateError
 from markupsafe import Markup
 from torch import Tensor
 
 from pqcad_ao.pages import charts, measured
+from pqcad_ao.pages.environment import environment
 from pqcad_ao.pages.pictures import grid, png, side_by_side
 from pqcad_ao.utils.files import write_whole
 
@@ -25,17 +26,6 @@ ABSENT = {
     "learning": "nothing was learned, or no log was kept",
     "run": "nothing says what this was run on",
 }
-
-
-def environment() -> Environment:
-    """Of the templates beside this file; what is not there is an error, and text is escaped."""
-    return Environment(
-        loader=PackageLoader("pqcad_ao.pages"),
-        autoescape=lambda name: name is not None and name.endswith(".html"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
 
 
 def write_report(
