@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FluxTransformer2DModel, SD3Transformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -106,3 +106,46 @@ class Small(Plain):
         inner = self.up(F.interpolate(inner, scale_factor=2.0, mode="nearest"))
         both = torch.cat([inner, 3 * h], 1)
         return self.join(F.silu(self.norm(both))) + self.shortcut(both)
+
+
+def _stronger(network: nn.Module) -> nn.Module:
+    """With weights of blocks that count: as they are made, what they add to the sample is hardly to be seen."""
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "blocks" in name:
+                parameter.mul_(4)
+    return network
+
+
+def sd3_transformer() -> tuple[Any, dict[str, Tensor]]:
+    """Two blocks of joint attention over a picture's patches and a text, and six rows of conditioning."""
+    text = {"joint_attention_dim": 12, "caption_projection_dim": 16, "pooled_projection_dim": 10}
+    patches = {"in_channels": 4, "out_channels": 4, "sample_size": 8, "patch_size": 2, "pos_embed_max_size": 8}
+    conditioning = {"encoder_hidden_states": torch.randn(6, 5, 12), "pooled_projections": torch.randn(6, 10)}
+    return _stronger(
+        SD3Transformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=2, **text, **patches)
+    ), conditioning
+
+
+def flux_transformer() -> tuple[Any, dict[str, Tensor]]:
+    """Packed tokens, with positions that are the same for every sample; called with a timestep / 1000."""
+    network = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        pooled_projection_dim=10,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 4, 8),
+    )
+    conditioning = {
+        "encoder_hidden_states": torch.randn(6, 5, 12),
+        "pooled_projections": torch.randn(6, 10),
+        "guidance": torch.full((6,), 3.5),
+        "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0)),
+        "txt_ids": torch.zeros(5, 3),
+    }
+    return _stronger(network), conditioning

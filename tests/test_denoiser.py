@@ -8,14 +8,12 @@ from diffusers import (
     DDIMScheduler,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
-    FluxTransformer2DModel,
     PixArtTransformer2DModel,
-    SD3Transformer2DModel,
     UNet2DConditionModel,
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import TINY_TEXT_UNET, quick, sqnr
+from networks import TINY_TEXT_UNET, flux_transformer, quick, sd3_transformer, sqnr
 
 from pqcad_ao import CADConfig, PQCADConfig, distill_, load_quantized, plan, quantize_, save_quantized
 from pqcad_ao.denoiser import Denoiser, predict, sample_shape, spread_rows, take_rows
@@ -35,46 +33,6 @@ def text_transformer():
     """Its forward takes the text before the timestep."""
     text = {"caption_channels": 12, "cross_attention_dim": 16, "use_additional_conditions": False}
     return PixArtTransformer2DModel(**ATTENTION, **PATCHES, **text), {"encoder_hidden_states": torch.randn(6, 5, 12)}
-
-
-def stronger(network):
-    """With weights of blocks that count: as they are made, what they add to the sample is hardly to be seen."""
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if "blocks" in name:
-                parameter.mul_(4)
-    return network
-
-
-def sd3_transformer():
-    text = {"joint_attention_dim": 12, "caption_projection_dim": 16, "pooled_projection_dim": 10}
-    patches = {"in_channels": 4, "out_channels": 4, "sample_size": 8, "patch_size": 2, "pos_embed_max_size": 8}
-    conditioning = {"encoder_hidden_states": torch.randn(6, 5, 12), "pooled_projections": torch.randn(6, 10)}
-    return stronger(SD3Transformer2DModel(**ATTENTION, **text, **patches)), conditioning
-
-
-def flux_transformer():
-    """Packed tokens, with positions that are the same for every sample; called with a timestep / 1000."""
-    network = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=12,
-        pooled_projection_dim=10,
-        guidance_embeds=True,
-        axes_dims_rope=(4, 4, 8),
-    )
-    conditioning = {
-        "encoder_hidden_states": torch.randn(6, 5, 12),
-        "pooled_projections": torch.randn(6, 10),
-        "guidance": torch.full((6,), 3.5),
-        "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0)),
-        "txt_ids": torch.zeros(5, 3),
-    }
-    return stronger(network), conditioning
 
 
 def inpainting_unet():

@@ -15,7 +15,19 @@ from diffusers import (
 from networks import SHAPE, Plain, Small, cosine_scheduler, quick, sqnr
 from torch import Tensor
 
-from pqcad_ao import CADConfig, PQCADConfig, distill_, export_pt2, load_quantized, plan, quantize_, save_quantized
+from pqcad_ao import (
+    CADConfig,
+    PQCADConfig,
+    PTESampler,
+    distill_,
+    export_pt2,
+    export_pte,
+    load_pt2,
+    load_quantized,
+    plan,
+    quantize_,
+    save_quantized,
+)
 from pqcad_ao.denoiser import predict, set_time_scale
 from pqcad_ao.diffusion.process import as_sampler
 from pqcad_ao.diffusion.sampling import sample
@@ -133,6 +145,15 @@ def test_a_flow_learns_to_halve_its_steps(renoised, tmp_path):
         fresh(noise, torch.tensor(800.0))
 
 
+def test_another_process_is_named():
+    network = Plain()
+    quantize_(network, quick(), scheduler=FLOW, sample_shape=SHAPE, progress=False)
+    with pytest.warns(UserWarning, match="was quantized for a rectified flow, and DDIMScheduler walks another"):
+        sample(network, DDIMScheduler(), _noise(), 2)
+    with pytest.raises(ValueError, match="the student was quantized for a rectified flow"):
+        distill_(network, Plain(), cosine_scheduler(), CADConfig(steps=2), sample_shape=SHAPE)
+
+
 # The scale of time
 
 
@@ -228,3 +249,19 @@ def test_a_flow_learns_its_bits():
     quantize_(network, config, scheduler=FLOW, sample_shape=SHAPE, time_scale=1 / 1000, progress=False)
     set_time_scale(reference, 1 / 1000)
     assert sqnr(sample(reference, FLOW, _noise(), 4), sample(network, FLOW, _noise(), 4)) > 5
+
+
+@pytest.mark.slow
+def test_programs_are_called_with_the_schedulers_timesteps(tmp_path):
+    network, scheduler = UnitTime(), cosine_scheduler()
+    quantize_(network, EIGHT, scheduler=scheduler, sample_shape=SHAPE, time_scale=1 / 1000, progress=False)
+    expected = sample(network, scheduler, _noise(2), 4)
+    given = {"scheduler": scheduler, "num_inference_steps": 4, "batch_size": 2, "sample_shape": SHAPE}
+    export_pte(network, tmp_path / "network.pte", **given, progress=False)
+    assert sqnr(expected, PTESampler(tmp_path / "network.pte").sample(_noise(2))) > 60
+    export_pt2(network, tmp_path / "network.pt2", **given)
+    assert sqnr(expected, load_pt2(tmp_path / "network.pt2").sample(_noise(2))) > 60
+    export_pt2(network, tmp_path / "any.pt2", sample_shape=SHAPE)
+    with torch.no_grad():
+        found = load_pt2(tmp_path / "any.pt2")(_noise(2), torch.tensor([500, 20]))
+        assert sqnr(network(_noise(2), torch.tensor([0.5, 0.02])), found) > 60

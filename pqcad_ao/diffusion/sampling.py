@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from pqcad_ao.denoiser import predict, take_rows
 from pqcad_ao.diffusion.noise import RectifiedFlow
-from pqcad_ao.diffusion.process import FLOWS, as_sampler, clip_of
+from pqcad_ao.diffusion.process import FLOWS, as_sampler, clip_of, is_flow
 from pqcad_ao.utils.checks import NOT_FINITE
 from pqcad_ao.utils.progress import tqdm
 
@@ -144,7 +144,14 @@ def _check_walk(known: Any, scheduler) -> None:
             stacklevel=4,  # of what is decorated with no_grad
         )
     clips = clip_of(scheduler)
-    if clip is not None and clips != clip:
+    if known is not None and known.continuous != is_flow(scheduler):
+        meant = "a rectified flow" if known.continuous else "a DDPM noise process"
+        warnings.warn(
+            f"this network was quantized for {meant}, and {type(scheduler).__name__} walks another: sample with the "
+            "scheduler that quantize_ was given",
+            stacklevel=4,
+        )
+    elif clip is not None and clips != clip:
         here, there = (f"clips x_0 to ±{bound:g}" if bound else "does not clip x_0" for bound in (clips, clip))
         warnings.warn(
             f"this sampler {here}, and the one that the network was calibrated on {there}: its activations are others. "
