@@ -23,6 +23,7 @@ from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.denoiser import predict
 from pqcad_ao.diffusion import trajectories
 from pqcad_ao.edge import export
+from pqcad_ao.evaluate import features, fid
 from pqcad_ao.evaluate.features import FeatureClassifier
 from pqcad_ao.learn import progressive
 from pqcad_ao.models import load_model, save_model
@@ -99,6 +100,27 @@ def test_compress_writes_a_pipeline_that_computes_the_same_bits(
         return pipeline(batch_size=2, generator=generator, num_inference_steps=4, output_type="np").images
 
     assert np.array_equal(pictures(loaded), pictures(DDIMPipeline(unet, scheduler)))
+
+
+def test_compress_writes_a_page(model_dir: Path, tmp_path: Path):
+    page = tmp_path / "new" / "report.html"
+    argv = ["compress", "--model", model_dir, "--out", tmp_path / "a", "--report", page, *QUICK]
+    assert {"pictures", "log"}.isdisjoint(run_json(tmp_path, *argv))
+    text = page.read_text()
+    assert text.count("<img") == 8 * 3 + 2  # full precision, compressed and the difference; and both as grids
+    for said in ("Size", "The network", "Plan", "no FID was measured", "nothing was learned", "--report", "conv_in"):
+        assert said in text, said
+
+
+def test_eval_writes_a_page(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    quality = {"fid": 3.0, "kid": None, "precision": 0.9, "recall": 0.8, "n": 5, "fid_ci": [2.0, 4.0]}
+    monkeypatch.setattr(fid, "image_quality", lambda *given, **options: quality)
+    monkeypatch.setattr(features, "extract_features", lambda *given: None)
+    argv = ["eval", "--model", model_dir, "--n", 5, "--steps", 2, "--report", tmp_path / "report.html"]
+    assert "pictures" not in run_json(tmp_path, *argv)
+    text = (tmp_path / "report.html").read_text()
+    assert "3.00 (2.00 to 4.00)" in text
+    assert text.count("<img") == 5 + 1
 
 
 def test_compress_reports_what_it_wrote(model_dir: Path, tmp_path: Path):
@@ -445,7 +467,8 @@ def test_an_interrupted_command_says_how_to_go_on_and_goes_on(
 
 
 def test_nothing_unfinished_stays_behind(compressed_dir: Path):
-    assert {path.name for path in compressed_dir.iterdir()} == {"model_index.json", "pqcad.json", "scheduler", "unet"}
+    kept = {"README.md", "model_index.json", "pqcad.json", "scheduler", "unet"}
+    assert {path.name for path in compressed_dir.iterdir()} == kept
 
 
 def test_command_prints_no_noise_of_its_dependencies(model_dir: Path):

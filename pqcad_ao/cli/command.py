@@ -85,13 +85,21 @@ def run(command: Callable[..., dict[str, Any]], arguments: dict[str, Any], commo
     import torch
 
     import pqcad_ao.registered  # noqa: F401  (as importing the package does elsewhere)
+    from pqcad_ao.pages.report import write_report
     from pqcad_ao.report import write_json
+    from pqcad_ao.utils.machine import busy, describe
 
     quiet_dependencies()
-    if common.json is not None:
-        commands.check_writable(common.json.parent)
+    for file in (common.json, common.report):
+        if file is not None:
+            commands.check_writable(file.parent)
     if common.threads is not None:
         torch.set_num_threads(common.threads)
+    disturbed = busy()
     result = command(**arguments)
+    pictures, log = result.pop("pictures", {}), result.pop("log", [])  # for the page alone
     if common.json is not None:
         write_json(common.json, result)
+    if common.report is not None:
+        facts = {"command": common.command, "seed": common.seed, **describe(torch.get_num_threads())}
+        write_report(common.report, {**facts, "busy": disturbed, **result}, pictures=pictures, log=log)

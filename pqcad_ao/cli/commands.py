@@ -40,6 +40,9 @@ Steps = Annotated[
 BatchSize = Annotated[Count, Parameter(help="Images a call.")]
 
 
+LARGE, GRID = 8, 64  # pictures of a page that a command draws for it, and those of what it draws anyhow
+
+
 def load_unconditional(name_or_dir: str) -> tuple["nn.Module", Any]:
     """A network and its scheduler, for the commands that have no way to be given conditioning."""
     from pqcad_ao.denoiser import check_conditioning
@@ -114,6 +117,8 @@ def demo(
 
     if distill and steps % 2:
         raise ValueError(f"--steps {steps} cannot be halved: give an even number, or --no-distill")
+    if common.report is not None:
+        raise ValueError(f"--report {common.report}: the demo writes report.html into its --out folder, {out}")
     check_writable(out)
     return recipe.run(
         out,
@@ -198,6 +203,14 @@ def compress(
     begin = time.perf_counter()
     keeps: dict[str, Any] = {"folder": work, "progress": True}
     unet.to(device)
+    full, pictures = sum(value.numel() * value.element_size() for value in unet.state_dict().values()), {}
+
+    def draw(name: str, steps: int) -> None:
+        if common.report is not None:
+            images = sampled(unet, scheduler, LARGE, steps, LARGE, device, common.seed)
+            pictures[f"{name}, {steps} steps"] = images
+
+    draw("full precision", distill or steps_of(unet))
     with resumable(work):
         if halving is None:
             quantize_(unet, config, scheduler=scheduler, **keeps)
@@ -208,6 +221,7 @@ def compress(
         size = save_model(unet, scheduler, out).stat().st_size
     if folder is None:
         shutil.rmtree(work, ignore_errors=True)
+    draw("compressed", steps_of(unet))
     resolved, state = plan_of(unet), quantized_state(unet)
     for t in state.transitions if state else []:
         print(f"{t['stage']}, update {t['step']}: {t['from_bits']} to {t['to_bits']} bits, {t['reason']}")
@@ -217,12 +231,15 @@ def compress(
     return {
         "out": str(out),
         "checkpoint_bytes": size,
+        "fp32_bytes": full,
         "seconds": seconds,
         "steps": None if halving is None else steps_of(unet),
         "summary": resolved.summary(),
         "rows": resolved.to_list(),
         "transitions": state.transitions if state else [],
         "arithmetic": ops.arithmetic(device),
+        "pictures": pictures,
+        "log": [dataclasses.asdict(update) for update in state.log] if state else [],
     }
 
 
@@ -321,7 +338,8 @@ def evaluate(
     if quality["recall"] is not None:
         covers = f", precision {quality['precision']:.3f}, recall {quality['recall']:.3f}"
     print(f"FID {quality['fid']:.3f}{interval}{kid}{covers} ({quality['n']} images, {steps} steps)")
-    return {**quality, "steps": steps, "seed": common.seed, "model": model}
+    shown = {f"{model}, {steps} steps": images[:GRID]}
+    return {**quality, "steps": steps, "seed": common.seed, "model": model, "pictures": shown}
 
 
 def export(

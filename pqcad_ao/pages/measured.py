@@ -150,7 +150,7 @@ def heading(result: Mapping[str, Any]) -> dict[str, Any]:
     """Title, command, the plan in a sentence, what the machine multiplies, and whether it was busy."""
     command = str(result.get("command", ""))
     return {
-        "title": f"pqcad {result['benchmark']}" if "benchmark" in result else " ".join(command.split()[:2]) or "pqcad",
+        "title": " ".join(command.split()[: 3 if " bench " in command else 2]) or "pqcad",
         "command": command,
         "summary": str(result.get("plan_summary", result.get("summary", ""))),
         "arithmetic": str(result.get("arithmetic", "")),

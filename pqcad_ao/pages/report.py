@@ -17,7 +17,7 @@ from pqcad_ao.utils.files import write_whole
 OF_ANOTHER_VERSION = (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError, OverflowError)
 LARGE = 8  # seeds that are shown large
 ABSENT = {
-    "pictures": "this run drew no pictures",
+    "pictures": "no pictures were kept",
     "quality": "no FID was measured",
     "size": "no sizes were measured",
     "speed": "nothing was timed",

@@ -50,6 +50,7 @@ class Common:
         seed: of every random draw.
         threads: to compute with; all that PyTorch, or the benchmark, takes by itself where it is not given.
         json: a file that receives the result.
+        report: a page (HTML) that shows it: pictures, bars, the plan, and what it ran on.
         traceback: show an error's whole traceback.
         command: the command line as it was typed.
     """
@@ -57,6 +58,7 @@ class Common:
     seed: Whole = 0
     threads: Count | None = None
     json: Path | None = None
+    report: Path | None = None
     traceback: Flag = False
     command: Annotated[str, Parameter(parse=False)] = ""
 
