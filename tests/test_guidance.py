@@ -117,7 +117,7 @@ def test_half_of_it_is_an_error():
         check_conditioning(network, {**given, "negative": {"labels": torch.zeros(1)}})
 
 
-@pytest.mark.parametrize("name", TEXT)
+@pytest.mark.parametrize("name", [name for name in TEXT if name != "flux"])  # which is told the scale in one call
 def test_a_pipelines_prompts_with_their_guidance(name, tmp_path):
     pytest.importorskip("transformers")
     pipeline = TEXT[name](tmp_path)
