@@ -92,8 +92,8 @@ def distill_(
     Args:
         student: a network that ``quantize_`` has quantized, or a full-precision one.
         reference: the full-precision network it was made from.
-        scheduler: as for :func:`~pqcad_ao.quantize.quantize_`, but ``DDPMScheduler``; timesteps other than a flow's
-            become trailing ones. If None, the one saved beside the reference.
+        scheduler: as for :func:`~pqcad_ao.quantize.quantize_`, but none that draws noise, such as ``DDPMScheduler``;
+            timesteps other than a flow's become trailing ones. If None, the one saved beside the reference.
         images: (N, C, H, W) real pictures in [-1, 1], mixed into C_DC, each as often as a drawn one (so give about
             ``config.points`` of them for half); none are needed. Unconditional networks only.
         conditioning: keyword arguments of ``forward`` with rows to draw from, for conditional networks. With

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -98,6 +106,10 @@ def test_every_kind_of_prediction_means_the_same(kind, seed):
         (ddim(), 25, 1, "25 steps cannot be halved 1 times: give a multiple of 2, such as 24"),
         (ddim(), 10, 2, "10 steps cannot be halved 2 times: give a multiple of 4, such as 8"),
         (DDPMScheduler(), 20, 1, "DDPMScheduler draws noise at every step"),
+        (EulerAncestralDiscreteScheduler(), 20, 1, r"EulerAncestral.* draws noise at every step.* pass .*as_sampler"),
+        (DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"), 20, 1, "DPMSolver.* draws noise"),
+        (FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), 20, 1, "FlowMatchEuler.* draws noise"),
+        (FlowMatchLCMScheduler(), 20, 1, "FlowMatchLCMScheduler draws noise at every step"),
         (EDMEulerScheduler(), 20, 1, "scheduler is a EDMEulerScheduler"),
         (ddim(), 64, 1, "64 steps do not divide the scheduler's 1000 training timesteps"),
         (ddim(rescale_betas_zero_snr=True), 20, 1, "at timestep 999 the schedule has no signal"),

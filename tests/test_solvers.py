@@ -3,11 +3,11 @@
 from dataclasses import replace
 from itertools import pairwise
 from math import log
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -33,7 +33,8 @@ class Gaussian:
 
     def __init__(self, schedule: DDIMSchedule) -> None:
         alphas = schedule.alphas.double()
-        self.schedule = replace(schedule, alphas=alphas, sigmas=(1 - alphas.square()).sqrt())
+        sigmas = 1 - alphas if schedule.prediction_type == "flow" else (1 - alphas.square()).sqrt()
+        self.schedule = replace(schedule, alphas=alphas, sigmas=sigmas)
 
     def __call__(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
         step = torch.tensor([self.schedule.timesteps.tolist().index(t) for t in timesteps.tolist()])
@@ -41,7 +42,12 @@ class Gaussian:
         gain = alpha * SPREAD**2 / (alpha**2 * SPREAD**2 + sigma**2)
         x_0 = MEAN + gain * (x_t - alpha * MEAN)
         noise = (x_t - alpha * x_0) / sigma
-        predictions = {"epsilon": noise, "sample": x_0, "v_prediction": alpha * noise - sigma * x_0}
+        predictions = {
+            "epsilon": noise,
+            "sample": x_0,
+            "v_prediction": alpha * noise - sigma * x_0,
+            "flow": noise - x_0,
+        }
         return predictions[self.schedule.prediction_type]
 
     def flow(self, x_t: Tensor, step: Tensor, steps: int) -> Tensor:
@@ -51,7 +57,7 @@ class Gaussian:
         return alpha_end * MEAN + spread_end / spread * (x_t - alpha * MEAN)
 
 
-def misses(solver: str, scheduler: DDIMScheduler, steps: int, substeps: int) -> Tensor:
+def misses(solver: str, scheduler: Any, steps: int, substeps: int) -> Tensor:
     """How far a jump over two of ``steps`` misses the flow, (steps / 2,), each with ``substeps``."""
     network = Gaussian(DDIMSchedule.of(scheduler, steps, substeps=substeps))
     step = substeps * torch.arange(0, steps, 2)
@@ -61,12 +67,14 @@ def misses(solver: str, scheduler: DDIMScheduler, steps: int, substeps: int) -> 
 
 
 @pytest.mark.parametrize("zero_snr", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "flow"])
 @pytest.mark.parametrize(("solver", "order"), [("ddim", 1), ("dpmpp_2m", 2)])
 def test_more_substeps_converge_to_the_flow_with_the_solvers_order(solver, order, kind, zero_snr):
     # where no signal is, the noise says nothing of the image, and such a schedule is refused
     kind = "v_prediction" if zero_snr and kind == "epsilon" else kind
-    scheduler = scheduler_of(kind, beta_schedule="squaredcos_cap_v2", rescale_betas_zero_snr=zero_snr)
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=2.0 if zero_snr else 1.0)  # begins without signal
+    if kind != "flow":
+        scheduler = scheduler_of(kind, beta_schedule="squaredcos_cap_v2", rescale_betas_zero_snr=zero_snr)
     few, more, most = (misses(solver, scheduler, 8, substeps) for substeps in (5, 25, 125))
     for coarse, fine in ((few, more), (more, most)):
         # between two noisy images; close to the image itself the steps' length in log SNR does not fall as they do

@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from networks import SHAPE, Small, cosine_scheduler
-from torch import nn
+from torch import Tensor, nn
 
 from pqcad_ao import CADConfig
 from pqcad_ao.diffusion import trajectories
@@ -195,6 +195,21 @@ def test_other_betas_than_the_networks_are_found_out():
     for other in ({"beta_schedule": "linear"}, {"beta_schedule": "scaled_linear"}, {"prediction_type": "sample"}):
         with pytest.raises(ValueError, match="it has other betas or another prediction_type"):
             check(DDIMScheduler.from_config(scheduler.config, **other))
+
+
+def test_a_flow_and_another_process_are_told_apart():
+    """The ideal network of images x_0 ~ N(0, 1/4) in a flow, v = noise - x_0."""
+
+    class Ideal(nn.Module):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            s = t.view(-1, 1, 1, 1) / 1000
+            return (s - (1 - s) / 4) / ((1 - s) ** 2 / 4 + s**2) * x
+
+    images = torch.randn(64, *SHAPE, generator=torch.Generator().manual_seed(0)) / 2
+    clean = trajectories.Trajectories(images[:, None].numpy(), {}, None)
+    check_denoising(Ideal(), DDIMSchedule.of(FlowMatchEulerDiscreteScheduler(shift=3.0), 20), clean)
+    with pytest.raises(ValueError, match="it has other betas or another prediction_type"):
+        check_denoising(Ideal(), DDIMSchedule.of(cosine_scheduler(), 20), clean)
 
 
 def test_other_betas_are_found_out_on_the_first_pictures(monkeypatch):

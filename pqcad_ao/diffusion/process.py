@@ -64,6 +64,20 @@ VARIANCE_PRESERVING = (
     UnCLIPScheduler,
     UniPCMultistepScheduler,
 )
+# They draw noise while they sample.
+STOCHASTIC = (
+    DDPMScheduler,
+    DDPMParallelScheduler,
+    CogVideoXDPMScheduler,
+    DPMSolverSDEScheduler,
+    EulerAncestralDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    LCMScheduler,
+    SASolverScheduler,
+    TCDScheduler,
+    UnCLIPScheduler,
+    FlowMatchLCMScheduler,
+)
 FLOWS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)
 FAMILY = (*VARIANCE_PRESERVING, *FLOWS)
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # that DDIMScheduler knows by name
@@ -100,6 +114,13 @@ def as_sampler(scheduler) -> Sampler:
 def is_flow(scheduler) -> bool:
     """Whether a scheduler walks a rectified flow."""
     return isinstance(scheduler, FLOWS) or bool(scheduler.config.get("use_flow_sigmas"))
+
+
+def draws_noise(scheduler) -> bool:
+    """Whether a scheduler draws noise of its own while it samples."""
+    config = scheduler.config
+    by_option = config.get("algorithm_type", "").startswith("sde") or config.get("stochastic_sampling", False)
+    return isinstance(scheduler, STOCHASTIC) or by_option
 
 
 def clip_of(scheduler) -> float:

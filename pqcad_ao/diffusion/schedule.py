@@ -1,11 +1,11 @@
 """Sampling schedules: the timesteps that a sampler visits, and which of them can be halved."""
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 from pqcad_ao.diffusion.noise import Sampler, process_of
-from pqcad_ao.diffusion.process import as_sampler, check_signal
+from pqcad_ao.diffusion.process import as_sampler, check_signal, draws_noise
 from pqcad_ao.utils.checks import check_count
 
 
@@ -20,12 +20,12 @@ def teachable(scheduler, num_inference_steps: int, halvings: int) -> Sampler:
             draws noise while it samples, another family, dynamic thresholding, a flow with a terminal shift, or epsilon
             prediction where the signal is zero.
     """
-    if isinstance(scheduler, DDPMScheduler):
-        raise ValueError(
-            "DDPMScheduler draws noise at every step, and a jump over two of them has no one target: pass "
-            "DDIMScheduler.from_config(scheduler.config)"
-        )
     sampler, parts = as_sampler(scheduler), 2**halvings
+    if draws_noise(scheduler):
+        raise ValueError(
+            f"{type(scheduler).__name__} draws noise at every step, and a jump over two of them has no one target: "
+            "pass the deterministic sampler of its noise process, pqcad_ao.diffusion.process.as_sampler(scheduler)"
+        )
     if num_inference_steps < parts or num_inference_steps % parts:
         raise ValueError(
             f"{num_inference_steps} steps cannot be halved {halvings} times: give a multiple of {parts}, such as "
