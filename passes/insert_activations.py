@@ -4,7 +4,7 @@ from itertools import pairwise
 
 from torch.fx import GraphModule
 
-from pqcad_ao.nn.timestep import timestep_group
+from pqcad_ao.denoiser import timestep_group
 from pqcad_ao.prepare.annotate import PQCADQuantizer, insert_fake_quantizers
 from pqcad_ao.prepare.fake_quant import ActivationFakeQuantize
 

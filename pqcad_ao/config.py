@@ -133,7 +133,7 @@ class PQCADConfig(AOBaseConfig):
         patience: how many updates in a row must show it.
         learning_points: noisy images x_t to learn from.
         calibration_points: as many of them calibrate the activations, the first eight of each timestep group; without
-            learning, all that there are.
+            learning, no others are walked to.
         calibration_steps: sampling steps of the trajectories from which they are taken.
         calibration_timesteps: ``"normal"``, timesteps drawn from N(mean·T, (std·T)²) truncated to [0, T), or
             ``"uniform"``.

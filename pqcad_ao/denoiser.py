@@ -119,6 +119,14 @@ def timestep_position(network: Callable[..., Any]) -> int:
     return names.index("timestep") if "timestep" in names else 1
 
 
+def timestep_group(timesteps: Tensor, groups: int, num_train_timesteps: int) -> Tensor:
+    """The group of each timestep: ``groups`` intervals of equal length that tile [0, num_train_timesteps).
+
+    Timesteps outside are counted to the nearest group. Shapes (B,) to (B,) int64.
+    """
+    return timesteps.to(torch.int64).clamp(0, num_train_timesteps - 1) * groups // num_train_timesteps
+
+
 def predict(
     unet: Callable[..., Any], x_t: Tensor, timestep: Tensor | int, conditioning: dict[str, Any] | None = None
 ) -> Tensor:

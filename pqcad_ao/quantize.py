@@ -79,8 +79,9 @@ def quantize_(
             the one saved beside the network, or else diffusers' ``DDIMScheduler()``, with a warning.
         sample_shape: (C, H, W), for networks whose config does not say it.
         conditioning: keyword arguments of ``model.forward`` with rows to draw from, for conditional networks: any
-            number of them, each used as often as the next. ``{"guidance_scale": 5.0, "negative": {...}}`` in it
-            calibrate under guidance: ``negative`` holds what is otherwise in the call without the prompt.
+            number of them, each used as often as the next; without learning eight, spread evenly.
+            ``{"guidance_scale": 5.0, "negative": {...}}`` in it calibrate under guidance: ``negative`` holds what is
+            otherwise in the call without the prompt.
         prompts: of a pipeline: what it draws while it is calibrated, a few dozen as its users write them.
         call: of a pipeline: further arguments of its call, such as ``{"guidance_scale": 5.0}``; a list with as many
             entries as there are prompts goes along with them. C_QC is what its network is given under these.

@@ -1,5 +1,6 @@
 """C_QC: the law of its timesteps, and that every x_t really is a trajectory's at its timestep."""
 
+import copy
 import math
 from itertools import pairwise
 
@@ -13,12 +14,13 @@ from networks import SHAPE, Small, cosine_scheduler, quick
 from torch import nn
 
 from pqcad_ao.diffusion import calibration
-from pqcad_ao.diffusion.calibration import CalibrationSet, calibration_set, draw_timesteps
+from pqcad_ao.diffusion.calibration import SAMPLES, CalibrationSet, calibration_set, draw_timesteps, observed
 from pqcad_ao.diffusion.process import find_scheduler, settings_of
 from pqcad_ao.diffusion.sampling import sample
-from pqcad_ao.graph.capture import capture
+from pqcad_ao.graph.capture import Capture, capture
 from pqcad_ao.graph.plan import resolve
 from pqcad_ao.learn.ptq import calibrate, prepare
+from pqcad_ao.prepare.observe import activation_quantizers
 
 # The law
 
@@ -69,7 +71,7 @@ def test_the_uniform_law_is_uniform():
 @pytest.mark.parametrize("law", ["normal", "uniform"])
 def test_every_point_lies_on_a_trajectory_of_the_network(tiny_unet, scheduler, law):
     """Walked again from the same noise: each x_t is a trajectory's state at its timestep, and none is used twice."""
-    config = quick(calibration_points=40, calibration_steps=5, calibration_timesteps=law)
+    config = quick(mode="fixed", learning_points=40, calibration_steps=5, calibration_timesteps=law)
     points = calibration_set(tiny_unet, scheduler, SHAPE, config)
     assert points.x_t.shape == (40, *SHAPE)
     assert points.timesteps.shape == (40,)
@@ -95,6 +97,44 @@ def test_every_point_lies_on_a_trajectory_of_the_network(tiny_unet, scheduler, l
         assert len(matches) == 1
         used.add((timestep, int(matches)))
     assert len(used) == 40
+
+
+@given(st.lists(st.integers(0, 99), min_size=1, max_size=200), st.integers(1, 12))
+def test_the_first_of_each_group_are_observed(timesteps, groups):
+    seen, expected = dict.fromkeys(range(groups), 0), []
+    for timestep in timesteps:
+        seen[timestep * groups // 100] += 1
+        expected.append(seen[timestep * groups // 100] <= SAMPLES)
+    assert observed(torch.tensor(timesteps), groups, 100).tolist() == expected
+
+
+def test_what_is_not_observed_changes_no_grid(tiny_unet, scheduler):
+    """Fitted to all points of a set that learns and to those that are observed alone, every grid is the same."""
+    config = quick(mode="fixed", learning_points=200, calibration_points=200, calibration_steps=5)
+    points = calibration_set(tiny_unet, scheduler, SHAPE, config)
+    chosen = observed(points.timesteps, config.timestep_groups, 1000)
+    assert chosen.sum() < 0.5 * len(points)
+    captured = capture(tiny_unet, SHAPE, {})
+    resolved = resolve(captured, tiny_unet, config)
+    grids = []
+    for some in (points, points[chosen]):
+        again = Capture(copy.deepcopy(captured.graph), captured.x_t, captured.timesteps)
+        graph = prepare(again, resolved, config, 1000)
+        calibrate(graph, resolved, some, config, progress=False)
+        grids.append(activation_quantizers(graph))
+    for fqn, module in grids[0].items():
+        assert torch.equal(module.low, grids[1][fqn].low)
+        torch.testing.assert_close(module.scale, grids[1][fqn].scale, rtol=1e-4, atol=0)
+
+
+def test_without_learning_nobody_walks_where_nothing_is_observed(tiny_unet, scheduler):
+    sizes = {"calibration_steps": 5, "timestep_groups": 5, "calibration_timesteps": "uniform"}
+    config, walked = quick(calibration_points=200, **sizes), []
+    points = calibration_set(tiny_unet, scheduler, SHAPE, config, callback=lambda *done: walked.append(done))
+    assert len(points) == 5 * SAMPLES
+    assert walked[-1] == ("trajectories", SAMPLES, SAMPLES)
+    learning = quick(mode="fixed", learning_points=200, **sizes)
+    assert len(calibration_set(tiny_unet, scheduler, SHAPE, learning)) == 200
 
 
 def test_the_set_is_decided_by_its_seed(tiny_unet, scheduler):
@@ -144,7 +184,7 @@ def test_conditioning_belongs_to_its_trajectory(scheduler):
 
     scheduler = DDIMScheduler(prediction_type="sample", timestep_spacing="trailing", clip_sample=False)
     nested = {"nested": {"label": torch.tensor([-30.0, 0.0, 30.0])}}
-    config = quick(calibration_points=30, calibration_mean=0.0, calibration_std=0.2)
+    config = quick(mode="fixed", learning_points=30, calibration_mean=0.0, calibration_std=0.2)
     points = calibration_set(Writing(), scheduler, SHAPE, config, nested)
     label = points.conditioning["nested"]["label"]
     assert label.unique().tolist() == [-30, 0, 30]
@@ -221,7 +261,7 @@ def _count_walks(monkeypatch) -> list:
 
 
 def _points(folder, model=None, scheduler=None, **options):
-    config = quick(calibration_points=64, calibration_batch_size=4, **options)
+    config = quick(mode="fixed", learning_points=64, calibration_batch_size=4, **options)
     return calibration_set(model or Small(), scheduler or cosine_scheduler(), SHAPE, config, folder=folder)
 
 
@@ -257,7 +297,7 @@ def test_several_processes_walk_what_one_does(tmp_path, monkeypatch):
     alone = sorted(counted)
     monkeypatch.setattr(calibration.dist, "all_reduce", lambda x_t: parts.append(x_t.clone()))
     monkeypatch.setattr(calibration.dist, "barrier", lambda: None)
-    config = quick(calibration_points=64, calibration_batch_size=4)
+    config = quick(mode="fixed", learning_points=64, calibration_batch_size=4)
     counted.clear()
     for rank in (2, 1, 0):
         found = calibration_set(Small(), cosine_scheduler(), SHAPE, config, folder=tmp_path, share=(rank, 3))
@@ -273,7 +313,7 @@ def test_a_process_that_was_killed_goes_on_with_its_share(tmp_path, monkeypatch)
     monkeypatch.setattr(calibration, "SAVE_EVERY_S", -1.0)
     monkeypatch.setattr(calibration.dist, "all_reduce", lambda x_t: None)
     monkeypatch.setattr(calibration.dist, "barrier", lambda: None)
-    config = quick(calibration_points=64, calibration_batch_size=2)
+    config = quick(mode="fixed", learning_points=64, calibration_batch_size=2)
     given = (Small(), cosine_scheduler(), SHAPE, config)
     expected = calibration_set(*given, share=(1, 2))
     with monkeypatch.context() as patch:

@@ -46,7 +46,7 @@ def recorded(pipeline: DiffusionPipeline, **call) -> list[tuple[Tensor, Tensor, 
 
 
 def test_points_are_the_inputs_of_the_guided_walk(pipeline):
-    config = quick(calibration_points=24, calibration_batch_size=4)
+    config = quick(mode="fixed", learning_points=24, calibration_batch_size=4)
     walk = PipelineWalk(pipeline, None, GUIDED, config)
     seen: list[tuple[str, int, int]] = []
     points = walk.points(callback=lambda *state: seen.append(state))
@@ -166,7 +166,7 @@ def test_one_without_conditioning_needs_nothing(tiny_unet):
 
 
 def test_a_walk_that_was_cut_short_goes_on(pipeline, tmp_path):
-    config = quick(calibration_points=24, calibration_batch_size=4)
+    config = quick(mode="fixed", learning_points=24, calibration_batch_size=4)
     whole = PipelineWalk(pipeline, None, GUIDED, config).points()
 
     def stop(stage, done, total):
@@ -254,7 +254,7 @@ def test_a_mask_is_conditioning(tmp_path):
 
 def test_a_scheduler_that_calls_twice_at_a_timestep_gives_each_point_once(pipeline):
     pipeline.scheduler = PNDMScheduler(skip_prk_steps=True)
-    config = quick(calibration_points=24, calibration_batch_size=4)
+    config = quick(mode="fixed", learning_points=24, calibration_batch_size=4)
     points = PipelineWalk(pipeline, None, {**GUIDED, "class_labels": [3]}, config).points()
     assert len(points) == 24
     rows = torch.cat([points.x_t.flatten(1), points.conditioning["class_labels"][:, None]], 1)

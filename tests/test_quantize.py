@@ -428,7 +428,7 @@ def test_a_foreign_config_is_an_error():
 
 def test_a_network_on_the_meta_device_is_an_error():
     with torch.device("meta"):
-        model = nn.Sequential(nn.Conv2d(1, 1, 1))
+        model = Small()
     with pytest.raises(ValueError, match="is on the meta device"):
         _quantize(model)
 

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from pqcad_ao.config import PQCADConfig
-from pqcad_ao.denoiser import evaluation_mode, in_one_call, placement, spread_rows, take_rows, time_scale
+from pqcad_ao.denoiser import (
+    evaluation_mode,
+    in_one_call,
+    placement,
+    spread_rows,
+    take_rows,
+    time_scale,
+    timestep_group,
+)
 from pqcad_ao.diffusion.noise import process_of
 from pqcad_ao.diffusion.process import as_sampler, check_signal, settings_of
 from pqcad_ao.diffusion.sampling import sample
@@ -22,6 +30,7 @@ from pqcad_ao.utils.runs import only_run_in
 from pqcad_ao.utils.tensor_files import read_tensors, write_tensors
 
 SAVE_EVERY_S = 30.0
+SAMPLES = 8  # points of a timestep group, the first ones, to which its grids are fitted
 
 
 @dataclass
@@ -85,7 +94,20 @@ def draw_steps(
         generator=generator,
     )
     step = (drawn[:, None] - visited[None]).abs().argmin(1)
+    if not config.learns:  # nobody looks at the others, and walking there takes most of the time
+        step = step[observed(visited[step], config.timestep_groups, num_train_timesteps)]
     return step, int(torch.bincount(step).max())
+
+
+def observed(timesteps: Tensor, groups: int, num_train_timesteps: int) -> Tensor:
+    """Which points (N,) are the first ``SAMPLES`` of their timestep group, to which its grids are fitted: (N,) bool."""
+    group = timestep_group(timesteps.cpu(), groups, num_train_timesteps)
+    order = group.argsort(stable=True)
+    count = torch.bincount(group)
+    number = torch.arange(len(group)) - (count.cumsum(0) - count)[group[order]]  # within its group
+    chosen = torch.empty(len(group), dtype=torch.bool)
+    chosen[order] = number < SAMPLES
+    return chosen
 
 
 def assign_trajectories(step: Tensor, trajectories: int, generator: torch.Generator) -> Tensor:

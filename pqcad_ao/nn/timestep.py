@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pqcad_ao.denoiser import set_time_scale, timestep_position
+from pqcad_ao.denoiser import set_time_scale, timestep_group, timestep_position
 
 ATTRIBUTE = "_pqcad_timestep"  # of a quantized network
 LOOKED_AT = 2  # first calls of a network
@@ -81,14 +81,6 @@ class Timestep:
         if group.shape[0] != batch:
             raise ValueError(f"a quantized layer got a batch of {batch}, the network one of {group.shape[0]} samples")
         return group
-
-
-def timestep_group(timesteps: Tensor, groups: int, num_train_timesteps: int) -> Tensor:
-    """The group of each timestep: ``groups`` intervals of equal length that tile [0, num_train_timesteps).
-
-    Timesteps outside are counted to the nearest group. Shapes (B,) to (B,) int64.
-    """
-    return timesteps.to(torch.int64).clamp(0, num_train_timesteps - 1) * groups // num_train_timesteps
 
 
 def check_timesteps(

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor, nn
 from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
 
+from pqcad_ao.diffusion.calibration import SAMPLES
 from pqcad_ao.graph.operators import OUTPUT_FIRST, WeightLayout
 from pqcad_ao.ops.reference import per_channel
 from pqcad_ao.prepare.grids import Bound, fit_activation_grid, fit_weight_scale, weight_range
 
-_SAMPLES = 8  # observed samples that a timestep group's grid is fitted to
 # Values kept of each of them, layer and segment: those at either end one by one, for a handful decides how far a
 # grid of six or eight bits should reach, and a random draw misses them; and some between, which stand for all others.
 _EXTREMES, _INNER = 24, 168
@@ -192,7 +192,7 @@ class ActivationFakeQuantize(_Blending):
         """Drop what was observed."""
         self.observed: list[tuple[Tensor, Tensor]] = []
         self.weights: Tensor | None = None
-        self.room = [_SAMPLES] * self.groups
+        self.room = [SAMPLES] * self.groups
         self.finite = True
 
     def observe(self, x: Tensor, group: Tensor) -> None:
@@ -226,9 +226,9 @@ class ActivationFakeQuantize(_Blending):
         seen = group.unique()
         # where there are fewer samples some count twice, so that all groups are fitted at once
         turns = [(group == index).nonzero().flatten() for index in seen]
-        chosen = torch.stack([rows[torch.arange(_SAMPLES) % len(rows)] for rows in turns])
+        chosen = torch.stack([rows[torch.arange(SAMPLES) % len(rows)] for rows in turns])
         table = values[chosen].transpose(1, 2).flatten(2).flatten(0, 1)  # (groups · segments, samples · n)
-        weights = self.weights.repeat(len(seen), _SAMPLES)
+        weights = self.weights.repeat(len(seen), SAMPLES)
         # where the network is: on a GPU's machine, a processor that other programs share takes minutes for it
         scale, low = fit_activation_grid(table.to(self.scale.device), bits, weights.to(self.scale.device))
         nearest = (torch.arange(self.groups)[:, None] - seen[None]).abs().argmin(1).to(self.scale.device)
