@@ -1,14 +1,19 @@
-"""Image sets on disk as one uint8 tensor: idx.gz pairs, CIFAR-10's binary batches, or a folder of images."""
+"""What a user brings: image sets as one uint8 tensor (idx.gz pairs, CIFAR-10's binary batches, or a folder of images),
+and the conditioning of a network."""
 
 import gzip
 import math
 import warnings
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
+
+from pqcad_ao.utils.tensor_files import UNREADABLE, check_tensors
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
@@ -167,3 +172,38 @@ def to_unit(images: Tensor) -> Tensor:
 def to_uint8(images: Tensor) -> Tensor:
     """float [-1, 1] to uint8 [0, 255], rounding to nearest and clipping what lies outside."""
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def read_conditioning(path: str | Path) -> dict[str, Any]:
+    """The conditioning of a network: every tensor of a safetensors file under its name.
+
+    ``added_cond_kwargs.text_embeds`` is the entry ``text_embeds`` of a dictionary ``added_cond_kwargs``, and a tensor
+    without dimensions is a number, as ``guidance_scale`` wants to be.
+
+    Raises:
+        OSError: it cannot be read. ValueError: it is no safetensors file, is damaged, holds nothing, holds NaN or
+            infinity, or has a tensor where another's name wants a dictionary.
+    """
+    path, found = Path(path), dict[str, Any]()
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}: write a conditioning with safetensors.torch.save_file")
+    check_tensors(path)
+    try:
+        tensors = load_file(path)
+    except UNREADABLE as error:
+        raise ValueError(f"{path} is no safetensors file or is damaged ({error})") from error
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} holds NaN or infinity")
+        *parents, last = name.split(".")
+        place = found
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"{path}: {parent} is a tensor, and {name} wants it to be a dictionary: rename one")
+        if last in place:
+            raise ValueError(f"{path}: {name} is a tensor, and other names want it to be a dictionary: rename one")
+        place[last] = tensor if tensor.dim() else tensor.item()
+    if not found:
+        raise ValueError(f"{path} holds no tensors: write them under the names of the network's arguments")
+    return found

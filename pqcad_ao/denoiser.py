@@ -246,8 +246,8 @@ def check_conditioning(model: nn.Module, conditioning: dict[str, Any] | None) ->
             guidance also ``guidance_scale`` and ``negative``.
 
     Raises:
-        ValueError: missing, empty, or of unequal lengths, one of guidance's two without the other, or a negative whose
-            tensors have other shapes. TypeError: not a dictionary.
+        ValueError: missing, empty, of unequal lengths, or of a name that ``forward`` does not have; one of guidance's
+            two without the other, or a negative whose tensors have other shapes. TypeError: not a dictionary.
     """
     if not isinstance(conditioning, (dict, type(None))):
         raise TypeError(
@@ -277,8 +277,24 @@ def check_conditioning(model: nn.Module, conditioning: dict[str, Any] | None) ->
         raise ValueError(
             f"conditioning holds tensors of {sorted(lengths)} rows; give each the same number, at least one"
         )
+    _check_names(model, conditioning)
     device, _ = placement(model)
     return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, conditioning)
+
+
+def _check_names(model: nn.Module, conditioning: dict[str, Any]) -> None:
+    """Raises ValueError: the conditioning holds what the network's forward does not take."""
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    position = timestep_position(model)
+    allowed = [parameter.name for number, parameter in enumerate(parameters) if number not in (0, position)]
+    foreign = sorted(conditioning.keys() - {*allowed, EXTRA_CHANNELS, GUIDANCE_SCALE, NEGATIVE})
+    if foreign:
+        raise ValueError(
+            f"{type(model).__name__} takes no {', '.join(foreign)}: allowed in conditioning are "
+            f"{', '.join(allowed) or 'none'}"
+        )
 
 
 def _check_guidance(conditioning: dict[str, Any]) -> None:

@@ -55,19 +55,8 @@ def load_model(name_or_dir: str | Path) -> tuple[nn.Module, Sampler]:
     """
     if name_or_dir in ARCHITECTURES:
         return _random(str(name_or_dir))
-    folder = asset_path(EMBEDDED[str(name_or_dir)]) if name_or_dir in EMBEDDED else Path(name_or_dir)
-    if not folder.is_dir():
-        raise ValueError(
-            f"no model {str(name_or_dir)!r}: allowed are {', '.join(map(repr, NAMES))} or a folder that holds unet/ "
-            "and scheduler/"
-        )
-    saved = folder / SAVED
-    unet_dir = next((d for d in (saved / "unet", folder / "unet", folder) if (d / "config.json").is_file()), None)
-    if unet_dir is None:
-        raise ValueError(
-            f"{folder} holds no diffusers UNet: expected unet/config.json with its weights, or config.json itself"
-        )
-    places = (saved / "scheduler", folder / "scheduler", folder, folder.parent / "scheduler")
+    folder, unet_dir = _places(name_or_dir)
+    places = (folder / SAVED / "scheduler", folder / "scheduler", folder, folder.parent / "scheduler")
     scheduler_dir = next((d for d in places if (d / "scheduler_config.json").is_file()), None)
     if scheduler_dir is None:
         raise ValueError(
@@ -78,6 +67,30 @@ def load_model(name_or_dir: str | Path) -> tuple[nn.Module, Sampler]:
     unet = _read_unet(unet_dir)
     _check_together(unet, scheduler, folder)
     return unet.eval(), scheduler
+
+
+def load_network(name_or_dir: str | Path) -> nn.Module:
+    """The network that :func:`load_model` gives, without its scheduler, which need not be there; errors as there."""
+    if name_or_dir in ARCHITECTURES:
+        return _random(str(name_or_dir))[0]
+    return _read_unet(_places(name_or_dir)[1]).eval()
+
+
+def _places(name_or_dir: str | Path) -> tuple[Path, Path]:
+    """The folder of a model, and the one in it that holds its network."""
+    folder = asset_path(EMBEDDED[str(name_or_dir)]) if name_or_dir in EMBEDDED else Path(name_or_dir)
+    if not folder.is_dir():
+        raise ValueError(
+            f"no model {str(name_or_dir)!r}: allowed are {', '.join(map(repr, NAMES))} or a folder that holds unet/ "
+            "and scheduler/"
+        )
+    candidates = (folder / SAVED / "unet", folder / "unet", folder)
+    unet_dir = next((place for place in candidates if (place / "config.json").is_file()), None)
+    if unet_dir is None:
+        raise ValueError(
+            f"{folder} holds no diffusers UNet: expected unet/config.json with its weights, or config.json itself"
+        )
+    return folder, unet_dir
 
 
 def _read_unet(folder: Path) -> nn.Module:

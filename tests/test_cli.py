@@ -17,11 +17,12 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from PIL import Image
 
-from pqcad_ao import cli, distill
+from pqcad_ao import cli, distill, report
 from pqcad_ao.cli.command import app
 from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.denoiser import predict
 from pqcad_ao.diffusion import trajectories
+from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.edge import export
 from pqcad_ao.evaluate import features, fid
 from pqcad_ao.evaluate.features import FeatureClassifier
@@ -29,6 +30,7 @@ from pqcad_ao.learn import progressive
 from pqcad_ao.models import load_model, save_model
 from pqcad_ao.nn.conv2d import QuantizedConv2d
 from pqcad_ao.utils import machine
+from pqcad_ao.utils.tensor_files import write_tensors
 
 QUICK = ["--calibration-points", "16", "--groups", "4", "--mode", "ptq"]
 
@@ -231,7 +233,7 @@ def test_export_of_the_baseline(tiny_dir: Path, tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(export, "export_fp32_pte", export_fp32_pte)
     found = run_json(tmp_path, "export", "--model", tiny_dir, "--out", tmp_path / "fp32.pte", "--full-precision")
-    assert asked == {"path": tmp_path / "fp32.pte", "batch_size": 1}
+    assert asked == {"path": tmp_path / "fp32.pte", "batch_size": 1, "conditioning": {}}
     assert found["bytes"] == 99
     assert "steps" not in found, "it has no schedule in it"
 
@@ -314,7 +316,7 @@ def damage(model_dir: Path, how: str) -> None:
 )
 def test_damaged_model_is_one_line(model_dir: Path, capsys: pytest.CaptureFixture, how: str, says: str):
     damage(model_dir, how)
-    assert says in error_line(capsys, "plan", "--model", model_dir)
+    assert says in error_line(capsys, "sample", "--model", model_dir, "--out", "a.png")
 
 
 def test_nan_in_the_weights_is_one_line(
@@ -328,12 +330,64 @@ def test_nan_in_the_weights_is_one_line(
     assert not (tmp_path / "out" / "unet").exists()
 
 
-def test_conditional_network_is_referred_to_python(
-    tiny_unet: UNet2DModel, scheduler: DDIMScheduler, tmp_path: Path, capsys: pytest.CaptureFixture
+@pytest.fixture(scope="module")
+def classes_dir(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network of ten classes, and beside it what its conditioning may be: good.safetensors and bad ones."""
+    folder = tmp_path_factory.mktemp("classes")
+    unet, scheduler = load_model(tiny_dir)
+    config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
+    torch.manual_seed(0)
+    save_model(UNet2DModel(**config | {"num_class_embeds": 10}), scheduler, folder)
+    good = {"class_labels": torch.tensor([3, 7])}
+    for name, tensors in {"good": good, "foreign": {**good, "style": torch.ones(2)}, "empty": {}}.items():
+        write_tensors(folder / f"{name}.safetensors", tensors)
+    return folder
+
+
+def test_a_conditional_network_goes_through_every_command(
+    classes_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    config = {name: value for name, value in tiny_unet.config.items() if not name.startswith("_")}
-    save_model(UNet2DModel(**config | {"num_class_embeds": 10}), scheduler, tmp_path / "classes")
-    assert "conditioning=..." in error_line(capsys, "plan", "--model", tmp_path / "classes")
+    given = ["--conditioning", classes_dir / "good.safetensors"]
+    assert "layers quantized" in run_json(tmp_path, "plan", "--model", classes_dir, *given)["summary"]
+    out = tmp_path / "out"
+    run_json(tmp_path, "compress", "--model", classes_dir, "--out", out, *QUICK, *given)
+    run_json(tmp_path, "plan", "--model", out)  # of a quantized network: it is not run
+    drawn = []
+    monkeypatch.setattr(report, "save_grid", lambda images, path: drawn.append(images))
+    run_json(tmp_path, "sample", "--model", out, "--out", tmp_path / "a.png", "--n", 3, "--steps", 2, *given)
+    unet, scheduler = load_model(out)
+    noise = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = sample(unet, scheduler, noise, 2, conditioning={"class_labels": torch.tensor([3, 7, 3])})
+    assert torch.equal(drawn[0], expected)
+    asked: dict = {}
+    monkeypatch.setattr(export, "export_fp32_pte", lambda *_, **options: asked.update(options) or 1 / 0)
+    assert (
+        cli.main(["export", "--model", str(classes_dir), "--out", "a.pte", "--full-precision", *map(str, given)]) == 2
+    )
+    assert asked["conditioning"]["class_labels"].tolist() == [3, 7]
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        (None, "conditional and conditioning has no 'class_labels': write --conditioning FILE.safetensors"),
+        ("foreign", "UNet2DModel takes no style: allowed in conditioning are class_labels, return_dict"),
+        ("empty", "empty.safetensors holds no tensors"),
+        ("nowhere", "no file"),
+    ],
+)
+@pytest.mark.parametrize("command", ["plan", "compress", "sample", "eval", "export"])
+def test_a_conditioning_that_is_missing_or_bad_is_one_line(
+    classes_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture, command: str, file: str | None, says: str
+):
+    out = [] if command in ("plan", "eval") else ["--out", tmp_path / "out"]
+    given = [] if file is None else ["--conditioning", classes_dir / f"{file}.safetensors"]
+    assert says in error_line(capsys, command, "--model", classes_dir, *out, *given)
+
+
+def test_a_plan_needs_no_scheduler(model_dir: Path):
+    shutil.rmtree(model_dir / "scheduler")
+    assert cli.main(["plan", "--model", str(model_dir)]) == 0
 
 
 def test_quantizing_twice_is_one_line(compressed_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torch import Tensor
 
-from pqcad_ao.data import load_images, read_idx, some_images, to_uint8, to_unit
+from pqcad_ao.data import load_images, read_conditioning, read_idx, some_images, to_uint8, to_unit
+from pqcad_ao.utils.tensor_files import write_tensors
 
 
 def _write_idx(path, array: np.ndarray) -> None:
@@ -247,3 +250,36 @@ def test_a_picture_that_is_a_decompression_bomb_is_named(tmp_path, monkeypatch):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
         with pytest.raises(ValueError, match=r"bomb\.png is no readable image: .*decompression bomb"):
             load_images(tmp_path)
+
+
+def test_a_conditioning_is_nested_by_its_names(tmp_path: Path):
+    tensors = {"class_labels": torch.arange(2), "negative.added_cond_kwargs.time_ids": torch.ones(2, 6)}
+    write_tensors(tmp_path / "c.safetensors", {**tensors, "guidance_scale": torch.tensor(7.5)})
+    found = read_conditioning(tmp_path / "c.safetensors")
+    assert found.keys() == {"class_labels", "negative", "guidance_scale"}
+    assert found["class_labels"].tolist() == [0, 1]
+    assert found["negative"]["added_cond_kwargs"]["time_ids"].shape == (2, 6)
+    assert found["guidance_scale"] == 7.5
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({}, "holds no tensors"),
+        ({"a": torch.tensor([1.0, float("nan")])}, "a holds NaN or infinity"),
+        ({"a": torch.ones(1), "a.b": torch.ones(1)}, "dictionary: rename one"),
+        ({"a.b.c": torch.ones(1), "a.b": torch.ones(1)}, "dictionary: rename one"),
+    ],
+)
+def test_a_bad_conditioning_is_named(tmp_path: Path, tensors: dict[str, Tensor], message: str):
+    write_tensors(tmp_path / "c.safetensors", tensors)
+    with pytest.raises(ValueError, match=rf"c\.safetensors.*{message}"):
+        read_conditioning(tmp_path / "c.safetensors")
+
+
+def test_a_conditioning_that_is_damaged_or_not_there_is_named(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"no file .*save_file"):
+        read_conditioning(tmp_path / "c.safetensors")
+    (tmp_path / "c.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match=r"c\.safetensors is no safetensors file or is damaged"):
+        read_conditioning(tmp_path / "c.safetensors")

@@ -38,25 +38,35 @@ Steps = Annotated[
     Count | None, Parameter(help="Sampling steps; what the network was distilled for, or 20, if not given.")
 ]
 BatchSize = Annotated[Count, Parameter(help="Images a call.")]
+Conditioning = Annotated[
+    Path | None,
+    Parameter(
+        help="For a conditional network: a .safetensors file of tensors with rows to draw from, named as the arguments "
+        "of its forward, such as encoder_hidden_states; dots make a dictionary, added_cond_kwargs.text_embeds."
+    ),
+]
 
 
 LARGE, GRID = 8, 64  # pictures of a page that a command draws for it, and those of what it draws anyhow
 
 
-def load_unconditional(name_or_dir: str) -> tuple["nn.Module", Any]:
-    """A network and its scheduler, for the commands that have no way to be given conditioning."""
-    from pqcad_ao.denoiser import check_conditioning
-    from pqcad_ao.models import load_model
+def conditioned(unet: "nn.Module", model: str, file: Path | None) -> dict[str, Any]:
+    """The conditioning of a network that ``--model`` names, on its device and in its type.
 
-    unet, scheduler = load_model(name_or_dir)
+    Raises:
+        ValueError: the network wants what the file does not hold, or there is none.
+    """
+    from pqcad_ao.data import read_conditioning
+    from pqcad_ao.denoiser import cast_floats, check_conditioning, placement
+
+    given = None if file is None else read_conditioning(file)
     try:
-        check_conditioning(unet, None)
+        return cast_floats(check_conditioning(unet, given), placement(unet)[1])
     except ValueError as error:
-        raise NotImplementedError(
-            f"the command line samples unconditional networks only, and {type(unet).__name__} in {name_or_dir} needs "
-            "conditioning: call pqcad_ao.quantize_(unet, config, conditioning=...) in Python"
-        ) from error
-    return unet, scheduler
+        if file is not None:
+            raise ValueError(f"{file}: {error}") from error
+        wanted = str(error).partition(": pass ")[0]
+        raise ValueError(f"{model}: {wanted}: write --conditioning FILE.safetensors, which holds it") from error
 
 
 def check_writable(folder: Path) -> None:
@@ -78,16 +88,18 @@ def steps_of(unet: "nn.Module") -> int:
     return default_steps(None if state is None else state.timestep.schedule)
 
 
-def sampled(unet: "nn.Module", scheduler: Any, n: int, steps: int, batch_size: int, device: str, seed: int) -> "Tensor":
-    """``n`` images (N, C, H, W) in [-1, 1] from noise that ``seed`` and N alone decide."""
+def sampled(
+    unet: "nn.Module", scheduler: Any, conditioning: dict[str, Any], n: int, steps: int, batch_size: int, seed: int
+) -> "Tensor":
+    """``n`` images (N, C, H, W) in [-1, 1] from noise that ``seed`` and N alone decide, and from every row in turn."""
     import torch
 
-    from pqcad_ao.denoiser import sample_shape
+    from pqcad_ao.denoiser import placement, sample_shape, spread_rows
     from pqcad_ao.diffusion.sampling import sample
 
-    noise = torch.randn(n, *sample_shape(unet), generator=torch.Generator().manual_seed(seed)).to(device)
-    unet.to(device)
-    return sample(unet, scheduler, noise, steps, batch_size=batch_size, progress=True).cpu()
+    noise = torch.randn(n, *sample_shape(unet), generator=torch.Generator().manual_seed(seed)).to(placement(unet)[0])
+    rows = spread_rows(conditioning, torch.arange(n), n)
+    return sample(unet, scheduler, noise, steps, batch_size=batch_size, conditioning=rows, progress=True).cpu()
 
 
 def demo(
@@ -135,17 +147,24 @@ def demo(
 
 
 def plan(
-    *, model: Model, pq: Annotated[Planning, Parameter(name="*")] = NONE_GIVEN, common: Shared = COMMON
+    *,
+    model: Model,
+    conditioning: Conditioning = None,
+    pq: Annotated[Planning, Parameter(name="*")] = NONE_GIVEN,
+    common: Shared = COMMON,
 ) -> dict[str, Any]:
     """Print what happens, or happened, to each layer, and why.
 
     For example, with attention in eight bits and the first and last convolution in floating point:
         pqcad plan --model demo --override attention=8,8 --override 'conv_*=float'
     """
+    from pqcad_ao.models import load_network
+    from pqcad_ao.nn.state import quantized_state
     from pqcad_ao.plan import plan as plan_of
 
-    unet, _ = load_unconditional(model)
-    resolved = plan_of(unet, PQCADConfig(**pq) if pq else None)
+    unet = load_network(model)
+    given = None if quantized_state(unet) else conditioned(unet, model, conditioning)
+    resolved = plan_of(unet, PQCADConfig(**pq) if pq else None, conditioning=given)
     print(resolved)
     return {"rows": resolved.to_list(), "summary": resolved.summary()}
 
@@ -159,6 +178,7 @@ def compress(
     data: Path | None = None,
     folder: Path | None = None,
     fast: Flag = False,
+    conditioning: Conditioning = None,
     device: Device = "cpu",
     pq: Annotated[Quantizing, Parameter(name="*")] = NONE_GIVEN,
     cad: Distilling = NONE_GIVEN,
@@ -185,7 +205,7 @@ def compress(
     from pqcad_ao.data import some_images
     from pqcad_ao.denoiser import sample_shape
     from pqcad_ao.distill import compress as compressed
-    from pqcad_ao.models import save_model
+    from pqcad_ao.models import load_model, save_model
     from pqcad_ao.nn.state import quantized_state
     from pqcad_ao.plan import plan as plan_of
     from pqcad_ao.quantize import quantize_
@@ -199,18 +219,19 @@ def compress(
     for kept in (out, folder or out):
         check_writable(kept)
     work = out / "unfinished" if folder is None else folder
-    unet, scheduler = load_unconditional(model)
-    begin = time.perf_counter()
-    keeps: dict[str, Any] = {"folder": work, "progress": True}
+    unet, scheduler = load_model(model)
     unet.to(device)
+    given = conditioned(unet, model, conditioning)
     full, pictures = sum(value.numel() * value.element_size() for value in unet.state_dict().values()), {}
 
     def draw(name: str, steps: int) -> None:
         if common.report is not None:
-            images = sampled(unet, scheduler, LARGE, steps, LARGE, device, common.seed)
+            images = sampled(unet, scheduler, given, LARGE, steps, LARGE, common.seed)
             pictures[f"{name}, {steps} steps"] = images
 
     draw("full precision", distill or steps_of(unet))
+    keeps: dict[str, Any] = {"folder": work, "conditioning": given, "progress": True}
+    begin = time.perf_counter()
     with resumable(work):
         if halving is None:
             quantize_(unet, config, scheduler=scheduler, **keeps)
@@ -263,6 +284,7 @@ def sample(
     n: Count = 16,
     steps: Steps = None,
     batch_size: BatchSize = 128,
+    conditioning: Conditioning = None,
     device: Device = "cpu",
     common: Shared = COMMON,
 ) -> dict[str, Any]:
@@ -276,12 +298,14 @@ def sample(
         out: a picture, such as grid.png.
         n: images.
     """
+    from pqcad_ao.models import load_model
     from pqcad_ao.report import save_grid
 
     check_writable(out.parent)
-    unet, scheduler = load_unconditional(model)
-    steps = steps or steps_of(unet)
-    save_grid(sampled(unet, scheduler, n, steps, batch_size, device, common.seed), out)
+    unet, scheduler = load_model(model)
+    unet.to(device)
+    given, steps = conditioned(unet, model, conditioning), steps or steps_of(unet)
+    save_grid(sampled(unet, scheduler, given, n, steps, batch_size, common.seed), out)
     print(f"{out}: {n} images in {steps} steps")
     return {"out": str(out), "n": n, "steps": steps, "seed": common.seed}
 
@@ -292,6 +316,7 @@ def evaluate(
     n: Count = 2000,
     steps: Steps = None,
     batch_size: BatchSize = 128,
+    conditioning: Conditioning = None,
     device: Device = "cpu",
     data: Path | None = None,
     features: Path | None = None,
@@ -317,10 +342,13 @@ def evaluate(
     from pqcad_ao.denoiser import sample_shape
     from pqcad_ao.evaluate.features import RealFeatures, embedded_features, extract_features, load_classifier
     from pqcad_ao.evaluate.fid import image_quality
+    from pqcad_ao.models import load_model
 
     if features is not None and data is None:
         raise ValueError("--features FILE is a feature network without statistics of real images: give --data DIR too")
-    unet, scheduler = load_unconditional(model)
+    unet, scheduler = load_model(model)
+    unet.to(device)
+    given = conditioned(unet, model, conditioning)
     shape, steps = sample_shape(unet), steps or steps_of(unet)
     network: nn.Module
     if data is None:
@@ -330,7 +358,7 @@ def evaluate(
         pictures, _ = load_images(data, "test", image_size=shape[1], channels=shape[0])
         real = RealFeatures.from_images(pictures, network)
     extract_features(torch.zeros(2, *shape), network)  # images that do not fit are refused before sampling
-    images = sampled(unet, scheduler, n, steps, batch_size, device, common.seed)
+    images = sampled(unet, scheduler, given, n, steps, batch_size, common.seed)
     quality = image_quality(images, network, real, seed=common.seed, bootstrap=bootstrap)
     interval = f" [{quality['fid_ci'][0]:.2f}, {quality['fid_ci'][1]:.2f}]" if "fid_ci" in quality else ""
     kid = "" if quality["kid"] is None else f", KID {quality['kid']:.5f} ± {quality['kid_std']:.5f}"
@@ -351,6 +379,7 @@ def export(
     objective: Literal["speed", "size"] = "speed",
     max_bytes: Count | None = None,
     full_precision: Flag = False,
+    conditioning: Conditioning = None,
     common: Shared = COMMON,
 ) -> dict[str, Any]:
     """Write a .pte for ExecuTorch, checked against the eager model.
@@ -368,13 +397,15 @@ def export(
     import torch
 
     from pqcad_ao.edge.export import export_fp32_pte, export_pte
+    from pqcad_ao.models import load_model
     from pqcad_ao.utils.quiet import start_executorch
 
     check_writable(out.parent)
-    unet, scheduler = load_unconditional(model)
+    unet, scheduler = load_model(model)
+    given = conditioned(unet, model, conditioning)
     start_executorch(torch.get_num_threads())
     if full_precision:
-        made = export_fp32_pte(unet, out, batch_size=batch_size)
+        made = export_fp32_pte(unet, out, batch_size=batch_size, conditioning=given)
     else:
         steps = steps or steps_of(unet)
         made = export_pte(
@@ -385,6 +416,7 @@ def export(
             objective=objective,
             max_bytes=max_bytes,
             batch_size=batch_size,
+            conditioning=given,
             seed=common.seed,
             progress=True,
         )

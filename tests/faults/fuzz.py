@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pqcad_ao import PTESampler, load_quantized, save_quantized
-from pqcad_ao.data import load_images
+from pqcad_ao.data import load_images, read_conditioning
 from pqcad_ao.diffusion.calibration import calibration_set
 from pqcad_ao.diffusion.trajectories import draw_trajectories
 from pqcad_ao.edge.seal import MARK, seal
@@ -36,7 +36,7 @@ from pqcad_ao.evaluate.features import FeatureClassifier, RealFeatures, load_cla
 from pqcad_ao.models import load_model, save_model
 from pqcad_ao.recipes.settings import load_settings
 from pqcad_ao.utils.files import digest
-from pqcad_ao.utils.tensor_files import CHECKSUM, checksum
+from pqcad_ao.utils.tensor_files import CHECKSUM, checksum, write_tensors
 
 SECONDS = 20.0  # that a file may take
 MEMORY = 3 * 2**30  # bytes that reading may take beyond what is taken before
@@ -316,6 +316,11 @@ def _change_one(pattern: str, change: Callable[[Path, random.Random], None]) -> 
     return lambda folder, luck: change(luck.choice(sorted(folder.glob(pattern))), luck)
 
 
+def _make_conditioning(folder: Path) -> None:
+    tensors = {"class_labels": torch.arange(4), "added_cond_kwargs.text_embeds": torch.ones(4, 3)}
+    write_tensors(folder / "c.safetensors", {**tensors, "guidance_scale": torch.tensor(7.5)})
+
+
 def _make_settings(folder: Path) -> None:
     (folder / "mine.yaml").write_text("unet:\n  a: [1, 2]\ntrain: {lr: 0.1, steps: 3}\nname: &x word\nother: *x\n")
 
@@ -328,6 +333,9 @@ READERS: dict[str, Reader] = {
     "features": Reader(_make_features, _read_features, _change_any(change_safetensors)),
     "idx images": Reader(_make_idx, lambda f: load_images(f, image_size=8), _change_idx),
     "pictures": Reader(_make_pictures, lambda f: load_images(f, image_size=8), _change_any(change_bytes_file)),
+    "conditioning": Reader(
+        _make_conditioning, lambda f: read_conditioning(f / "c.safetensors"), _change_any(change_safetensors)
+    ),
     "settings": Reader(_make_settings, lambda f: load_settings(str(f / "mine.yaml")), _change_any(change_bytes_file)),
 }
 SLOW_READERS: dict[str, Reader] = {
