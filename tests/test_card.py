@@ -13,10 +13,13 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DConditionModel, UNet2DModel
 from huggingface_hub import ModelCard
-from networks import TINY_TEXT_UNET, cosine_scheduler
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from networks import TINY_TEXT_UNET, TINY_UNET, cosine_scheduler
 
 from pqcad_ao.models import load_model, push_to_hub, save_model
 from pqcad_ao.nn.state import quantized_state
+from pqcad_ao.pages.card import write_card
 
 QUALITY = {"fid": 2.934, "fid_ci": [2.62, 3.26], "n": 2000, "precision": 0.867, "recall": 0.846, "steps": 4}
 
@@ -120,6 +123,19 @@ def test_somebodys_readme_stays_and_is_no_card(
     assert not (tmp_path / ".saved").exists()
     save_model(*load_model(tmp_path), tmp_path / "again")
     assert "license" not in read(tmp_path / "again")[0]
+
+
+@settings(max_examples=40)
+@given(text=st.text(max_size=80) | st.text("license:[]{}&*!|>- \n'\"", max_size=40))
+@example(text="license: " + "[" * 5000)
+@example(text="license: mit\nlicense: mit")
+def test_whatever_stands_in_a_readme_the_card_is_written(tmp_path_factory: pytest.TempPathFactory, text: str):
+    teacher, folder = tmp_path_factory.mktemp("teacher"), tmp_path_factory.mktemp("model")
+    (teacher / "README.md").write_text(f"---\n{text}\n---\n", encoding="utf-8", errors="replace")
+    unet = UNet2DModel(**TINY_UNET)
+    unet.register_to_config(_name_or_path=str(teacher))
+    write_card(unet, folder)
+    assert read(folder)[0]["library_name"] == "diffusers"
 
 
 def test_a_quality_without_a_number_of_pictures_is_refused(

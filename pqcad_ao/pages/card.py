@@ -73,7 +73,7 @@ def _origin(unet: nn.Module) -> dict[str, str]:
         if (folder / NAME).is_file():
             try:
                 data = ModelCard.load(folder / NAME).data
-            except (ValueError, yaml.YAMLError):  # somebody's README, not a card
+            except (ValueError, yaml.YAMLError, RecursionError):  # somebody's README, not a card
                 return {}
             found = {name: data.get(name) for name in ("license", "base_model")}
             return {name: value for name, value in found.items() if isinstance(value, str)}
