@@ -154,8 +154,8 @@ class PQCADDiffusersQuantizer(DiffusersQuantizer):
     ) -> bool:
         """Whether a tensor is one of a quantized layer; diffusers asks for each, so each is looked at here."""
         owner = model.get_submodule(param_name.rpartition(".")[0])
-        given = state_dict[param_name].dtype
-        if isinstance(owner, QuantizedLayer) and param_name.endswith(".weight") and given.is_floating_point:
+        scale, given = f"{param_name.rpartition('.')[0]}.weight_scale", state_dict[param_name].dtype
+        if isinstance(owner, QuantizedLayer) and scale not in state_dict and given.is_floating_point:
             raise ValueError(
                 "config.json says that pqcad_ao quantized the network, and its weights are in floating point, as those "
                 "of one that from_config(quantized.config) made: delete quantization_config from config.json, and it "
