@@ -153,9 +153,10 @@ class PQCADDiffusersQuantizer(DiffusersQuantizer):
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:
         """Whether a tensor is one of a quantized layer; diffusers asks for each, so each is looked at here."""
-        owner = model.get_submodule(param_name.rpartition(".")[0])
-        scale, given = f"{param_name.rpartition('.')[0]}.weight_scale", state_dict[param_name].dtype
-        if isinstance(owner, QuantizedLayer) and scale not in state_dict and given.is_floating_point:
+        fqn, _, name = param_name.rpartition(".")
+        owner = model.get_submodule(fqn)
+        whole = name == "weight" and state_dict[param_name].is_floating_point()
+        if isinstance(owner, QuantizedLayer) and whole and f"{fqn}.weight_scale" not in state_dict:
             raise ValueError(
                 "config.json says that pqcad_ao quantized the network, and its weights are in floating point, as those "
                 "of one that from_config(quantized.config) made: delete quantization_config from config.json, and it "
