@@ -113,6 +113,12 @@ def test_the_same_seeds_stand_side_by_side(tmp_path: Path):
     assert [title for title, _ in first] == ["a", "b", "difference"]
 
 
+def test_latents_are_no_pictures(tmp_path: Path):
+    page, seen = written(tmp_path, RUN, pictures={"latents": torch.zeros(2, 4, 8, 8)})
+    assert "<img" not in page
+    assert "latents alone" in seen.text
+
+
 @pytest.mark.parametrize("busy", [None, "other programs"])
 def test_times_of_a_busy_machine_are_marked(tmp_path: Path, busy: str | None):
     result = {**{key: value for key, value in RUN.items() if key != "busy"}, **({"busy": busy} if busy else {})}

@@ -17,7 +17,7 @@ from pqcad_ao.utils.files import write_whole
 OF_ANOTHER_VERSION = (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError, OverflowError)
 LARGE = 8  # seeds that are shown large
 ABSENT = {
-    "pictures": "no pictures were kept",
+    "pictures": "no pictures were kept, or latents alone",
     "quality": "no FID was measured",
     "size": "no sizes were measured",
     "speed": "nothing was timed",
@@ -84,7 +84,7 @@ def write_report(
 
 def _pictures(pictures: Mapping[str, Tensor], shown: Sequence[str]) -> dict[str, Any] | None:
     """The first seeds one by one, large; and every title's pictures as one grid."""
-    if not pictures:
+    if not all(images.shape[1] in (1, 3) for images in pictures.values()) or not pictures:
         return None
     columns = {title: pictures[title] for title in shown}
     return {
