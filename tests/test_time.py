@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +59,13 @@ def _again(network: torch.nn.Module, fresh: torch.nn.Module, tmp_path) -> torch.
     save_quantized(network, tmp_path / "network.safetensors")
     load_quantized(fresh, tmp_path / "network.safetensors")
     return fresh
+
+
+@pytest.fixture(scope="module")
+def values_of_a_flow() -> dict[str, Any]:
+    network = Plain()
+    quantize_(network, quick(), scheduler=FLOW, sample_shape=SHAPE, progress=False)
+    return quantized_state(network).to_dict()
 
 
 # Schedulers
@@ -186,6 +194,7 @@ def test_whole_timesteps_are_found_again_in_their_fractions():
     assert torch.equal(seen[0], torch.arange(1000) * state.groups // 1000)
 
 
+@pytest.mark.slow
 def test_a_student_tells_its_reference_the_scale_of_time():
     student, reference = UnitTime(), UnitTime()
     quantize_(student, EIGHT, scheduler=FLOW, sample_shape=SHAPE, time_scale=1 / 1000, progress=False)
@@ -233,13 +242,10 @@ def test_fractions_from_the_start_are_warned_of_once():
     ],
     ids=str,
 )
-def test_a_damaged_time_is_named(change):
-    network = Plain()
-    quantize_(network, quick(), scheduler=FLOW, sample_shape=SHAPE, progress=False)
-    values = quantized_state(network).to_dict()
-    assert state_from_dict(values).timestep.continuous
+def test_a_damaged_time_is_named(change, values_of_a_flow):
+    assert state_from_dict(values_of_a_flow).timestep.continuous
     with pytest.raises(ValueError, match="the checkpoint's quantization config is damaged"):
-        state_from_dict({**values, **change})
+        state_from_dict({**values_of_a_flow, **change})
 
 
 @pytest.mark.slow
