@@ -32,6 +32,7 @@ from pqcad_ao.denoiser import (
     with_rows,
 )
 from pqcad_ao.diffusion.calibration import CalibrationSet, assign_trajectories, draw_steps
+from pqcad_ao.utils.checks import is_whole
 from pqcad_ao.utils.files import digest
 from pqcad_ao.utils.progress import tqdm
 from pqcad_ao.utils.tensor_files import read_tensors, write_tensors
@@ -106,7 +107,7 @@ class PipelineWalk:
         self.num_train_timesteps = self.scheduler.config.num_train_timesteps
         first = next(self._calls(range(PROBED), probe=True))
         _check_rows(pipeline, first)
-        self.shape, self.conditioning = tuple(first.x_t.shape[1:]), first.conditioning
+        self.shape, self.conditioning, self._first = tuple(first.x_t.shape[1:]), first.conditioning, first
         # pictures of a call
         self.batch = max(1, config.calibration_batch_size * PROBED // len(first))
 
@@ -136,6 +137,8 @@ class PipelineWalk:
                 if file is not None and file.is_file():
                     found, visited, rows = self._read(file)
                     draw = draw or self._draw(visited, rows, end)
+                    if len(found) > draw.most(walked * rows, end * rows):
+                        raise ValueError(f"{file} is damaged (it holds {len(found)} points): delete it")
                 else:
                     calls = list(self._calls(range(walked, end)))
                     visited, rows = [float(call.timesteps[0]) for call in calls], len(calls[0]) // (end - walked)
@@ -231,15 +234,40 @@ class PipelineWalk:
         write_tensors(file, tensors, {"walk": json.dumps([visited, rows])})
 
     def _read(self, file: Path) -> tuple[CalibrationSet, list[float], int]:
+        """As :meth:`_write` was given it. Raises ValueError: the file is damaged."""
         try:
-            tensors, (visited, rows) = read_tensors(file, "walk")
-        except (ValueError, TypeError) as error:
+            tensors, walk = read_tensors(file, "walk")
+            visited, rows = _checked_walk(walk)
+            device, _ = placement(self.network)
+            x_t, timesteps, *rest = [tensors[str(number)].to(device) for number in range(len(tensors))]
+            if not set(timesteps.tolist()) <= set(visited):
+                raise ValueError("its points are at timesteps that the walk does not visit")
+            for value, like in zip([x_t, timesteps, *rest], _tensors(self._first), strict=True):
+                _check_like(value, like, len(x_t))
+        except (ValueError, TypeError, KeyError) as error:  # the last of tensors that are not there
             raise ValueError(f"{file} is damaged ({error}): delete it, and it is made again") from error
-        device, _ = placement(self.network)
-        x_t, timesteps, *rest = [tensors[str(number)].to(device) for number in range(len(tensors))]
         leaves, form = tree_flatten(self.conditioning)
         conditioning = tree_unflatten([rest.pop(0) if isinstance(leaf, Tensor) else leaf for leaf in leaves], form)
         return CalibrationSet(x_t, timesteps, conditioning), visited, rows
+
+
+def _checked_walk(walk: Any) -> tuple[list[float], int]:
+    """The timesteps of a walk and the rows of a picture, as a file says. Raises ValueError, TypeError: it does not."""
+    visited, rows = walk
+    sound = isinstance(visited, list) and all(isinstance(t, float) and 0 <= t < 2**20 for t in visited)
+    if not sound or not visited:
+        raise ValueError(f"its walk visits {visited!r}")
+    if not is_whole(rows, 1, 2**20):
+        raise ValueError(f"it says {rows!r} rows of a picture")
+    return visited, rows
+
+
+def _check_like(value: Tensor, like: Tensor, count: int) -> None:
+    """Raises ValueError: a tensor of a file is not one of ``count`` rows such as another's."""
+    if value.shape != (count, *like.shape[1:]) or value.dtype != like.dtype:
+        raise ValueError(f"it holds {value.dtype} {tuple(value.shape)} in place of {count} {like.dtype} rows")
+    if not value.isfinite().all():
+        raise ValueError("it holds NaN or infinity")
 
 
 @dataclass(frozen=True)
@@ -249,6 +277,10 @@ class _Draw:
     step: Tensor
     trajectory: Tensor
     pictures: int
+
+    def most(self, first: int, end: int) -> int:
+        """How many points the trajectories of these numbers may give."""
+        return int(((self.trajectory >= first) & (self.trajectory < end)).sum())
 
     def kept(self, calls: list[CalibrationSet], first: int) -> CalibrationSet:
         """The points among the calls for a batch of pictures, whose first trajectory has the number ``first``."""

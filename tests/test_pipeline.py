@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pqcad_ao import plan, quantize_
 from pqcad_ao.denoiser import predict
 from pqcad_ao.nn.state import quantized_state
 from pqcad_ao.pipeline import PipelineWalk, network_of
+from pqcad_ao.utils.tensor_files import read_tensors, write_tensors
 
 CLASSES = [3, 7, 500]
 GUIDED = {"class_labels": CLASSES, "guidance_scale": 3.0}
@@ -192,6 +194,43 @@ def test_a_walk_that_was_cut_short_goes_on(pipeline, tmp_path):
     for file in files:
         file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"is damaged .*: delete it, and it is made again"):
+        PipelineWalk(pipeline, None, GUIDED, config).points(folder=tmp_path)
+
+
+def _set(name, change):
+    def damage(tensors, walk):
+        tensors[name] = change(tensors[name])
+
+    return damage
+
+
+DAMAGES = {
+    "NaN": _set("0", lambda x_t: x_t.fill_(float("nan"))),
+    "another type": _set("0", lambda x_t: x_t.double()),
+    "another shape": _set("0", lambda x_t: x_t[:, :2].contiguous()),
+    "another row": _set("2", lambda labels: labels[1:].contiguous()),
+    "timesteps that nobody visits": _set("1", lambda timesteps: timesteps + 1),
+    "a tensor less": lambda tensors, walk: tensors.pop("2"),
+    "a tensor more": lambda tensors, walk: tensors.update({"3": tensors["2"].clone()}),
+    "more points": lambda tensors, walk: tensors.update({name: torch.cat([v] * 9) for name, v in tensors.items()}),
+    "a walk to nowhere": lambda tensors, walk: walk[0].clear(),
+    "a walk in words": lambda tensors, walk: walk.__setitem__(0, "abc"),
+    "a walk without an end": lambda tensors, walk: walk[0].append(float("inf")),
+    "rows of nothing": lambda tensors, walk: walk.__setitem__(1, 0),
+    "a list less": lambda tensors, walk: walk.pop(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_points_that_were_not_walked_are_refused(damage, pipeline, tmp_path):
+    """A file that is whole, by its checksum, and says what cannot be."""
+    config = quick(calibration_batch_size=63)
+    PipelineWalk(pipeline, None, GUIDED, config).points(folder=tmp_path)
+    (file,) = tmp_path.iterdir()
+    tensors, walk = read_tensors(file, "walk")
+    damage(tensors, walk)
+    write_tensors(file, tensors, {"walk": json.dumps(walk)})
+    with pytest.raises(ValueError, match=rf"{file.name} is damaged \(.*\): delete it"):
         PipelineWalk(pipeline, None, GUIDED, config).points(folder=tmp_path)
 
 

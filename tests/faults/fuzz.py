@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from jobs import CAD, LEARNS, SHAPE, UNET, Small, cosine_scheduler, export, quantize_, quick, teach
 from PIL import Image
+from pipelines import dit
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -34,6 +35,7 @@ from pqcad_ao.diffusion.trajectories import draw_trajectories
 from pqcad_ao.edge.seal import MARK, seal
 from pqcad_ao.evaluate.features import FeatureClassifier, RealFeatures, load_classifier
 from pqcad_ao.models import load_model, save_model
+from pqcad_ao.pipeline import PipelineWalk
 from pqcad_ao.recipes.settings import load_settings
 from pqcad_ao.utils.files import digest
 from pqcad_ao.utils.tensor_files import CHECKSUM, checksum, write_tensors
@@ -249,6 +251,11 @@ def _points(folder: Path) -> None:
     assert calibration_set(Small(), cosine_scheduler(), SHAPE, quick(), folder=folder).x_t.isfinite().all()
 
 
+def _walk(folder: Path) -> None:
+    call = {"class_labels": [3, 7], "guidance_scale": 3.0}
+    assert PipelineWalk(dit(), None, call, quick()).points(folder=folder).x_t.isfinite().all()
+
+
 def _pictures(folder: Path) -> None:
     drawn = draw_trajectories(Small(), cosine_scheduler(), SHAPE, CAD, {}, folder=folder)
     assert drawn.rows(torch.arange(len(drawn)))[0].isfinite().all()
@@ -329,6 +336,7 @@ READERS: dict[str, Reader] = {
     "load_model": Reader(_make_model, _read_model, _change_model),
     "load_quantized": Reader(_make_file, _read_file, _change_any(change_safetensors)),
     "C_QC": Reader(_points, _points, _change_any(change_safetensors)),
+    "C_QC of a pipeline": Reader(_walk, _walk, _change_any(change_safetensors)),
     "C_DC": Reader(_pictures, _pictures, _change_pictures),
     "features": Reader(_make_features, _read_features, _change_any(change_safetensors)),
     "idx images": Reader(_make_idx, lambda f: load_images(f, image_size=8), _change_idx),
