@@ -16,6 +16,7 @@ import rich.console
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from PIL import Image
+from safetensors.torch import load_file
 
 from pqcad_ao import cli, distill, report
 from pqcad_ao.cli.command import app
@@ -518,6 +519,32 @@ def test_an_interrupted_command_says_how_to_go_on_and_goes_on(
     assert cli.main(shlex.split(said[-1])[1:]) == 130
     assert len(begun) == 1
     assert begun[0] >= 50
+
+
+@pytest.mark.parametrize("options", [QUICK, [*QUICK[:4], "--fast", "--distill", "4"]], ids=["ptq", "distilled"])
+def test_a_dry_run_says_what_it_comes_to_and_writes_nothing(
+    tiny_dir: Path,
+    compressed_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+):
+    for name in ("quantize", "distill"):
+        for call in ("calibration_set", "checked_trajectories"):
+            monkeypatch.setattr(f"pqcad_ao.{name}.{call}", lambda *_, **__: pytest.fail("work began"), raising=False)
+    out = tmp_path / "out"
+    found = run_json(tmp_path, "compress", "--model", tiny_dir, "--out", out, *options, "--dry-run")
+    assert not out.exists()
+    printed = capsys.readouterr().out
+    assert all(row["fqn"] in printed for row in found["rows"])
+    written = load_file(compressed_dir / "unet" / "diffusion_pytorch_model.safetensors")
+    assert found["bytes_after"] == sum(tensor.nbytes for tensor in written.values())
+    full = load_file(tiny_dir / "unet" / "diffusion_pytorch_model.safetensors")
+    assert found["bytes_before"] == sum(tensor.nbytes for tensor in full.values())
+    assert f"{found['bytes_before']:,} bytes now, {found['bytes_after']:,} afterwards" in printed
+    assert 0 < found["expected_seconds"] < 3600
+    assert "expected: " in printed
 
 
 def test_nothing_unfinished_stays_behind(compressed_dir: Path):

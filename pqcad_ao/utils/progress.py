@@ -36,9 +36,8 @@ class tqdm(auto.tqdm):  # as it is called everywhere
 
     def refresh(self, *args: Any, **options: Any) -> None:
         """Draw anew; a line is written only when one is due, for what a bar says may change with every update."""
-        if self.disable or not self.lines or self._is_due():
+        if self.disable or not self.lines:
             super().refresh(*args, **options)
-
-    def _is_due(self) -> bool:
-        now = self._time()
-        return now >= self.start_t + self.delay and now >= self.last_print_t + self.mininterval
+        elif self._time() >= max(self.start_t + self.delay, self.last_print_t + self.mininterval):
+            super().refresh(*args, **options)
+            self.last_print_t = self._time()
