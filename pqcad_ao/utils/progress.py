@@ -26,6 +26,8 @@ class _Lines:
 class tqdm(auto.tqdm):  # as it is called everywhere
     """tqdm's own bar, unless standard error is neither a terminal nor a notebook's: there nothing moves a cursor."""
 
+    last_print_t: float
+
     def __init__(self, *args: Any, **options: Any) -> None:
         self.lines = not sys.stderr.isatty() and "ipykernel" not in sys.modules
         if self.lines:
