@@ -110,7 +110,7 @@ def test_the_same_seeds_stand_side_by_side(tmp_path: Path):
     assert seeds.count("<img") == 8 * 3  # of ten pictures: the first of the titles, the last, and their difference
     assert page.count("<img") == 8 * 3 + 3  # and behind a click all of each title
     (first, *_) = side_by_side({"a": torch.zeros(1, 1, 2, 2), "b": torch.zeros(1, 1, 2, 2)}, 8)
-    assert [title for title, _ in first] == ["a", "b", "difference"]
+    assert [title for title, _ in first] == ["a", "b", "the second less the first"]
 
 
 def test_latents_are_no_pictures(tmp_path: Path):

@@ -54,7 +54,7 @@ def side_by_side(columns: Mapping[str, Tensor], count: int) -> list[list[tuple[s
     seeds: list[list[tuple[str, str]]] = [[] for _ in next(iter(pixels.values()))]
     if len(pixels) > 1:
         reference, ours, *_ = pixels.values()
-        pixels["difference"] = ((ours.float() - reference.float()) / 2 + 127.5).round().to(torch.uint8)
+        pixels["the second less the first"] = ((ours.float() - reference.float()) / 2 + 127.5).round().to(torch.uint8)
     for title, images in pixels.items():
         for seed, image in zip(seeds, images, strict=True):
             seed.append((title, png(image)))
