@@ -147,8 +147,9 @@ def _as_ddim(scheduler) -> DDIMScheduler:
     values |= {"prediction_type": kind, "clip_sample": config.get("clip_sample", False)}
     if values.get("beta_schedule", "linear") in BETA_SCHEDULES:
         ddim = DDIMScheduler(**values)
+        powers = scheduler.alphas_cumprod.to(ddim.alphas_cumprod)
         # some put a power of 2^-24 in the place of none
-        if torch.allclose(ddim.alphas_cumprod, scheduler.alphas_cumprod.float(), rtol=1e-4, atol=LEAST_SIGNAL):
+        if torch.allclose(ddim.alphas_cumprod, powers, rtol=1e-4, atol=LEAST_SIGNAL):
             return ddim
     alphas = scheduler.alphas_cumprod.double()
     betas = (1 - alphas / torch.cat([torch.ones(1, dtype=torch.float64), alphas[:-1]])).tolist()
