@@ -410,7 +410,7 @@ def test_a_package_that_departs_is_not_written(tmp_path, monkeypatch):
 
 def _spoil(graph) -> None:
     """Halve what the network returns."""
-    output = next(reversed(graph.graph.nodes))
+    output = next(iter(reversed(graph.graph.nodes)))
     with graph.graph.inserting_before(output):
         half = graph.graph.call_function(torch.ops.aten.mul.Tensor, (output.args[0][0], 0.5))
     output.args = ((half,),)

@@ -133,8 +133,10 @@ class QuantizedLayer(nn.Module):
         Args:
             x: what was quantized. scale: (B, segments), of its grid.
         """
-        # an exported program is for inference: there a network's norms, which require gradients, do not count
-        if torch.compiler.is_exporting() or not (torch.is_grad_enabled() and x.requires_grad):
+        # an exported program is for inference: there a network's norms, which require gradients, do not count.
+        # What torch.compiler.is_exporting() returns; of that Dynamo of torch 2.11 says True in torch.compile as well
+        exporting = torch.compiler._is_exporting_flag
+        if exporting or not (torch.is_grad_enabled() and x.requires_grad):
             return output
         low = self.input_low[self.timestep.current(x.shape[0])]
         ends = (low * scale, (low + 2 ** (self.activation_bits or 0) - 1) * scale)
