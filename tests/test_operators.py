@@ -114,12 +114,15 @@ def test_rows_of_a_weight_and_back(kind, groups):
 # What is written of kinds of layers: a module's class, an ATen or pqcad operator of it, or its name as a string.
 KIND = re.compile(r"^(torch\.)?(nn\.(Conv|Linear)\w*|(ops\.)?(aten|pqcad)\.(linear|conv\w*)\b.*)$")
 # Where that may be: the table, the quantized modules, the operators themselves and the kernels that stand for them,
-# those that peft has adapters of, a network that is built of layers, and what ExecuTorch is asked to leave whole.
+# those that peft has adapters of, what no network may have, betas that are linear, a network that is built of layers,
+# and what ExecuTorch is asked to leave whole.
 MAY_NAME_KINDS = (
     "graph/operators.py",
     *(f"nn/{kind}.py" for kind in QUANTIZED),
     "ops/",
     "nn/adapters.py",
+    "graph/suitable.py",
+    "diffusion/process.py",
     "passes/to_triton.py",
     "evaluate/features.py",
     "edge/lower.py",
