@@ -65,7 +65,7 @@ DECODED = _Decoded()
 
 
 def test_calibration_sees_both_calls_of_the_guided_walk():
-    network, config = Labelled(), quick(calibration_points=64)
+    network, config = Labelled(), quick(mode="fixed", learning_points=64)
     points = calibration_set(network, cosine_scheduler(), SHAPE, config, guidance())
     assert points.conditioning.keys() == {"labels"}
     counts = torch.bincount(points.conditioning["labels"])
@@ -76,7 +76,7 @@ def test_calibration_sees_both_calls_of_the_guided_walk():
     assert torch.equal(points.x_t[first], plain.x_t[first])  # noise
     assert not torch.allclose(points.x_t[~first], plain.x_t[~first])
     quantize_(
-        network, config, scheduler=cosine_scheduler(), sample_shape=SHAPE, conditioning=guidance(), progress=False
+        network, quick(), scheduler=cosine_scheduler(), sample_shape=SHAPE, conditioning=guidance(), progress=False
     )
     x, t = torch.randn(4, *SHAPE), torch.tensor([1, 200, 500, 900])
     assert predict(network, x, t, guidance()).isfinite().all()

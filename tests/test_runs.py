@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import SHAPE, Small, cosine_scheduler, quick
+from networks import SHAPE, TINY_UNET, Small, cosine_scheduler, quick
 from omegaconf import OmegaConf
 
 from pqcad_ao import CADConfig, compress, distill_, quantize_
@@ -70,7 +71,7 @@ def test_every_long_job_asks_whether_another_is_at_work(holder, tmp_path):
         lambda: calibration_set(model, cosine_scheduler(), SHAPE, quick(), folder=tmp_path),
         lambda: draw_trajectories(model, cosine_scheduler(), SHAPE, CADConfig(steps=4), {}, folder=tmp_path),
         lambda: train_loop(None, 1, folder=tmp_path, describe=str, title=""),
-        lambda: save_model(model, cosine_scheduler(), tmp_path),
+        lambda: save_model(UNet2DModel(**TINY_UNET), cosine_scheduler(), tmp_path),
         lambda: train(OmegaConf.create({"train": {}}), torch.zeros(1, 1, 8, 8), tmp_path),
     ]
     for job in jobs:
