@@ -130,6 +130,7 @@ def test_weights_are_in_the_file_once(exported, tmp_path):
     assert report.bytes - smaller < 2.5 * weights, "scales, biases and the list of operators come on top"
 
 
+@pytest.mark.slow
 def test_images_of_several_channels(tmp_path):
     """In a sampler they lie in memory as no runtime reads them."""
     channels = 3

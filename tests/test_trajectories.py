@@ -182,6 +182,7 @@ def test_the_look_at_betas_can_be_left_out():
     assert repr(settings) == repr(config())  # what is kept in a folder serves either
 
 
+@pytest.mark.slow
 def test_other_betas_than_the_networks_are_found_out():
     teacher, scheduler = load_model("demo")
     clean = draw_trajectories(teacher, scheduler, (1, 32, 32), CADConfig(points=24, generation_batch_size=24), {})

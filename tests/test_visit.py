@@ -49,6 +49,7 @@ def test_a_rehearsal_does_all_three_things(rehearsed):
     assert json.loads((rehearsed / "visit.json").read_text())["codes"] == {"measure": 0, "teacher": 0, "kept": 1}
 
 
+@pytest.mark.slow
 def test_the_next_visit_goes_on_from_the_teachers_averaged_weights(rehearsed, pictures, tiny_dir, tmp_path):
     weights = load_file(rehearsed / "teacher" / "unet" / "diffusion_pytorch_model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.float16}
