@@ -147,9 +147,7 @@ def quantize(input: Tensor, scale: Tensor, low: Tensor, segments: list[int], bit
         _check_grid(name, values, segments, input.shape[0], input.shape[channel_dim])
     shape = [1] * input.dim()
     shape[0], shape[channel_dim] = input.shape[0], sum(segments)
-    # on a GPU nobody waits for what a look at the values would say
-    if input.device.type == "cpu" and not input.isfinite().all():
-        raise ValueError(f"{NOT_FINITE}: integers would hide it")
+    _check_finite(input)
     scale, low = (per_channel(values.float(), segments).view(shape) for values in (scale, low))
     # nothing in place: on a GPU Inductor is given this function for the operator
     integers = (input.float() * scale.reciprocal()).round().clamp(low, low + (2**bits - 1))
@@ -181,6 +179,12 @@ def norm_silu_quantize(
     if upsample == 1:
         return x
     return x.repeat_interleave(upsample, 2).repeat_interleave(upsample, 3).contiguous(memory_format=torch.channels_last)
+
+
+def _check_finite(values: Tensor) -> None:
+    # on a GPU nobody waits for what a look at the values would say
+    if values.device.type == "cpu" and not values.isfinite().all():
+        raise ValueError(f"{NOT_FINITE}: integers would hide it")
 
 
 def _check_grid(name: str, values: Tensor, segments: list[int], batch: int, channels: int) -> None:
