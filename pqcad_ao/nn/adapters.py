@@ -43,7 +43,8 @@ class LoraQuantizedConv(LoraQuantizedLinear):
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
-        layer, convolution = self.get_base_layer(), CONVOLUTIONS[self.get_base_layer().kind]
+        layer: Any = self.get_base_layer()
+        convolution = CONVOLUTIONS[layer.kind]
         # an image of height one stands for what Conv1d takes
         first = 1 if convolution is nn.Conv1d else 0
         window = [numbers[first:] for numbers in (layer.kernel_size, layer.stride, layer.padding, layer.dilation)]
@@ -70,4 +71,4 @@ def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, *
 
 # peft 0.21 asks each LoraConfig, and nothing else, about layers that it does not know; diffusers makes the one of
 # load_lora_weights itself
-LoraModel._create_new_module = staticmethod(_create_new_module)
+setattr(LoraModel, "_create_new_module", staticmethod(_create_new_module))  # noqa: B010 (mypy)
