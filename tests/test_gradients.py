@@ -74,6 +74,7 @@ def test_compiled_gradients_are_the_eager_ones(small, backend):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow
 def test_the_backend_keeps_gradients_and_says_what_they_cost(small):
     x, t = inputs(3)
     _, expected = gradient(small, x, t)

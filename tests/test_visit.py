@@ -39,6 +39,7 @@ def rehearsed(pictures, tiny_dir, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_rehearsal_does_all_three_things(rehearsed):
     exactness = json.loads((rehearsed / "exactness.json").read_text())
     assert exactness["wrong"] == {}
