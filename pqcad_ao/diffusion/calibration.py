@@ -110,6 +110,12 @@ def observed(timesteps: Tensor, groups: int, num_train_timesteps: int) -> Tensor
     return chosen
 
 
+def to_observe(points: CalibrationSet, config: PQCADConfig, num_train_timesteps: int) -> CalibrationSet:
+    """Those of C_QC's points to which activation grids are fitted."""
+    head = points[: config.calibration_points]
+    return head[observed(head.timesteps, config.timestep_groups, num_train_timesteps)]
+
+
 def assign_trajectories(step: Tensor, trajectories: int, generator: torch.Generator) -> Tensor:
     """A trajectory for each point (N,), its own among those at its step. Returns (N,) int64."""
     trajectory = torch.zeros(len(step), dtype=torch.int64)

@@ -12,7 +12,7 @@ import torch
 from torch.fx import GraphModule
 
 from pqcad_ao.config import PQCADConfig
-from pqcad_ao.diffusion.calibration import CalibrationSet, observed
+from pqcad_ao.diffusion.calibration import CalibrationSet, to_observe
 from pqcad_ao.graph.plan import Plan
 from pqcad_ao.learn.sensitivity import perturbation_loss
 from pqcad_ao.learn.training import Learner, read_checkpoint, train_loop
@@ -244,9 +244,8 @@ class _Run:
             fit_activations(self.graph, self._widths("activations", self.policy.bits))
 
     def _observe(self) -> None:
-        head = self.points[: self.config.calibration_points]
-        chosen = observed(head.timesteps, self.config.timestep_groups, self.num_train_timesteps)
-        observe(self.graph, head[chosen], self.config.calibration_batch_size)
+        points = to_observe(self.points, self.config, self.num_train_timesteps)
+        observe(self.graph, points, self.config.calibration_batch_size)
 
     def _begin(self, bits: int) -> None:
         """Let a width begin to blend in; the next grids' moments are those of a width long gone."""

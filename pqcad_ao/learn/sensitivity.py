@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from pqcad_ao.config import PQCADConfig
-from pqcad_ao.diffusion.calibration import CalibrationSet, observed
+from pqcad_ao.diffusion.calibration import CalibrationSet, to_observe
 from pqcad_ao.graph.capture import Capture
 from pqcad_ao.graph.plan import Plan, PlanRow
 from pqcad_ao.learn.ptq import prepare
@@ -141,8 +141,7 @@ def sensitive(
     graph = prepare(trial, resolved, config, num_train_timesteps)
     head = points[: config.calibration_points]
     with weights_in_full_precision(graph):
-        chosen = observed(head.timesteps, config.timestep_groups, num_train_timesteps)
-        observe(graph, head[chosen], config.calibration_batch_size)
+        observe(graph, to_observe(points, config, num_train_timesteps), config.calibration_batch_size)
     losses = layer_sensitivity(
         graph, resolved, head, rungs=config.target_bits is not None, callback=callback, progress=progress
     )
