@@ -205,7 +205,7 @@ def compress(
         dry_run: print the plan, bytes before and after, and about how many minutes it would take; write nothing.
     """
     from pqcad_ao import ops
-    from pqcad_ao.cli.forecast import forecast
+    from pqcad_ao.cli.forecast import forecast, weight_bytes
     from pqcad_ao.data import some_images
     from pqcad_ao.denoiser import sample_shape
     from pqcad_ao.distill import compress as compressed
@@ -228,7 +228,7 @@ def compress(
     given = conditioned(unet, model, conditioning)
     if dry_run:
         return forecast(unet, scheduler, config, halving, given)
-    full, pictures = sum(value.numel() * value.element_size() for value in unet.state_dict().values()), {}
+    full, pictures = weight_bytes(unet), {}
 
     def draw(name: str, steps: int) -> None:
         if common.report is not None:

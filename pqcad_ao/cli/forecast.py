@@ -42,7 +42,7 @@ def forecast(
         config = replace(config, calibration_steps=cad.steps)
     captured, resolved = planned(unet, config, None, sample_shape(unet), conditioning)
     sampler = as_sampler(scheduler)
-    before, after = _bytes(unet), _quantized_bytes(unet, config, resolved, sampler.config.num_train_timesteps)
+    before, after = weight_bytes(unet), _quantized_bytes(unet, config, resolved, sampler.config.num_train_timesteps)
     seconds = _seconds(unet, sampler, captured, resolved, config, cad, conditioning)
     print(f"{resolved}\nweights: {before:,} bytes now, {after:,} afterwards")
     print(f"expected: {seconds / 60:.1f} minutes, an estimate from a call and two updates that were timed just now")
@@ -52,7 +52,8 @@ def forecast(
     return {**found, "summary": resolved.summary(), "rows": resolved.to_list()}
 
 
-def _bytes(network: nn.Module) -> int:
+def weight_bytes(network: nn.Module) -> int:
+    """Bytes of what a network saves."""
     return sum(tensor.nbytes for tensor in network.state_dict().values())
 
 
@@ -61,7 +62,7 @@ def _quantized_bytes(unet: nn.Module, config: PQCADConfig, resolved: Plan, num_t
     timestep = Timestep(config.timestep_groups, num_train_timesteps)
     insert_layers(skeleton, make_layers(skeleton, QuantizedState(config, resolved, timestep)), timestep)
     spare = 0 if config.target_bits is None else spare_bits(resolved, config.target_bits)  # whose layers are not known
-    return _bytes(skeleton) + int(spare / 8)
+    return weight_bytes(skeleton) + int(spare / 8)
 
 
 def _seconds(
