@@ -254,11 +254,12 @@ def test_on_a_gpu_inductor_writes_the_quantizers_itself(monkeypatch):
     monkeypatch.setattr(backend, "has_gpu_kernels", lambda device: True)
     monkeypatch.setattr(backend, "to_triton", lambda graph, form: 0)
     monkeypatch.setattr(backend.reference, "_check_finite", lambda values: None)  # as on a GPU
-    # whose key of a graph does not hold the decompositions: it knows the same graph as the CPU's own (torch 2.13)
-    monkeypatch.setattr(torch._functorch.config, "enable_autograd_cache", False)
     model = quantized(Small())
     compiled = torch.compile(model, backend="pqcad")
-    compiled(noise(), at(200))
+    # whose key of a graph does not hold the decompositions: it knows the same graph as the CPU's own (torch 2.13). By
+    # `patch`, as monkeypatch puts back a setting of torch's by deleting it
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        compiled(noise(), at(200))
     with torch.profiler.profile() as profile:
         found = compiled(noise(), at(200))
     called = {event.key for event in profile.key_averages()}
