@@ -6,9 +6,10 @@ command line reads its options off these fields and their descriptions, and is t
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pqcad_ao.utils.checks import check_count, is_whole
+from pqcad_ao.utils.checks import check_fields, check_numbers, check_seed, check_word, is_number, is_whole
+from pqcad_ao.utils.fields import repr_of
 
 if TYPE_CHECKING:
     from torchao.core.config import AOBaseConfig
@@ -43,38 +44,12 @@ def _check_bits(name: str, value: Any, allowed: range, where: str = "") -> None:
         )
 
 
-def _is_number(value: Any, least: float, most: float) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
-
-
-def _check_word(name: str, value: Any, words: Any) -> None:
-    allowed = get_args(words)
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r}: allowed are {', '.join(map(repr, allowed))}")
-
-
 def _check_ladder(name: str, ladder: Any, allowed: range) -> None:
     sound = isinstance(ladder, (list, tuple)) and all(isinstance(bits, int) and bits in allowed for bits in ladder)
     if not sound or any(a <= b for a, b in pairwise(ladder)):
         raise ValueError(
             f"{name}={ladder!r}: write falling widths from {allowed.start} to {allowed.stop - 1}, such as [8, 6, 5]"
         )
-
-
-def _check_counts(config: Any, names: tuple[str, ...], most: int | None = None) -> None:
-    for name in names:
-        check_count(name, getattr(config, name), most=most)
-
-
-def _check_numbers(config: Any, names: tuple[str, ...], most: float = 1) -> None:
-    for name in names:
-        if not _is_number(getattr(config, name), 0, most):
-            raise ValueError(f"{name}={getattr(config, name)!r}: allowed are numbers from 0 to {most:g}")
-
-
-def _check_seed(seed: Any) -> None:
-    if not is_whole(seed, 0, 2**63 - 1):
-        raise ValueError(f"seed={seed!r}: allowed are whole numbers from 0 to 2^63 - 1")
 
 
 def config_from_json(values: Any) -> "PQCADConfig":
@@ -192,31 +167,31 @@ class PQCADConfig(AOBaseConfig):
             )
         _check_bits("weight_bits", self.weight_bits, WEIGHT_BITS)
         _check_bits("activation_bits", self.activation_bits, ACTIVATION_BITS)
-        _check_word("mode", self.mode, Mode)
-        _check_word("transitions", self.transitions, TransitionLaw)
-        _check_word("calibration_timesteps", self.calibration_timesteps, TimestepLaw)
-        if self.target_bits is not None and not _is_number(self.target_bits, 2, 8):
+        check_word("mode", self.mode, Mode)
+        check_word("transitions", self.transitions, TransitionLaw)
+        check_word("calibration_timesteps", self.calibration_timesteps, TimestepLaw)
+        if self.target_bits is not None and not is_number(self.target_bits, 2, 8):
             raise ValueError(f"target_bits={self.target_bits!r}: allowed are numbers from 2 to 8, or None")
         _check_ladder("weight_ladder", self.weight_ladder, WEIGHT_BITS)
         _check_ladder("activation_ladder", self.activation_ladder, ACTIVATION_BITS)
-        _check_numbers(self, ("learning_rate", "scale_learning_rate", "tau"))
+        check_numbers(self, ("learning_rate", "scale_learning_rate", "tau"))
         for name in ("weight_share", "beta"):
-            if not _is_number(getattr(self, name), 0, 1) or getattr(self, name) in (0, 1):
+            if not is_number(getattr(self, name), 0, 1) or getattr(self, name) in (0, 1):
                 raise ValueError(f"{name}={getattr(self, name)!r}: allowed are numbers between 0 and 1")
-        _check_counts(self, ("timestep_groups", "calibration_points", "calibration_steps"))
-        _check_counts(self, ("iterations", "window", "patience", "learning_points"))
-        _check_counts(self, ("batch_size", "calibration_batch_size"), most=MAX_BATCH)
+        check_fields(self, ("timestep_groups", "calibration_points", "calibration_steps"))
+        check_fields(self, ("iterations", "window", "patience", "learning_points"))
+        check_fields(self, ("batch_size", "calibration_batch_size"), most=MAX_BATCH)
         # within these bounds the truncated law keeps a fair part of what is drawn
         for name, most in (("calibration_mean", 1), ("calibration_std", 10)):
             value = getattr(self, name)
-            if not _is_number(value, 0, most):
+            if not is_number(value, 0, most):
                 raise ValueError(f"{name}={value!r}: allowed are numbers from 0 to {most}, as a part of T")
         if self.calibration_std < 0.001:
             raise ValueError(
                 f"calibration_std={self.calibration_std!r} would put every calibration point on one timestep: "
                 "allowed are numbers from 0.001; 0.4 is the default"
             )
-        _check_seed(self.seed)
+        check_seed(self.seed)
         if not isinstance(self.overrides, dict):
             raise TypeError(
                 f"overrides is a {type(self.overrides).__name__}; write {{'role or glob': {{'weight_bits': 8}}}}"
@@ -230,6 +205,8 @@ class PQCADConfig(AOBaseConfig):
                 raise ValueError(f"overrides[{key!r}] sets {given}: allowed are weight_bits and activation_bits")
             _check_bits("weight_bits", bits.get("weight_bits"), WEIGHT_BITS, f" in overrides[{key!r}]")
             _check_bits("activation_bits", bits.get("activation_bits"), ACTIVATION_BITS, f" in overrides[{key!r}]")
+
+    __repr__ = repr_of
 
     @property
     def learns(self) -> bool:
@@ -318,19 +295,21 @@ class CADConfig(AOBaseConfig):
         for name in ("check_betas", "direct", "renoised"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r}: write True or False")
-        _check_counts(self, ("steps", "halvings", "iterations", "points", "reference_substeps"))
-        _check_word("reference_solver", self.reference_solver, Solver)
-        _check_counts(self, ("batch_size", "generation_batch_size"), most=MAX_BATCH)
-        _check_numbers(self, ("learning_rate", "scale_learning_rate", "noise_injection"))
-        _check_numbers(self, ("reference_weight", "teacher_weight"), most=1000)
+        check_fields(self, ("steps", "halvings", "iterations", "points", "reference_substeps"))
+        check_word("reference_solver", self.reference_solver, Solver)
+        check_fields(self, ("batch_size", "generation_batch_size"), most=MAX_BATCH)
+        check_numbers(self, ("learning_rate", "scale_learning_rate", "noise_injection"))
+        check_numbers(self, ("reference_weight", "teacher_weight"), most=1000)
         if self.reference_weight + self.teacher_weight == 0:
             raise ValueError("reference_weight=0 and teacher_weight=0 leave nothing to learn from")
-        _check_word("space", self.space, Space)
+        check_word("space", self.space, Space)
         if self.steps % 2**self.halvings:
             raise ValueError(
                 f"steps={self.steps} cannot be halved {self.halvings} times: give a multiple of {2**self.halvings}"
             )
-        _check_seed(self.seed)
+        check_seed(self.seed)
+
+    __repr__ = repr_of
 
     @property
     def runs(self) -> list[tuple[int, int]]:

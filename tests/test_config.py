@@ -1,11 +1,14 @@
 """``PQCADConfig``: every value out of its range is an error that says what is allowed."""
 
+import json
 import math
+from dataclasses import dataclass
 
 import pytest
 from torchao.core.config import AOBaseConfig
 
-from pqcad_ao import PQCADConfig
+from pqcad_ao import CADConfig, PQCADConfig
+from pqcad_ao.utils.fields import entries, later, repr_of
 
 BAD = {
     "weight_bits": [None, 1, 9, 0, -4, 4.0, "4", True],
@@ -89,3 +92,35 @@ def test_defaults_are_w4a6_without_sharing():
     assert isinstance(first, AOBaseConfig)
     first.overrides["stem"] = {"weight_bits": 4}
     assert second.overrides == {}
+
+
+# what a run's folder was named by before there was any later field
+REPRS = {
+    PQCADConfig: "PQCADConfig(weight_bits=4, activation_bits=6, mode='progressive', timestep_groups=20, overrides={}, "
+    "target_bits=None, iterations=400, batch_size=32, learning_rate=0.0005, scale_learning_rate=0.001, "
+    "weight_ladder=[5], activation_ladder=[6], weight_share=0.15, transitions='momentum', beta=0.9, tau=0.02, "
+    "window=20, patience=5, learning_points=4096, calibration_points=512, calibration_steps=20, "
+    "calibration_timesteps='uniform', calibration_mean=0.4, calibration_std=0.4, calibration_batch_size=32, seed=0)",
+    CADConfig: "CADConfig(steps=20, halvings=1, direct=False, iterations=400, batch_size=32, learning_rate=0.0006, "
+    "scale_learning_rate=0.001, reference_weight=1.0, reference_solver='dpmpp_2m', reference_substeps=2, "
+    "teacher_weight=0.0, space='v', points=1024, renoised=False, noise_injection=0.0, generation_batch_size=32, "
+    "seed=0)",
+}
+
+
+@pytest.mark.parametrize("kind", REPRS)
+def test_a_run_that_uses_no_later_field_is_named_as_it_was(kind):
+    assert repr(kind()) == REPRS[kind]
+
+
+def test_a_later_field_shows_where_it_is_used():
+    @dataclass
+    class Grown:
+        first: int = 1
+        added: str = later("none")
+        __repr__ = repr_of
+
+    assert repr(Grown()).endswith("Grown(first=1)")
+    assert repr(Grown(added="some")).endswith("Grown(first=1, added='some')")
+    assert json.dumps(entries(Grown())) == '{"first": 1}'
+    assert entries(Grown(added="some")) == {"first": 1, "added": "some"}

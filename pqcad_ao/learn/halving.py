@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from pqcad_ao.nn.diffusers_plugin import attach
 from pqcad_ao.nn.state import quantized_state
 from pqcad_ao.prepare.fold import adopt, fold
 from pqcad_ao.prepare.observe import activation_quantizers, weight_quantizers
+from pqcad_ao.utils.fields import entries
 from pqcad_ao.utils.files import digest
 from pqcad_ao.utils.processes import rank_and_world
 
@@ -257,7 +258,7 @@ class _Halving:
         attach(network, state)
 
     def save(self, path: Path) -> None:
-        header = {"key": self.key, "log": [asdict(update) for update in self.log], "first": self.first}
+        header = {"key": self.key, "log": [entries(update) for update in self.log], "first": self.first}
         self.learner.save(path, header)
 
     def load(self, path: Path) -> None:

@@ -27,6 +27,7 @@ from pqcad_ao.prepare.observe import (
     weight_quantizers,
     weights_in_full_precision,
 )
+from pqcad_ao.utils.fields import entries
 from pqcad_ao.utils.files import digest
 
 DIVERGED = 10.0  # perturbation loss: ten times the power of what the network predicts
@@ -279,7 +280,7 @@ class _Run:
             "key": self.key,
             "stage": self.stage,
             "policies": {stage: policy.state_dict() for stage, policy in self.policies.items()},
-            "log": [asdict(update) for update in self.log],
+            "log": [entries(update) for update in self.log],
             "transitions": self.transitions,
             "positions": {name: module.position() for name, module in self._modules().items()},
         }

@@ -4,7 +4,6 @@ import copy
 import json
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from pqcad_ao.utils.fields import entries
 from pqcad_ao.utils.files import whole_file
 from pqcad_ao.utils.progress import tqdm
 from pqcad_ao.utils.runs import only_run_in
@@ -223,7 +223,7 @@ class _Folder:
         self.saved = len(run.log) if self.before.is_file() else None
         self.log = (folder / "log.jsonl").open("w") if write else None
         if self.log is not None:
-            self.log.writelines(json.dumps(asdict(update)) + "\n" for update in run.log)
+            self.log.writelines(json.dumps(entries(update)) + "\n" for update in run.log)
 
     def _load(self) -> None:
         try:
@@ -238,7 +238,7 @@ class _Folder:
         """Log an update that succeeded, and every so often write a checkpoint."""
         if self.log is None:
             return
-        self.log.write(json.dumps(asdict(update)) + "\n")
+        self.log.write(json.dumps(entries(update)) + "\n")
         self.log.flush()
         if len(self.run.log) % CHECKPOINT_EVERY == 0 or last:
             with whole_file(self.before) as unfinished:

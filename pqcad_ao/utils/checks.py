@@ -1,6 +1,6 @@
 """Checks of the numbers that a user gives, with one wording wherever they are given."""
 
-from typing import Any
+from typing import Any, get_args
 
 NOT_FINITE = "NaN or infinity in what is quantized"  # so begin the errors of the operators, in C++ as well
 
@@ -23,3 +23,34 @@ def check_counts(**counts: Any) -> None:
     """:func:`check_count` of each, from 1."""
     for name, value in counts.items():
         check_count(name, value)
+
+
+def check_fields(config: Any, names: tuple[str, ...], most: int | None = None) -> None:
+    """:func:`check_count` of a configuration's fields, from 1 to ``most``."""
+    for name in names:
+        check_count(name, getattr(config, name), most=most)
+
+
+def is_number(value: Any, least: float, most: float) -> bool:
+    """Whether ``value`` is a number (no bool) from ``least`` to ``most``."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
+
+
+def check_numbers(config: Any, names: tuple[str, ...], most: float = 1) -> None:
+    """Raise ValueError where a configuration's field of ``names`` is no number from 0 to ``most``."""
+    for name in names:
+        if not is_number(getattr(config, name), 0, most):
+            raise ValueError(f"{name}={getattr(config, name)!r}: allowed are numbers from 0 to {most:g}")
+
+
+def check_word(name: str, value: Any, words: Any) -> None:
+    """Raise ValueError where ``value`` is none of a Literal's words."""
+    allowed = get_args(words)
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: allowed are {', '.join(map(repr, allowed))}")
+
+
+def check_seed(seed: Any) -> None:
+    """Raise ValueError where ``seed`` is no seed of PyTorch's generators."""
+    if not is_whole(seed, 0, 2**63 - 1):
+        raise ValueError(f"seed={seed!r}: allowed are whole numbers from 0 to 2^63 - 1")
