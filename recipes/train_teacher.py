@@ -15,6 +15,7 @@ from zipfile import ZipFile
 
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
+from diffusers.training_utils import EMAModel
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -48,12 +49,10 @@ def lr_at(step: int, train: DictConfig) -> float:
     return train.lr * 0.5 * (1 + math.cos(math.pi * (step - train.warmup) / max(1, train.steps - train.warmup)))
 
 
-def averaged_copy(unet: UNet2DModel, ema: list[Tensor]) -> UNet2DModel:
+def averaged_copy(unet: UNet2DModel, ema: EMAModel) -> UNet2DModel:
     """A copy of ``unet`` with the averaged weights, in evaluation mode; draws no random numbers."""
     averaged = copy.deepcopy(unet).eval()
-    with torch.no_grad():
-        for parameter, value in zip(averaged.parameters(), ema, strict=True):
-            parameter.copy_(value)
+    ema.copy_to(averaged.parameters())
     return averaged
 
 
@@ -119,7 +118,7 @@ def _train(  # noqa: C901, PLR0912, PLR0915  (a recipe's loop is read in one pie
     network = torch.compile(unet) if options.get("compile", False) else unet
     scheduler = DDIMScheduler(**architecture["scheduler"])
     optimizer = torch.optim.AdamW(unet.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    ema = [parameter.detach().clone() for parameter in unet.parameters()]
+    ema = EMAModel(unet.parameters(), decay=options.ema, foreach=True)
     generator = torch.Generator(device).manual_seed(options.seed)
     grid_noise = torch.randn(
         64, unet.config.in_channels, config.data.image_size, config.data.image_size, generator=generator, device=device
@@ -133,7 +132,8 @@ def _train(  # noqa: C901, PLR0912, PLR0915  (a recipe's loop is read in one pie
             state = torch.load(checkpoint, weights_only=True, map_location=device)
             unet.load_state_dict(state["unet"])
             optimizer.load_state_dict(state["optimizer"])
-            ema, first = state["ema"], state["step"]
+            ema.load_state_dict(state["ema"])
+            first = state["step"]
             generator.set_state(state["generator"].cpu())
             torch.set_rng_state(state["rng"].cpu())  # dropout draws from the global generator
             if "cuda_rng" in state:
@@ -145,7 +145,8 @@ def _train(  # noqa: C901, PLR0912, PLR0915  (a recipe's loop is read in one pie
 
     def save(step: int) -> None:
         save_model(averaged_copy(unet, ema), scheduler, out)
-        state = {"unet": unet.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema, "step": step}
+        state = {"unet": unet.state_dict(), "optimizer": optimizer.state_dict()}
+        state |= {"ema": ema.state_dict(), "step": step}
         state |= {"generator": generator.get_state(), "rng": torch.get_rng_state()}
         if torch.device(device).type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(device)
@@ -176,8 +177,7 @@ def _train(  # noqa: C901, PLR0912, PLR0915  (a recipe's loop is read in one pie
         torch.nn.utils.clip_grad_norm_(unet.parameters(), options.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
-        decay = min(options.ema, (step + 1) / (step + 10))
-        torch._foreach_lerp_(ema, [p.detach() for p in unet.parameters()], 1 - decay)
+        ema.step(unet.parameters())
         losses.append(loss.detach())
         done = step + 1
         over = done == last or (done % 50 == 0 and time.monotonic() > ends_at)

@@ -19,7 +19,7 @@ from networks import TINY_TEXT_UNET, TINY_UNET, cosine_scheduler
 
 from pqcad_ao.models import load_model, push_to_hub, save_model
 from pqcad_ao.nn.state import quantized_state
-from pqcad_ao.pages.card import write_card
+from pqcad_ao.pages.card import check_replaceable, write_card
 
 QUALITY = {"fid": 2.934, "fid_ci": [2.62, 3.26], "n": 2000, "precision": 0.867, "recall": 0.846, "steps": 4}
 
@@ -120,6 +120,8 @@ def test_somebodys_readme_stays_and_is_no_card(
     (tmp_path / "README.md").write_bytes(text.encode("latin-1"))
     save_model(quantized_unet, scheduler, tmp_path)
     assert (tmp_path / "README.md").read_bytes() == text.encode("latin-1")
+    with pytest.raises(ValueError, match="was not written by pqcad_ao"):
+        check_replaceable(tmp_path)
     assert not (tmp_path / ".saved").exists()
     save_model(*load_model(tmp_path), tmp_path / "again")
     assert "license" not in read(tmp_path / "again")[0]

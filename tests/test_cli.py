@@ -154,8 +154,9 @@ def test_eval_against_a_folder_of_images(model_dir: Path, tmp_path: Path, capsys
     (tmp_path / "real").mkdir()
     for index, image in enumerate(torch.randint(256, (20, 8, 8), dtype=torch.uint8)):
         Image.fromarray(image.numpy()).save(tmp_path / "real" / f"{index}.png")
-    given = ["--data", tmp_path / "real", "--features", tmp_path / "features.safetensors"]
+    given = ["--data", tmp_path / "real", "--features", tmp_path / "features.safetensors", "--card"]
     found = run_json(tmp_path, "eval", "--model", model_dir, "--n", 24, "--steps", 2, *given, "--bootstrap", 20)
+    assert f"FID {found['fid']:.2f} ({found['fid_ci'][0]:.2f} to" in (model_dir / "README.md").read_text()
     assert found["fid"] > 0
     assert found["n"] == 24
     assert found["fid_ci"][0] <= found["fid"] <= found["fid_ci"][1]
@@ -276,6 +277,7 @@ def test_export_of_a_network_in_full_precision_is_one_line(
         (["eval", "--model", "{model}", "--n", "2", "--steps", "1"], "takes (N, 1, 32, 32)"),
         (["eval", "--model", "{model}", "--features", "f"], "give --data DIR too"),
         (["eval", "--model", "{model}", "--data", "{tmp}/none"], "is no folder"),
+        (["eval", "--model", "demo", "--card"], "demo is no folder with a model"),
         (["bench", "compile", "--model", "nowhere"], "no model 'nowhere'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers.training_utils import EMAModel
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -76,7 +77,7 @@ def _assert_same_checkpoint(first: dict, second: dict) -> None:
     assert first["step"] == second["step"]
     for name, value in first["unet"].items():
         assert torch.equal(value, second["unet"][name])
-    for mine, theirs in zip(first["ema"], second["ema"], strict=True):
+    for mine, theirs in zip(first["ema"]["shadow_params"], second["ema"]["shadow_params"], strict=True):
         assert torch.equal(mine, theirs)
     for key in ("generator", "rng"):
         assert torch.equal(first[key], second[key])
@@ -175,9 +176,10 @@ def test_what_is_written_is_the_average_in_diffusers_layout(undisturbed):
     _, out = undisturbed
     state = _checkpoint(out)
     pipeline = DDIMPipeline(UNet2DModel.from_pretrained(out / "unet"), DDIMScheduler.from_pretrained(out / "scheduler"))
-    for parameter, average in zip(pipeline.unet.parameters(), state["ema"], strict=True):
+    averages = state["ema"]["shadow_params"]
+    for parameter, average in zip(pipeline.unet.parameters(), averages, strict=True):
         assert torch.equal(parameter, average)
-    assert any(not torch.equal(a, b) for a, b in zip(state["ema"], state["unet"].values(), strict=False))
+    assert any(not torch.equal(a, b) for a, b in zip(averages, state["unet"].values(), strict=False))
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
     with Image.open(out / "grid-10.png") as grid:
         assert grid.size == (73, 73)  # eight by eight of 8x8, a pixel around each
@@ -233,7 +235,7 @@ def test_the_learning_rate_rises_and_falls_to_zero():
 
 def test_the_average_is_a_copy_and_draws_nothing(tiny_unet):
     tiny_unet.train()
-    ema = [parameter.detach() + 1 for parameter in tiny_unet.parameters()]
+    ema = EMAModel([parameter + 1 for parameter in tiny_unet.parameters()])
     before, state = tiny_unet.conv_in.weight.clone(), torch.get_rng_state()
     averaged = averaged_copy(tiny_unet, ema)
     assert torch.equal(torch.get_rng_state(), state)

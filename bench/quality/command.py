@@ -122,6 +122,7 @@ def bench_quality(
         lines: print each row as a line of JSON in place of the table.
     """
     from pqcad_ao.bench.quality import measure
+    from pqcad_ao.report import save_samples
 
     with resumable(work):
         result = measure.bench_quality(
@@ -136,9 +137,10 @@ def bench_quality(
             cad_options=cad,
             threads=common.threads,
             compiled=compile,
-            grid=grid,
             progress=True,
             say=(lambda line: None) if lines else print,
         )
+    if grid is not None:
+        save_samples(result["pictures"], grid, columns=4, side=2.4, across=5)
     print("\n".join(map(json.dumps, result["rows"])) if lines else table(result))
     return result

@@ -32,7 +32,7 @@ from pqcad_ao.models import load_model, save_model
 from pqcad_ao.nn.state import quantized_state
 from pqcad_ao.plan import plan
 from pqcad_ao.quantize import quantize_
-from pqcad_ao.report import save_samples, write_json
+from pqcad_ao.report import write_json
 from pqcad_ao.utils.checks import check_count
 from pqcad_ao.utils.files import digest, read_json
 from pqcad_ao.utils.machine import check_device, cpu, describe, peak_rss_bytes, reset_peak_rss
@@ -41,7 +41,7 @@ from pqcad_ao.utils.tensor_files import write_tensors
 CPU_BATCH, GPU_BATCH = 32, 512  # on a CPU more do not stay in the cache, and take longer for each image
 TRAJECTORIES = 16  # images whose trajectories carry the SQNR
 BOOTSTRAP = 200
-DRAWN = 16  # images of each row that are kept, for --grid
+DRAWN = 16  # images of each row that are kept, to be looked at
 METHOD = 2  # of learning and sampling; counted up where what an older one left in a work folder no longer compares
 
 
@@ -59,7 +59,6 @@ def bench_quality(
     options: dict[str, Any] | None = None,
     cad_options: dict[str, Any] | None = None,
     compiled: bool = False,
-    grid: str | Path | None = None,
     progress: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -74,13 +73,12 @@ def bench_quality(
         features: feature network and real statistics; the embedded ones if None.
         options, cad_options: further options of every row's :class:`PQCADConfig` and :class:`CADConfig`.
         compiled: sample through ``torch.compile``, quantized networks with ``backend="pqcad"``: for many images.
-        grid: a picture (PNG) to write, with the first images of every row, of the first seed.
         say: receives a line for each result.
 
     Returns:
         ``rows``, one for each name and seed (name, title, fid, fid_ci, kid, precision, recall, n, steps, seed, sqnr_db,
-        the device, processor and threads that it was sampled on, and what making its network took), and this run's
-        versions, threads and processor.
+        the device, processor and threads that it was sampled on, and what making its network took); this run's
+        versions, threads and processor; and ``pictures``, each row's title to its first images of the first seed.
 
     Raises:
         ValueError: a row that does not exist, sizes out of range, or steps or a scheduler that cannot be distilled.
@@ -98,18 +96,17 @@ def bench_quality(
     for name in rows:
         if (cad := bench.settings(name, seeds[0])[1]) is not None:  # before hours of work on other rows
             check_distillation(teacher, scheduler, cad)
-    measured, panels = [], {}
+    measured, pictures = [], {}
     for seed in seeds:
         for name in rows:
             result, drawn = sampling.result(bench, name, seed)
             if seed == seeds[0]:
-                row, pictures = ROWS[name], load_file(drawn)["images"]
-                panels[f"{row.title}: {steps // row.part} steps, FID {result['fid']:.2f}"] = pictures
+                row = ROWS[name]
+                title = f"{row.title}: {steps // row.part} steps, FID {result['fid']:.2f}"
+                pictures[title] = load_file(drawn)["images"]
             measured.append(result)
             say(f"{name} seed {seed}: FID {result['fid']:.3f}, {result['n']} images, {result['steps']} steps")
-    if grid is not None:
-        save_samples(panels, grid, columns=4, side=2.4, across=5)
-    return {"rows": measured, "model": model, **describe(torch.get_num_threads())}
+    return {"rows": measured, "model": model, "pictures": pictures, **describe(torch.get_num_threads())}
 
 
 def _check(rows: list[str], seeds: list[int], steps: int, n: int) -> None:

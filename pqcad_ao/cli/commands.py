@@ -327,12 +327,13 @@ def evaluate(
     data: Path | None = None,
     features: Path | None = None,
     bootstrap: Whole = 0,
+    card: Flag = False,
     common: Shared = COMMON,
 ) -> dict[str, Any]:
     """FID, KID, precision and recall of sampled images.
 
-    For example, with 95 % intervals, and against pictures of your own:
-        pqcad eval --model run --n 2000 --bootstrap 100
+    For example, with a 95 % interval, on the model's card as well; and against pictures of your own:
+        pqcad eval --model run --n 2000 --bootstrap 100 --card
         pqcad eval --model run --data pictures --features net.safetensors
 
     Args:
@@ -341,6 +342,7 @@ def evaluate(
         features: feature network that pqcad_ao.recipes.train_classifier wrote; the embedded one if not given. Needs
             --data.
         bootstrap: resamples behind a 95 % interval of FID; none if 0.
+        card: write what was measured on the model's card, README.md in its folder.
     """
     import torch
 
@@ -349,7 +351,10 @@ def evaluate(
     from pqcad_ao.evaluate.features import RealFeatures, embedded_features, extract_features, load_classifier
     from pqcad_ao.evaluate.fid import image_quality
     from pqcad_ao.models import load_model
+    from pqcad_ao.pages.card import check_replaceable, write_card
 
+    if card:
+        check_replaceable(Path(model))
     if features is not None and data is None:
         raise ValueError("--features FILE is a feature network without statistics of real images: give --data DIR too")
     unet, scheduler = load_model(model)
@@ -372,6 +377,8 @@ def evaluate(
     if quality["recall"] is not None:
         covers = f", precision {quality['precision']:.3f}, recall {quality['recall']:.3f}"
     print(f"FID {quality['fid']:.3f}{interval}{kid}{covers} ({quality['n']} images, {steps} steps)")
+    if card:
+        write_card(unet, Path(model), quality={**quality, "steps": steps})
     shown = {f"{model}, {steps} steps": images[:GRID]}
     return {**quality, "steps": steps, "seed": common.seed, "model": model, "pictures": shown}
 

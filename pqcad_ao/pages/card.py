@@ -13,6 +13,7 @@ from torch import nn
 
 from pqcad_ao.nn.state import QuantizedState, quantized_state
 from pqcad_ao.pages.environment import environment
+from pqcad_ao.utils.files import write_whole
 
 NAME = "README.md"
 MARK = "<!-- written by pqcad_ao, which replaces it with the model; without this line it stays -->"
@@ -48,12 +49,20 @@ def write_card(
             **_compressed(state),
         )
     )
-    (folder / NAME).write_text(f"---\n{data.to_yaml()}\n---\n{text}", encoding="utf-8")
+    write_whole(folder / NAME, f"---\n{data.to_yaml()}\n---\n{text}".encode())
 
 
 def is_users(path: Path) -> bool:
     """Whether a card is there that somebody else wrote."""
     return path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace")
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises ValueError: no model folder whose card may be written."""
+    if not (folder / "unet").is_dir():
+        raise ValueError(f"{folder} is no folder with a model: there is no place for its card")
+    if is_users(folder / NAME):
+        raise ValueError(f"{folder / NAME} was not written by pqcad_ao, and stays: move it away, or leave --card out")
 
 
 def front_matter(unet: nn.Module) -> ModelCardData:
