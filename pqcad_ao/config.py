@@ -4,12 +4,12 @@ They are torchao's ``AOBaseConfig``, as which ``nn/state.py`` registers them: th
 command line reads its options off these fields and their descriptions, and is to answer ``--help`` at once.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pqcad_ao.utils.checks import check_fields, check_numbers, check_seed, check_word, is_number, is_whole
-from pqcad_ao.utils.fields import repr_of
+from pqcad_ao.utils.fields import later, repr_of
 
 if TYPE_CHECKING:
     from torchao.core.config import AOBaseConfig
@@ -34,6 +34,7 @@ TimestepLaw = Literal["normal", "uniform"]
 Space = Literal["v", "x"]
 WEIGHT_BITS = range(2, 9)
 ACTIVATION_BITS = range(2, 9)
+LEARNING = ("trainable", "sensitive_share", "local_weight", "global_weight", "time_rounding")  # idle without learning
 MAX_BATCH = 63  # diffusers 0.42 branches at a batch of 64 in Upsample2D; one captured graph holds one branch
 
 
@@ -42,6 +43,18 @@ def _check_bits(name: str, value: Any, allowed: range, where: str = "") -> None:
         raise ValueError(
             f"{name}={value!r}{where}: allowed are {allowed.start} to {allowed.stop - 1}, or None for floating point"
         )
+
+
+def _check_selected(trainable: Any, sensitive_share: Any) -> None:
+    if trainable is not None and (
+        not isinstance(trainable, list) or not trainable or not all(isinstance(word, str) for word in trainable)
+    ):
+        raise ValueError(
+            f"trainable={trainable!r}: write roles, globs over names, 'time', 'sensitive' and 'norms', such as "
+            "['time', 'mid_block.*'], or None for everything"
+        )
+    if not is_number(sensitive_share, 0, 1) or sensitive_share == 0:
+        raise ValueError(f"sensitive_share={sensitive_share!r}: allowed are numbers above 0 and up to 1")
 
 
 def _check_ladder(name: str, ladder: Any, allowed: range) -> None:
@@ -116,6 +129,14 @@ class PQCADConfig(AOBaseConfig):
         calibration_std: standard deviation of the normal law as a part of T, 0.001 to 10.
         calibration_batch_size: images per forward call while calibrating, at most 63.
         seed: seeds every random draw, 0 to 2^63 - 1.
+        trainable: which layers learn weights, biases and weight scales; None: all, and everything else of the network.
+            Roles, globs over names, ``"time"`` (both of its roles), ``"sensitive"`` and ``"norms"``, those before the
+            layers that learn. Activation scales learn in all layers.
+        sensitive_share: part of the quantized layers that ``"sensitive"`` names, the most sensitive ones.
+        local_weight: of the local loss: how far each learning layer's output is from full precision's, over its power.
+        global_weight: of the loss of the network's prediction.
+        time_rounding: first round the time projections' weights for the timesteps that are walked, and let their biases
+            take the mean error, in closed form; with ``mode="fixed"``.
 
     Raises:
         ValueError, TypeError: a value outside its range; the message says which and what is allowed.
@@ -159,6 +180,11 @@ class PQCADConfig(AOBaseConfig):
     calibration_std: float = 0.4
     calibration_batch_size: int = 32
     seed: int = 0
+    trainable: list[str] | None = later(None)
+    sensitive_share: float = later(0.1)
+    local_weight: float = later(0.0)
+    global_weight: float = later(1.0)
+    time_rounding: bool = later(False)
 
     def __post_init__(self) -> None:
         if self.weight_bits is None:
@@ -192,6 +218,7 @@ class PQCADConfig(AOBaseConfig):
                 "allowed are numbers from 0.001; 0.4 is the default"
             )
         check_seed(self.seed)
+        self._check_selection()
         if not isinstance(self.overrides, dict):
             raise TypeError(
                 f"overrides is a {type(self.overrides).__name__}; write {{'role or glob': {{'weight_bits': 8}}}}"
@@ -208,6 +235,23 @@ class PQCADConfig(AOBaseConfig):
 
     __repr__ = repr_of
 
+    def _check_selection(self) -> None:
+        """Raises ValueError, TypeError: options of what learns, and by which loss, that make no sense."""
+        _check_selected(self.trainable, self.sensitive_share)
+        check_numbers(self, ("local_weight", "global_weight"), most=1000)
+        if self.local_weight + self.global_weight == 0:
+            raise ValueError("local_weight=0 and global_weight=0 leave nothing to learn from")
+        if not isinstance(self.time_rounding, bool):
+            raise TypeError(f"time_rounding={self.time_rounding!r}: write True or False")
+        if self.time_rounding and self.mode == "progressive":
+            raise ValueError(
+                "time_rounding=True with mode='progressive': every width of a ladder rounds anew; write mode='fixed'"
+            )
+        if not self.learns:
+            idle = [f.name for f in fields(self) if f.name in LEARNING and getattr(self, f.name) != f.default]
+            if idle:
+                raise ValueError(f"{' and '.join(idle)}: mode='ptq' learns nothing; write 'fixed' or 'progressive'")
+
     @property
     def learns(self) -> bool:
         return self.mode != "ptq"
@@ -218,6 +262,14 @@ class PQCADConfig(AOBaseConfig):
         length: dict[str, Any] = {"iterations": 50, "learning_points": 512}
         ladders = {"weight_ladder": [6], "activation_ladder": [6], "weight_share": 0.25}
         return cls(**{**length, **ladders, "beta": 0.5, "window": 3, "patience": 1, **options})
+
+    @classmethod
+    def quest(cls, **options: Any) -> "PQCADConfig":
+        """Selective finetuning after QuEST (arXiv 2402.03666): time projections, attention and the most sensitive
+        layers learn, under a local loss each and the global one. The measure of sensitivity, the closed form of the
+        time projections and the rates are ours; activation scales are one for each timestep group, not each channel."""
+        trainable = ["time", "attention", "sensitive"]
+        return cls(**{"mode": "fixed", "trainable": trainable, "local_weight": 1.0, "time_rounding": True, **options})
 
     @classmethod
     def paper(cls, **options: Any) -> "PQCADConfig":
@@ -257,6 +309,9 @@ class CADConfig(AOBaseConfig):
         generation_batch_size: pictures a call while C_DC is drawn.
         check_betas: look first whether the network finds the noise that this scheduler puts in.
         seed: seeds every random draw, 0 to 2^63 - 1.
+        trainable: which layers learn weights, biases and weight scales, as for :class:`PQCADConfig`; None: all. For
+            networks so large that Adam's eight bytes a parameter do not fit.
+        sensitive_share: part of the quantized layers that ``"sensitive"`` names there.
 
     Raises:
         ValueError: a value outside its range; the message says which and what is allowed.
@@ -290,6 +345,8 @@ class CADConfig(AOBaseConfig):
     generation_batch_size: int = 32
     check_betas: bool = field(default=True, repr=False)  # the repr names what the result depends on
     seed: int = 0
+    trainable: list[str] | None = later(None)
+    sensitive_share: float = later(0.1)
 
     def __post_init__(self) -> None:
         for name in ("check_betas", "direct", "renoised"):
@@ -308,6 +365,7 @@ class CADConfig(AOBaseConfig):
                 f"steps={self.steps} cannot be halved {self.halvings} times: give a multiple of {2**self.halvings}"
             )
         check_seed(self.seed)
+        _check_selected(self.trainable, self.sensitive_share)
 
     __repr__ = repr_of
 

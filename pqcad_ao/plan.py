@@ -14,6 +14,7 @@ from pqcad_ao.graph.capture import Capture, capture
 from pqcad_ao.graph.plan import Plan, resolve
 from pqcad_ao.graph.suitable import check_suitable
 from pqcad_ao.learn.progressive import policies
+from pqcad_ao.learn.selective import check_selection
 from pqcad_ao.learn.sensitivity import spare_bits
 from pqcad_ao.learn.training import to_learn
 from pqcad_ao.nn.state import quantized_state
@@ -70,6 +71,7 @@ def planned(
     resolved = _resolve(captured, model, config, filter_fn)
     if not resolved.quantized:
         raise ValueError(f"the plan quantizes no layer of {type(model).__name__}:\n{resolved}")
+    check_selection(config, resolved)
     if config.learns:
         policies(config, resolved)
     return captured, resolved

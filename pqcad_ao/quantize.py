@@ -22,6 +22,7 @@ from pqcad_ao.graph.plan import Plan
 from pqcad_ao.graph.suitable import check_suitable
 from pqcad_ao.learn.progressive import Learned, learn
 from pqcad_ao.learn.ptq import calibrate, prepare
+from pqcad_ao.learn.selective import marked
 from pqcad_ao.learn.sensitivity import sensitive
 from pqcad_ao.nn.diffusers_plugin import attach
 from pqcad_ao.nn.state import QuantizedState, quantized_state
@@ -131,7 +132,9 @@ def quantize_(
         )
         timestep.clip = clip_of(source.scheduler)
         layers = fold(learned.graph, network, resolved, timestep)
-        attach(network, QuantizedState(config, resolved, timestep, learned.transitions, learned.log))
+        attach(
+            network, QuantizedState(config, resolved, timestep, learned.transitions, learned.log, facts=learned.facts)
+        )
     # nothing above touched the network's layers; nothing below can fail
     adopt(network, learned.graph if config.learns else None, layers)
     install_timestep(network, timestep)
@@ -177,9 +180,10 @@ def _learn(
         )
     if config.learns:
         graph = insert_fake_quantizers(captured.graph, PQCADQuantizer(resolved, "weights"))
-        return resolved, learn(
+        learned = learn(
             graph, resolved, points, config, num_train_timesteps, folder=folder, callback=callback, progress=progress
         )
+        return marked(resolved, learned.trained), learned
     graph = prepare(captured, resolved, config, num_train_timesteps)
     calibrate(graph, resolved, points, config, callback=callback, progress=progress)
     return resolved, Learned(graph)

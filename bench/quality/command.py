@@ -75,12 +75,24 @@ def table(result: dict[str, Any]) -> str:
             spread(of(rows, "recall"), 3),
             spread(of(rows, "sqnr_db"), 1),
             spread(of(rows, "seconds"), 0),
+            spread([100 * share for share in of(rows, "trained_share")], 0),
+            spread([size / 2**20 for size in of(rows, "adam_bytes")], 1),
             len(rows),
         )
         for rows in alike.values()
     ]
-    measures = ("FID", "over full precision", "KID", "precision", "recall", "a step, dB", "seconds to make")
-    headers = ("row", "steps", *measures, "seeds")
+    measures = (
+        "FID",
+        "over full precision",
+        "KID",
+        "precision",
+        "recall",
+        "a step, dB",
+        "seconds to make",
+        "% learned",
+        "Adam, MiB",
+    )
+    headers = ("row", "steps", *measures, "seconds to make", "% learned", "Adam, MiB", "seeds")
     return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
 
 

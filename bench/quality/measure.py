@@ -183,10 +183,18 @@ class _Bench:
             "average_bits": plan(unet).average_bits if state else 32.0,
             "iterations": updates,
             "transitions": state.transitions if state else [],
+            **(_learned(state, self.teacher) if config is not None else {}),
         }
         save_model(unet, sampler, home / "model")
         write_json(made, facts)
         return unet, sampler, facts
+
+
+def _learned(state: Any, teacher: nn.Module) -> dict[str, Any]:
+    """What quantizing trained, as a part of the network's parameters, and the bytes of Adam's moments; 0 without."""
+    trained = state.facts.get("trained_parameters", 0)
+    whole = sum(parameter.numel() for parameter in teacher.parameters())
+    return {"trained_share": trained / whole, "adam_bytes": state.facts.get("adam_bytes", 0)}
 
 
 @dataclass

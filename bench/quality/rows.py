@@ -91,6 +91,14 @@ ABLATIONS = {
     "pd_then_q": Row("distilled, then progressive W4A4", A4, base="pd_half", part=2),
 }
 ROWS |= ABLATIONS
+# A part of the layers learns, under a local loss each and the global one.
+SELECTIVE = {
+    "quest_full": Row("selective W4A4, local and global loss", A4, preset="quest"),
+    "quest_global": Row("selective W4A4, global loss alone", {**A4, "local_weight": 0.0}, preset="quest"),
+    "quest_all": Row("fixed W4A4, local and global loss", {**A4, "mode": "fixed", "local_weight": 1.0}),
+    "quest_time": Row("selective W4A4, time projections alone", {**A4, "trainable": ["time"]}, preset="quest"),
+}
+ROWS |= SELECTIVE
 DEFAULT_ROWS = ["fp_full", "ptq_full", "pq_full"]
 SETS = {
     "all": [*ROWS],
@@ -112,5 +120,6 @@ SETS = {
         *(name for name, row in ROWS.items() if row.part > 1 and name not in ABLATIONS | SOLVED),
         *SOLVED,
     ],
+    "family": ["fp_full", "ptq_full", "fixed_full", "pq_full", *SELECTIVE],
     "ablations": ["fp_full", "pqcad_half", *ABLATIONS],
 }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from pqcad_ao.config import CADConfig
+from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.denoiser import evaluation_mode, guided, placement, predict_float32, take_rows, time_scale
 from pqcad_ao.diffusion.ddim import DDIMSchedule
 from pqcad_ao.diffusion.noise import Sampler
@@ -22,12 +22,14 @@ from pqcad_ao.diffusion.schedule import timesteps_of
 from pqcad_ao.diffusion.solvers import SOLVERS, ddim
 from pqcad_ao.diffusion.trajectories import Trajectories
 from pqcad_ao.graph.capture import capture
-from pqcad_ao.learn.training import Learner, read_checkpoint, to_learn, train_loop
+from pqcad_ao.graph.plan import PlanRow, resolve
+from pqcad_ao.learn.selective import choose, learner_of
+from pqcad_ao.learn.training import read_checkpoint, to_learn, train_loop
 from pqcad_ao.learn.unfold import unfold
 from pqcad_ao.nn.diffusers_plugin import attach
-from pqcad_ao.nn.state import quantized_state
+from pqcad_ao.nn.state import quantized_state, required_state
 from pqcad_ao.prepare.fold import adopt, fold
-from pqcad_ao.prepare.observe import activation_quantizers, weight_quantizers
+from pqcad_ao.prepare.observe import activation_quantizers
 from pqcad_ao.utils.fields import entries
 from pqcad_ao.utils.files import digest
 from pqcad_ao.utils.processes import rank_and_world
@@ -120,9 +122,11 @@ class _Halving:
         conditioning = images.conditioning
         if quantized_state(student) is None:
             self.skeleton = to_learn(student)
-            self.graph = capture(self.skeleton, shape, conditioning).graph
+            captured = capture(self.skeleton, shape, conditioning)
+            self.graph, rows = captured.graph, resolve(captured, self.skeleton, PQCADConfig()).quantized
         else:
             self.graph, self.skeleton = unfold(student, reference, shape, conditioning)
+            rows = required_state(student).plan.quantized
         self.teacher = copy.deepcopy(self.graph) if config.teacher_weight else None
         self.key = digest(
             self.graph.state_dict(),
@@ -136,13 +140,29 @@ class _Halving:
             self.schedule.timesteps,
             number,
         )
-        parameters = [p for name, p in self.graph.named_parameters() if name.startswith("unet.")]
-        self.learner = Learner(
-            self.graph, parameters, config.learning_rate, config.scale_learning_rate, config.iterations
-        )
-        quantizers = [module for module, _ in weight_quantizers(self.graph).values()]
-        self.learner.add_scales([*quantizers, *activation_quantizers(self.graph).values()])
+        self.learns = {n: p.requires_grad for n, p in self.graph.named_parameters() if n.startswith("unet.")}
         self.rank, self.world = rank_and_world()
+        self._select(self._selected(rows))
+
+    def _selected(self, rows: list[PlanRow]) -> dict[str, str] | None:
+        """Those of these layers that learn, by name, with the words that chose them; None: all.
+
+        Raises ValueError: as :func:`choose`, or sensitivities that were never measured.
+        """
+        if self.config.trainable is None:
+            return None
+        if "sensitive" in self.config.trainable and any(row.sensitivity is None for row in rows):
+            raise ValueError(
+                f"trainable={self.config.trainable}: no sensitivity was measured for this network; quantize_ measures "
+                "it where it learns or target_bits is given, so name roles or layers in place of 'sensitive'"
+            )
+        return choose(self.config.trainable, rows, self.config.sensitive_share)
+
+    def _select(self, trained: dict[str, str] | None) -> None:
+        """Let these layers learn, by name, or all."""
+        self.trained = trained
+        self.learner = learner_of(self.graph, self.learns, trained, self.config)
+        self.learner.add_scales(activation_quantizers(self.graph).values())
         # some parameters (the next width's scales) take no part in a forward
         self.forward: Callable[..., Tensor] = (
             DistributedDataParallel(self.graph, find_unused_parameters=True) if self.world > 1 else self.graph
@@ -258,11 +278,15 @@ class _Halving:
         attach(network, state)
 
     def save(self, path: Path) -> None:
-        header = {"key": self.key, "log": [entries(update) for update in self.log], "first": self.first}
+        header: dict[str, Any] = {"key": self.key, "log": [entries(update) for update in self.log], "first": self.first}
+        if self.trained is not None:
+            header["trained"] = self.trained
         self.learner.save(path, header)
 
     def load(self, path: Path) -> None:
         """Go on from where :meth:`save` was called. Raises ValueError: the file is damaged, or of another run."""
         header, tensors = read_checkpoint(path, self.key)
+        if header.get("trained") != self.trained:  # a sensitivity's last bits were others
+            self._select(header["trained"])
         self.learner.load(tensors)
         self.log, self.first = [DistillUpdate(**update) for update in header["log"]], header["first"]

@@ -3,20 +3,25 @@
 Everything is learned against the full-precision network's own predictions on C_QC, the points of its own trajectories.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule
 
 from pqcad_ao.config import PQCADConfig
 from pqcad_ao.diffusion.calibration import CalibrationSet, to_observe
 from pqcad_ao.graph.plan import Plan
+from pqcad_ao.learn.selective import choose, learner_of, local_loss, time_projections
 from pqcad_ao.learn.sensitivity import perturbation_loss
-from pqcad_ao.learn.training import Learner, read_checkpoint, train_loop
+from pqcad_ao.learn.time_projections import fit_time_projections
+from pqcad_ao.learn.training import read_checkpoint, train_loop
 from pqcad_ao.learn.transition import MomentumTransition
+from pqcad_ao.passes.expose import expose
 from pqcad_ao.passes.insert_activations import insert_activations
 from pqcad_ao.prepare.annotate import PQCADQuantizer
 from pqcad_ao.prepare.observe import (
@@ -27,7 +32,7 @@ from pqcad_ao.prepare.observe import (
     weight_quantizers,
     weights_in_full_precision,
 )
-from pqcad_ao.utils.fields import entries
+from pqcad_ao.utils.fields import entries, later
 from pqcad_ao.utils.files import digest
 
 DIVERGED = 10.0  # perturbation loss: ten times the power of what the network predicts
@@ -40,6 +45,7 @@ class Update:
     Attributes:
         update: its number, from 0. stage: weights or activations. bits, alpha: where the policy is after it.
         loss: perturbation loss of its batch. momentum: of the loss at this width; None while a width blends in.
+        local: the local loss, where the network learns by one.
     """
 
     update: int
@@ -48,6 +54,7 @@ class Update:
     alpha: float
     loss: float
     momentum: float | None
+    local: float | None = later(None)
 
 
 @dataclass
@@ -57,11 +64,15 @@ class Learned:
     Attributes:
         graph: with both sides' fake quantizers in it, at the final bits.
         log: every update. transitions: as ``summary.json`` shows them.
+        trained: the layers that learned, with the words that chose them; None: all.
+        facts: ``trained_parameters`` of the network, and ``adam_bytes``, the optimizer's for them and all scales.
     """
 
     graph: GraphModule
     log: list[Update] = field(default_factory=list)
     transitions: list[dict[str, Any]] = field(default_factory=list)
+    trained: dict[str, str] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def ladders(config: PQCADConfig, resolved: Plan) -> dict[str, list[int]]:
@@ -146,7 +157,7 @@ def learn(
         callback=callback,
         progress=progress,
     )
-    return Learned(run.graph, run.log, run.transitions)
+    return Learned(run.graph, run.log, run.transitions, run.trained, run.learner.facts)
 
 
 class _Run:
@@ -175,20 +186,45 @@ class _Run:
             raise ValueError(
                 "the network's output is zero on the whole calibration set: there is nothing to learn from"
             )
+        self.reference = self._frozen() if config.local_weight else None
         weights = self.policies.get("weights")
         fit_weights(graph, self._widths("weights", weights.bits if weights else 0))
         left_alone = {row.fqn for row in resolved.rows if not row.quantized}
-        parameters = [
-            parameter
+        self.learns = {
+            name: parameter.requires_grad
             for name, parameter in graph.named_parameters()
             if name.startswith("unet.") and name.removeprefix("unet.").rpartition(".")[0] not in left_alone
-        ]
-        self.learner = Learner(graph, parameters, config.learning_rate, config.scale_learning_rate, config.iterations)
+        }
         self.quantizers: list[Any] = [module for module, _ in weight_quantizers(graph).values()]  # of the stage
-        self.learner.add_scales(self.quantizers)
+        selected = None
+        if config.trainable is not None:
+            selected = choose(config.trainable, resolved.quantized, config.sensitive_share)
+        self._select(selected)
+        if config.time_rounding:
+            fit_time_projections(graph, time_projections(resolved, selected), points, config.batch_size)
         self.stage = next(iter(self.policies))
         if self.stage == "activations":
             self._insert_activations(fit=True)
+
+    def _frozen(self) -> GraphModule:
+        """A copy that stays full precision's, for the local loss."""
+        frozen = copy.deepcopy(self.graph).requires_grad_(False)
+        for module, _ in weight_quantizers(frozen).values():
+            module.disable_fake_quant()
+        return frozen
+
+    def _select(self, trained: dict[str, str] | None) -> None:
+        """Let these layers learn, by name, or all."""
+        self.trained = trained
+        self.learner = learner_of(self.graph, self.learns, trained, self.config)
+        self._show()
+
+    def _show(self) -> None:
+        """Make the graphs that an update calls, of the graph that learns and of full precision's."""
+        self.forward, self.expected = self.graph, None
+        if self.reference is not None:
+            layers = list(self.bits["weights"] if self.trained is None else self.trained)
+            self.forward, self.expected = expose(self.graph, layers), expose(self.reference, layers)
 
     @property
     def policy(self) -> MomentumTransition:
@@ -202,20 +238,18 @@ class _Run:
         number, config = len(self.log), self.config
         generator = torch.Generator().manual_seed((config.seed * 1_000_003 + number) % 2**63)
         rows = torch.randint(len(self.points), (config.batch_size,), generator=generator)
-        batch = self.points[rows]
-        device = batch.x_t.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            prediction = self.graph(batch.x_t, batch.timesteps, batch.conditioning)
-        loss = perturbation_loss(prediction, self.targets[rows])
-        value = loss.item()
-        if not value < DIVERGED:
+        overall, local = self._losses(rows)
+        loss, value = overall, overall.item()
+        if local is not None:
+            loss = config.global_weight * overall + config.local_weight * local
+        if not (value < DIVERGED and loss.isfinite()):
             raise FloatingPointError(
                 f"learning diverged in stage {self.stage!r}, update {number}, at {self.policy.bits} bits: the "
                 f"perturbation loss is {value:.3g}. Lower learning_rate ({config.learning_rate:g}) or "
                 f"scale_learning_rate ({config.scale_learning_rate:g}), with another folder if you gave one"
             )
         bits = self.policy.bits
-        started = self.policy.update(value)
+        started = self.policy.update(value if local is None else loss.item())
         # what there is to move by shrinks with the grid's step: at the final rate a wide grid only gathers Adam's noise
         self.learner.step(loss, number, 2.0 ** (self.policy.ladder[-1] - bits))
         if started is not None:
@@ -224,10 +258,29 @@ class _Run:
         self._blend()
         momentum = self.policy.momentum
         entry = Update(
-            number, self.stage, self.policy.bits, self.policy.alpha, value, None if momentum != momentum else momentum
+            number,
+            self.stage,
+            self.policy.bits,
+            self.policy.alpha,
+            value,
+            None if momentum != momentum else momentum,
+            local=None if local is None else local.item(),
         )
         self.log.append(entry)
         return entry
+
+    def _losses(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The perturbation loss of a batch, and its local loss where there is one."""
+        batch, targets = self.points[rows], self.targets[rows]
+        inputs, device = (batch.x_t, batch.timesteps, batch.conditioning), batch.x_t.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            found = self.forward(*inputs)
+            if self.expected is None:
+                return perturbation_loss(found, targets), None
+            with torch.no_grad():
+                _, references = self.expected(*inputs)
+        prediction, outputs = found
+        return perturbation_loss(prediction, targets), local_loss(outputs, references)
 
     def _widths(self, stage: str, bits: int) -> dict[str, int]:
         """Each layer's bits while its stage is at ``bits``: never fewer than the plan's."""
@@ -240,6 +293,7 @@ class _Run:
         self.quantizers = list(activation_quantizers(self.graph).values())
         self.learner.graph = self.graph
         self.learner.add_scales(self.quantizers)
+        self._show()
         if fit:
             self._observe()
             fit_activations(self.graph, self._widths("activations", self.policy.bits))
@@ -284,6 +338,8 @@ class _Run:
             "transitions": self.transitions,
             "positions": {name: module.position() for name, module in self._modules().items()},
         }
+        if self.trained is not None:
+            header["trained"] = self.trained
         self.learner.save(path, header)
 
     def load(self, path: Path) -> None:
@@ -295,6 +351,10 @@ class _Run:
         header, tensors = read_checkpoint(path, self.key)
         if header["stage"] not in self.policies or header["policies"].keys() != self.policies.keys():
             raise ValueError(f"{path} is damaged: it is in stage {header['stage']!r}. Delete it to begin anew")
+        if header.get("trained") != self.trained:  # a sensitivity's last bits were others
+            self._select(header["trained"])
+            if self.stage == "activations":
+                self.learner.add_scales(self.quantizers)
         if header["stage"] != self.stage:
             self.stage = header["stage"]
             self._insert_activations(fit=False)

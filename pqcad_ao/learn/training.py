@@ -67,6 +67,13 @@ class Learner:
         for parameter, learns in learning.items():
             parameter.requires_grad_(learns)
 
+    @property
+    def facts(self) -> dict[str, int]:
+        """How many of the network's parameters learn, and the bytes of Adam's moments for them and all scales."""
+        network = [p for name, p in self.graph.named_parameters() if name.startswith("unet.") and p.requires_grad]
+        learning = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        return {"trained_parameters": sum(map(torch.numel, network)), "adam_bytes": 8 * sum(map(torch.numel, learning))}
+
     def add_scales(self, quantizers: Iterable[Any]) -> None:
         """Scales learn at a rate relative to their own size, so each is a group."""
         for module in quantizers:

@@ -49,6 +49,7 @@ class QuantizedState:
     transitions: list[dict[str, Any]] = field(default_factory=list)
     log: list[Any] = field(default_factory=list)  # updates of the run that learned it; not saved
     distilled: list[Any] = field(default_factory=list)  # updates of the run that distilled it; not saved
+    facts: dict[str, Any] = field(default_factory=dict)  # of the run that learned it, as Learned has them; not saved
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -63,7 +63,7 @@ class Common:
     command: Annotated[str, Parameter(parse=False)] = ""
 
 
-EXACTLY = {int: Whole, list[int]: Wholes}
+EXACTLY = {int: Whole, list[int]: Wholes, list[str] | None: Names}
 COMMON = Common()
 NONE_GIVEN: dict[str, Any] = {}  # of a configuration's options
 _places = count(1)  # of groups of options in the help
