@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pqcad_ao.utils.checks import check_fields, check_numbers, check_seed, check_word, is_number, is_whole
+from pqcad_ao.utils.checks import check_count, check_fields, check_numbers, check_seed, check_word, is_number, is_whole
 from pqcad_ao.utils.fields import later, repr_of
 
 if TYPE_CHECKING:
@@ -32,9 +32,14 @@ TransitionLaw = Literal["momentum", "schedule"]
 Solver = Literal["ddim", "dpmpp_2m"]
 TimestepLaw = Literal["normal", "uniform"]
 Space = Literal["v", "x"]
+SampleWeighting = Literal["uniform", "groups", "aligned", "reach"]
+StepWeighting = Literal["uniform", "groups"]
 WEIGHT_BITS = range(2, 9)
 ACTIVATION_BITS = range(2, 9)
-LEARNING = ("trainable", "sensitive_share", "local_weight", "global_weight", "time_rounding")  # idle without learning
+LEARNING = (  # idle without learning
+    *("trainable", "sensitive_share", "local_weight", "global_weight", "time_rounding", "sample_weights"),
+    *("weight_rate", "weight_temperature", "weight_pairs", "weight_validation", "weight_tasks", "weight_every"),
+)
 MAX_BATCH = 63  # diffusers 0.42 branches at a batch of 64 in Upsample2D; one captured graph holds one branch
 
 
@@ -55,6 +60,14 @@ def _check_selected(trainable: Any, sensitive_share: Any) -> None:
         )
     if not is_number(sensitive_share, 0, 1) or sensitive_share == 0:
         raise ValueError(f"sensitive_share={sensitive_share!r}: allowed are numbers above 0 and up to 1")
+
+
+def _check_weights(config: Any, words: Any) -> None:
+    check_word("sample_weights", config.sample_weights, words)
+    check_numbers(config, ("weight_rate", "weight_temperature"), most=1000)
+    check_numbers(config, ("weight_pairs",))
+    if config.weight_temperature == 0:
+        raise ValueError("weight_temperature=0: allowed are numbers above 0")
 
 
 def _check_ladder(name: str, ladder: Any, allowed: range) -> None:
@@ -137,6 +150,15 @@ class PQCADConfig(AOBaseConfig):
         global_weight: of the loss of the network's prediction.
         time_rounding: first round the time projections' weights for the timesteps that are walked, and let their biases
             take the mean error, in closed form; with ``mode="fixed"``.
+        sample_weights: how much each point counts: ``"uniform"``; ``"aligned"``, a learned weight for each point, or
+            ``"groups"``, for each range of timesteps, which rise where their gradients agree with the held-out ones of
+            all ranges; ``"reach"``, by the squared distance that an error at that step carries.
+        weight_rate: at which the logits of the learned weights move, 0 to 1000.
+        weight_temperature: by which the logits are divided, above 0.
+        weight_pairs: part of their alignment that asks to help both ranges of every pair, 0 to 1.
+        weight_validation: part of the learning points that is held out for it, between 0 and 1.
+        weight_tasks: ranges of timesteps, from 2.
+        weight_every: updates between two looks at the held-out points.
 
     Raises:
         ValueError, TypeError: a value outside its range; the message says which and what is allowed.
@@ -185,6 +207,13 @@ class PQCADConfig(AOBaseConfig):
     local_weight: float = later(0.0)
     global_weight: float = later(1.0)
     time_rounding: bool = later(False)
+    sample_weights: SampleWeighting = later("uniform")
+    weight_rate: float = later(0.5)
+    weight_temperature: float = later(1.0)
+    weight_pairs: float = later(0.5)
+    weight_validation: float = later(0.05)
+    weight_tasks: int = later(5)
+    weight_every: int = later(20)
 
     def __post_init__(self) -> None:
         if self.weight_bits is None:
@@ -238,6 +267,11 @@ class PQCADConfig(AOBaseConfig):
     def _check_selection(self) -> None:
         """Raises ValueError, TypeError: options of what learns, and by which loss, that make no sense."""
         _check_selected(self.trainable, self.sensitive_share)
+        _check_weights(self, SampleWeighting)
+        check_count("weight_tasks", self.weight_tasks, 2)
+        check_count("weight_every", self.weight_every)
+        if not is_number(self.weight_validation, 0, 1) or self.weight_validation in (0, 1):
+            raise ValueError(f"weight_validation={self.weight_validation!r}: allowed are numbers between 0 and 1")
         check_numbers(self, ("local_weight", "global_weight"), most=1000)
         if self.local_weight + self.global_weight == 0:
             raise ValueError("local_weight=0 and global_weight=0 leave nothing to learn from")
@@ -312,6 +346,11 @@ class CADConfig(AOBaseConfig):
         trainable: which layers learn weights, biases and weight scales, as for :class:`PQCADConfig`; None: all. For
             networks so large that Adam's eight bytes a parameter do not fit.
         sensitive_share: part of the quantized layers that ``"sensitive"`` names there.
+        sample_weights: ``"groups"``: a learned weight for each of the student's steps, which rises where its gradient
+            agrees with those of all steps; or ``"uniform"``.
+        weight_rate: at which the logits of the learned weights move, 0 to 1000.
+        weight_temperature: by which the logits are divided, above 0.
+        weight_pairs: part of their alignment that asks to help both steps of every pair, 0 to 1.
 
     Raises:
         ValueError: a value outside its range; the message says which and what is allowed.
@@ -347,6 +386,10 @@ class CADConfig(AOBaseConfig):
     seed: int = 0
     trainable: list[str] | None = later(None)
     sensitive_share: float = later(0.1)
+    sample_weights: StepWeighting = later("uniform")
+    weight_rate: float = later(0.5)
+    weight_temperature: float = later(1.0)
+    weight_pairs: float = later(0.5)
 
     def __post_init__(self) -> None:
         for name in ("check_betas", "direct", "renoised"):
@@ -366,6 +409,7 @@ class CADConfig(AOBaseConfig):
             )
         check_seed(self.seed)
         _check_selected(self.trainable, self.sensitive_share)
+        _check_weights(self, StepWeighting)
 
     __repr__ = repr_of
 

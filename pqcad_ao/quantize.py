@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
-from torch import nn
+from torch import Tensor, nn
 from torchao.quantization.transform_module import register_quantize_module_handler
 
 from pqcad_ao import denoiser
 from pqcad_ao.config import PQCADConfig
 from pqcad_ao.denoiser import cast_floats, check_conditioning, placement
 from pqcad_ao.diffusion.calibration import CalibrationSet, calibration_set
+from pqcad_ao.diffusion.ddim import reach_of
 from pqcad_ao.diffusion.noise import Sampler
 from pqcad_ao.diffusion.process import as_sampler, clip_of, find_scheduler, is_flow
 from pqcad_ao.graph.capture import Capture
@@ -123,7 +124,11 @@ def quantize_(
         num_train_timesteps = source.num_train_timesteps
         captured, resolved = planned(network, config, filter_fn, source.shape, source.conditioning)
         with only_run_in(folder):
-            resolved, learned = _learn(captured, resolved, source.points(**keeps), config, num_train_timesteps, **keeps)
+            points = source.points(**keeps)
+            reach = None
+            if config.sample_weights == "reach":
+                reach = reach_of(source.scheduler, config.calibration_steps, points.timesteps)
+            resolved, learned = _learn(captured, resolved, points, config, num_train_timesteps, reach, **keeps)
         timestep = Timestep(
             config.timestep_groups,
             num_train_timesteps,
@@ -166,6 +171,7 @@ def _learn(
     points: CalibrationSet,
     config: PQCADConfig,
     num_train_timesteps: int,
+    reach: Tensor | None,
     *,
     folder: str | Path | None,
     callback: Callable[[str, int, int], None] | None,
@@ -180,9 +186,8 @@ def _learn(
         )
     if config.learns:
         graph = insert_fake_quantizers(captured.graph, PQCADQuantizer(resolved, "weights"))
-        learned = learn(
-            graph, resolved, points, config, num_train_timesteps, folder=folder, callback=callback, progress=progress
-        )
+        keeps: dict[str, Any] = {"folder": folder, "callback": callback, "progress": progress}
+        learned = learn(graph, resolved, points, config, num_train_timesteps, reach=reach, **keeps)
         return marked(resolved, learned.trained), learned
     graph = prepare(captured, resolved, config, num_train_timesteps)
     calibrate(graph, resolved, points, config, callback=callback, progress=progress)

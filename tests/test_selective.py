@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import SHAPE, Plain, Small, cosine_scheduler
 from test_progressive import TINY, config, learned, prepared, quantize, same_weights
@@ -37,6 +37,7 @@ def rows(sensitivities: list[float]) -> list[PlanRow]:
 # Which layers
 
 
+@settings(max_examples=40)
 @given(
     st.lists(st.floats(0, 1), min_size=1, max_size=40),
     st.floats(0.01, 1),
@@ -98,6 +99,7 @@ def test_bad_options_are_errors(options, message):
         PQCADConfig(**options)
 
 
+@pytest.mark.slow
 def test_norms_are_those_right_before_a_layer():
     graph = capture(Small(), SHAPE, {}).graph
     assert norms_before(graph, ["join"]) == {"unet.norm.weight", "unet.norm.bias"}
@@ -122,6 +124,7 @@ def test_an_exposed_graph_predicts_the_same_bits_and_shows_the_layers_own_output
         expose(graph, ["nowhere"])
 
 
+@settings(max_examples=25)
 @given(st.integers(0, 2**16), st.floats(0.25, 4.0), st.floats(0.0, 1.0))
 def test_the_local_loss_is_zero_for_equal_outputs_alone_and_knows_no_unit(seed, factor, error):
     generator = torch.Generator().manual_seed(seed)
@@ -142,6 +145,7 @@ def test_a_silent_layer_divides_nothing_by_zero():
 # Time projections
 
 
+@settings(max_examples=25)
 @given(st.integers(0, 2**16), st.integers(1, 12), st.integers(2, 4))
 def test_no_row_is_rounded_worse_than_to_the_nearest(seed, inputs, bits):
     generator = torch.Generator().manual_seed(seed)
@@ -161,8 +165,8 @@ def test_no_row_is_rounded_worse_than_to_the_nearest(seed, inputs, bits):
 
 @pytest.mark.slow
 def test_the_mean_error_over_timesteps_becomes_zero(tiny_unet):
-    settings = config(mode="fixed", learning_points=24)
-    graph, resolved, points = prepared(tiny_unet, settings)
+    chosen = config(mode="fixed", learning_points=24)
+    graph, resolved, points = prepared(tiny_unet, chosen)
     names = [row.fqn for row in resolved.quantized if row.role == "time_projection"]
     layers, before = weight_quantizers(graph), copy.deepcopy(graph)
     fit_weights(graph, {row.fqn: row.weight_bits for row in resolved.quantized})
@@ -198,8 +202,8 @@ def test_naming_every_layer_is_naming_none(everything):
 @pytest.mark.slow
 def test_what_is_not_chosen_stays_as_it_was_and_is_no_part_of_adam(everything):
     model = Small()
-    settings = config(**SHORT, trainable=["time", "join", "norms"], local_weight=1.0)
-    result, _, _ = learned(model, settings)
+    chosen = config(**SHORT, trainable=["time", "join", "norms"], local_weight=1.0)
+    result, _, _ = learned(model, chosen)
     assert result.trained == {"time": "time", "join": "join"}
     before = dict(model.named_parameters())
     for name, parameter in result.graph.named_parameters():
@@ -233,9 +237,9 @@ def test_the_plan_says_who_learned(tiny_unet):
 def test_a_killed_run_goes_on_with_the_layers_it_chose(tmp_path, monkeypatch, mode):
     """Another number of threads changes a sensitivity's last bits, and with them, here, who is sensitive."""
     monkeypatch.setattr(training, "CHECKPOINT_EVERY", 3)
-    settings = config(**{**SHORT, "iterations": 14}, mode=mode, trainable=["sensitive"], local_weight=0.5)
-    settings.sensitive_share = 0.3
-    whole = quantize(Small(), settings)
+    chosen = config(**{**SHORT, "iterations": 14}, mode=mode, trainable=["sensitive"], local_weight=0.5)
+    chosen.sensitive_share = 0.3
+    whole = quantize(Small(), chosen)
     original, layer_sensitivity = engine._Run.update, sensitivity.layer_sensitivity
 
     def update(self):
@@ -246,14 +250,14 @@ def test_a_killed_run_goes_on_with_the_layers_it_chose(tmp_path, monkeypatch, mo
     with monkeypatch.context() as patch:
         patch.setattr(engine._Run, "update", update)
         with pytest.raises(KeyboardInterrupt):
-            quantize(Small(), settings, folder=tmp_path)
+            quantize(Small(), chosen, folder=tmp_path)
 
     def turned(*args, **options):
         found = layer_sensitivity(*args, **options)
         return {fqn: {bits: 1 / (1 + loss) for bits, loss in losses.items()} for fqn, losses in found.items()}
 
     monkeypatch.setattr(sensitivity, "layer_sensitivity", turned)
-    again = quantize(Small(), settings, folder=tmp_path)
+    again = quantize(Small(), chosen, folder=tmp_path)
     assert same_weights(again, whole)
     trained = [[row.fqn for row in plan(model).quantized if "trained" in row.reason] for model in (again, whole)]
     assert trained[0] == trained[1] != []

@@ -99,6 +99,14 @@ SELECTIVE = {
     "quest_time": Row("selective W4A4, time projections alone", {**A4, "trainable": ["time"]}, preset="quest"),
 }
 ROWS |= SELECTIVE
+# Samples count by how their gradients agree, or by how far an error carries.
+WEIGHTED = {
+    "gac_full": Row("progressive W4A4, a weight for each sample", {**A4, "sample_weights": "aligned"}),
+    "gac_groups": Row("progressive W4A4, a weight for each range of timesteps", {**A4, "sample_weights": "groups"}),
+    "gac_reach": Row("progressive W4A4, weights by reach", {**A4, "sample_weights": "reach"}),
+    "gac_w4a8": Row("progressive W4A8, a weight for each sample", {"activation_bits": 8, "sample_weights": "aligned"}),
+}
+ROWS |= WEIGHTED
 DEFAULT_ROWS = ["fp_full", "ptq_full", "pq_full"]
 SETS = {
     "all": [*ROWS],
@@ -120,6 +128,6 @@ SETS = {
         *(name for name, row in ROWS.items() if row.part > 1 and name not in ABLATIONS | SOLVED),
         *SOLVED,
     ],
-    "family": ["fp_full", "ptq_full", "fixed_full", "pq_full", *SELECTIVE],
+    "family": ["fp_full", "ptq_full", "fixed_full", "pq_full", *SELECTIVE, *WEIGHTED],
     "ablations": ["fp_full", "pqcad_half", *ABLATIONS],
 }

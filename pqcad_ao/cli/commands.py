@@ -252,6 +252,11 @@ def compress(
     resolved, state = plan_of(unet), quantized_state(unet)
     for t in state.transitions if state else []:
         print(f"{t['stage']}, update {t['step']}: {t['from_bits']} to {t['to_bits']} bits, {t['reason']}")
+    cosine = state.facts.get("task_cosine") if state else None
+    if cosine is not None:
+        print(
+            "gradients of two ranges of timesteps: mean cosine {:.2f} at the start, {:.2f} at the end".format(*cosine)
+        )
     print(f"{resolved.summary()}\n{out}: {size:,} bytes of weights, made in {seconds:.0f} s")
     if halving is not None:
         print(f"distilled: samples in {steps_of(unet)} steps with the scheduler beside it, not in {halving.steps}")
@@ -264,6 +269,7 @@ def compress(
         "summary": resolved.summary(),
         "rows": resolved.to_list(),
         "transitions": state.transitions if state else [],
+        **({} if cosine is None else {"task_cosine": cosine}),
         "arithmetic": ops.arithmetic(device),
         "pictures": pictures,
         "log": [dataclasses.asdict(update) for update in state.log] if state else [],

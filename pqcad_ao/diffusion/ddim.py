@@ -74,6 +74,13 @@ class DDIMSchedule:
         alpha_t, sigma_t, following = self.alphas[step], self.sigmas[step], step + stride
         return sigma_t * self.alphas[following] - alpha_t * self.sigmas[following]
 
+    def reach(self, step: Tensor) -> Tensor:
+        """How far an error of what the network predicts carries over a step, (B,): x_{t-1}'s error over it."""
+        like = torch.ones(len(step), 1, device=step.device)
+        x_0, noise = self.x_0_and_noise(like, torch.zeros_like(like), step)
+        alpha_next, sigma_next = self.alpha_sigma(step + 1, like)
+        return (alpha_next * x_0 + sigma_next * noise)[:, 0]
+
     def ddim_step(self, prediction: Tensor, x_t: Tensor, step: Tensor, stride: int = 1) -> Tensor:
         """DDIM (Song et al. 2021, eq. 12 with σ = 0) from each sample's step to the one ``stride`` on."""
         x_0, noise = self.x_0_and_noise(prediction, x_t, step)
@@ -95,3 +102,10 @@ class DDIMSchedule:
         (alpha_t, sigma_t), (alpha_next, sigma_next) = self.alpha_sigma(step, x_t), self.alpha_sigma(step + stride, x_t)
         ratio = sigma_next / sigma_t
         return (x_next - ratio * x_t) / (alpha_next - ratio * alpha_t)
+
+
+def reach_of(sampler: Sampler, num_inference_steps: int, timesteps: Tensor) -> Tensor:
+    """:meth:`DDIMSchedule.reach` at the sampler's steps that are nearest to timesteps (N,): (N,) float32."""
+    schedule = DDIMSchedule.of(sampler, num_inference_steps, timesteps.device)
+    step = (timesteps[:, None] - schedule.timesteps[None, :-1]).abs().argmin(1)
+    return schedule.reach(step)

@@ -23,17 +23,22 @@ from pqcad_ao.diffusion.solvers import SOLVERS, ddim
 from pqcad_ao.diffusion.trajectories import Trajectories
 from pqcad_ao.graph.capture import capture
 from pqcad_ao.graph.plan import PlanRow, resolve
+from pqcad_ao.learn.reweighing import shown
 from pqcad_ao.learn.selective import choose, learner_of
-from pqcad_ao.learn.training import read_checkpoint, to_learn, train_loop
+from pqcad_ao.learn.training import more_of, read_checkpoint, to_learn, train_loop
 from pqcad_ao.learn.unfold import unfold
+from pqcad_ao.learn.weights import SampleWeights
 from pqcad_ao.nn.diffusers_plugin import attach
 from pqcad_ao.nn.state import quantized_state, required_state
+from pqcad_ao.passes.probes import insert_probes, take_gradients
 from pqcad_ao.prepare.fold import adopt, fold
 from pqcad_ao.prepare.observe import activation_quantizers
-from pqcad_ao.utils.fields import entries
+from pqcad_ao.utils.fields import entries, later
 from pqcad_ao.utils.files import digest
 from pqcad_ao.utils.processes import rank_and_world
 
+DECAY = 0.9  # of a step's gradient, from batch to batch: a batch holds a handful of each
+LOOK_EVERY = 20  # updates between two cosines in the log
 DIVERGED = 10.0  # times the loss of the first update
 
 
@@ -45,6 +50,8 @@ class DistillUpdate:
         update: its number, from 0. stage: "halving 1" and so on, or "2 halvings at once".
         loss: weighted sum of both parts.
         reference, teacher: mean squared error against each target; None where it is not used.
+        weights: least, mean square and largest of the steps' weights, where they differ. cosine: between two steps'
+            gradients, the mean over pairs; of some updates, the last among them.
     """
 
     update: int
@@ -52,6 +59,8 @@ class DistillUpdate:
     loss: float
     reference: float | None
     teacher: float | None
+    weights: list[float] | None = later(None)
+    cosine: float | None = later(None)
 
 
 def teach(
@@ -140,6 +149,11 @@ class _Halving:
             self.schedule.timesteps,
             number,
         )
+        self.weights: SampleWeights | None = None
+        if config.sample_weights == "groups":
+            slot = torch.arange(learned, device=self.device)
+            settings = config.weight_rate, config.weight_temperature, config.weight_pairs
+            self.weights = SampleWeights(slot, learned, *settings)
         self.learns = {n: p.requires_grad for n, p in self.graph.named_parameters() if n.startswith("unet.")}
         self.rank, self.world = rank_and_world()
         self._select(self._selected(rows))
@@ -163,9 +177,10 @@ class _Halving:
         self.trained = trained
         self.learner = learner_of(self.graph, self.learns, trained, self.config)
         self.learner.add_scales(activation_quantizers(self.graph).values())
+        self.probed = self.graph if self.weights is None else insert_probes(self.graph)
         # some parameters (the next width's scales) take no part in a forward
         self.forward: Callable[..., Tensor] = (
-            DistributedDataParallel(self.graph, find_unused_parameters=True) if self.world > 1 else self.graph
+            DistributedDataParallel(self.probed, find_unused_parameters=True) if self.world > 1 else self.probed
         )
 
     def _batch(self, number: int) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]:
@@ -240,14 +255,15 @@ class _Halving:
         elif self.schedule.prediction_type == "epsilon":
             # as v, an error of epsilon counts 1/alpha² times: the first timestep would be all that is learned
             weight = self.error_gain[step // self.jump].square().view_as(weight) / self.error_gain.square().mean()
-        parts = {name: (weight * (v - target).square()).mean() for name, target in targets.items()}
+        errors = {name: weight * (v - target).square() for name, target in targets.items()}
+        parts = {name: error.mean() for name, error in errors.items()}
         weights = {"reference": config.reference_weight, "teacher": config.teacher_weight}
         loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
         values = torch.stack([loss, *parts.values()]).detach()
         if self.world > 1:
             dist.all_reduce(values)
             values /= self.world
-        value, *shown = values.tolist()
+        value, *part_values = values.tolist()
         self.first = value if self.first is None else self.first
         if not math.isfinite(value) or value > DIVERGED * max(self.first, 1e-6):
             if "reference" in targets and not targets["reference"].isfinite().all():
@@ -257,11 +273,33 @@ class _Halving:
                 f"start it was {self.first:.3g}. Lower learning_rate ({config.learning_rate:g}), with another folder "
                 "if you gave one"
             )
+        if self.weights is not None:
+            omega = self.weights.omega[step // self.jump].view_as(weight)
+            loss = torch.stack([weights[name] * (omega * error).mean() for name, error in errors.items()]).sum()
         self.learner.step(loss, number)
-        named = dict(zip(parts, shown, strict=True))
-        entry = DistillUpdate(number, self.stage, value, named.get("reference"), named.get("teacher"))
+        named = dict(zip(parts, part_values, strict=True))
+        moved = {} if self.weights is None else self._reweigh(self.weights, step // self.jump)
+        entry = DistillUpdate(number, self.stage, value, named.get("reference"), named.get("teacher"), **moved)
         self.log.append(entry)
         return entry
+
+    def _reweigh(self, weights: SampleWeights, taken: Tensor) -> dict[str, Any]:
+        """Let the steps' weights follow a batch at steps ``taken``, whose gradients the probes kept; the log's fields.
+
+        Every x_t is a fresh one: what the batches before said of a step is as good as held out.
+        """
+        per_sample = weights.omega[taken][:, None]  # which the gradients are multiplied with
+        found = [gradient / per_sample for gradient in take_gradients(self.probed)]
+        if self.world > 1:
+            sizes, taken = [gradient.shape[1] for gradient in found], _gathered(taken)
+            found = list(_gathered(torch.cat(found, 1)).split(sizes, 1))
+        P = weights.joined(found, follow=True)
+        weights.move(taken, P)
+        for step in taken.unique().tolist():
+            weights.remember(step, P[taken == step], DECAY)
+        number = len(self.log)
+        measured = number % LOOK_EVERY == 0 or number == self.config.iterations - 1
+        return {"weights": shown(weights.omega), "cosine": weights.agreement if measured else None}
 
     def give_back(self, network: nn.Module, schedule: list[int]) -> None:
         """Put what was learned into a network, the student or one alike, and let it remember its new timesteps."""
@@ -281,7 +319,7 @@ class _Halving:
         header: dict[str, Any] = {"key": self.key, "log": [entries(update) for update in self.log], "first": self.first}
         if self.trained is not None:
             header["trained"] = self.trained
-        self.learner.save(path, header)
+        self.learner.save(path, header, None if self.weights is None else self.weights.state())
 
     def load(self, path: Path) -> None:
         """Go on from where :meth:`save` was called. Raises ValueError: the file is damaged, or of another run."""
@@ -289,4 +327,13 @@ class _Halving:
         if header.get("trained") != self.trained:  # a sensitivity's last bits were others
             self._select(header["trained"])
         self.learner.load(tensors)
+        if self.weights is not None:
+            self.weights.load(more_of(tensors))
         self.log, self.first = [DistillUpdate(**update) for update in header["log"]], header["first"]
+
+
+def _gathered(value: Tensor) -> Tensor:
+    """Every process's rows, in the order of ranks."""
+    parts = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, value.contiguous())
+    return torch.cat(parts)

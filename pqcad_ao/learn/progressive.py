@@ -16,13 +16,15 @@ from torch.fx import GraphModule
 from pqcad_ao.config import PQCADConfig
 from pqcad_ao.diffusion.calibration import CalibrationSet, to_observe
 from pqcad_ao.graph.plan import Plan
+from pqcad_ao.learn.reweighing import Reweighing, shown
 from pqcad_ao.learn.selective import choose, learner_of, local_loss, time_projections
 from pqcad_ao.learn.sensitivity import perturbation_loss
 from pqcad_ao.learn.time_projections import fit_time_projections
-from pqcad_ao.learn.training import read_checkpoint, train_loop
+from pqcad_ao.learn.training import more_of, read_checkpoint, train_loop
 from pqcad_ao.learn.transition import MomentumTransition
 from pqcad_ao.passes.expose import expose
 from pqcad_ao.passes.insert_activations import insert_activations
+from pqcad_ao.passes.probes import insert_probes
 from pqcad_ao.prepare.annotate import PQCADQuantizer
 from pqcad_ao.prepare.observe import (
     activation_quantizers,
@@ -46,6 +48,9 @@ class Update:
         update: its number, from 0. stage: weights or activations. bits, alpha: where the policy is after it.
         loss: perturbation loss of its batch. momentum: of the loss at this width; None while a width blends in.
         local: the local loss, where the network learns by one.
+        weights: least, mean square and largest of the samples' weights, where they differ.
+        cosine: between two tasks' gradients, the mean over pairs, in updates before which it was measured; after the
+            last one once more.
     """
 
     update: int
@@ -55,6 +60,8 @@ class Update:
     loss: float
     momentum: float | None
     local: float | None = later(None)
+    weights: list[float] | None = later(None)
+    cosine: float | None = later(None)
 
 
 @dataclass
@@ -65,7 +72,8 @@ class Learned:
         graph: with both sides' fake quantizers in it, at the final bits.
         log: every update. transitions: as ``summary.json`` shows them.
         trained: the layers that learned, with the words that chose them; None: all.
-        facts: ``trained_parameters`` of the network, and ``adam_bytes``, the optimizer's for them and all scales.
+        facts: ``trained_parameters`` of the network, and ``adam_bytes``, the optimizer's for them and all scales;
+            ``task_cosine``, where samples' weights are learned: between tasks' gradients, at the start and at the end.
     """
 
     graph: GraphModule
@@ -125,6 +133,7 @@ def learn(
     config: PQCADConfig,
     num_train_timesteps: int,
     *,
+    reach: Tensor | None = None,
     folder: str | Path | None = None,
     callback: Callable[[str, int, int], None] | None = None,
     progress: bool = False,
@@ -135,6 +144,7 @@ def learn(
         graph: with the weights' fake quantizers in it; trained in place, so its parameters must be its own.
         points: C_QC.
         num_train_timesteps: T of the noise process.
+        reach: (N,) how far an error at each point's step carries, for ``sample_weights="reach"``.
         folder, callback, progress: as for :func:`~pqcad_ao.learn.training.train_loop`.
 
     Raises:
@@ -142,7 +152,7 @@ def learn(
             checkpoint that an update succeeded with stays.
         ValueError: too few iterations for the ladders, or ``folder`` holds another run's checkpoint.
     """
-    run = _Run(graph, resolved, points, config, num_train_timesteps)
+    run = _Run(graph, resolved, points, config, num_train_timesteps, reach)
 
     def describe(update: Update) -> dict[str, Any]:
         shown = "–" if update.momentum is None else f"{update.momentum:.4f}"
@@ -157,14 +167,22 @@ def learn(
         callback=callback,
         progress=progress,
     )
-    return Learned(run.graph, run.log, run.transitions, run.trained, run.learner.facts)
+    cosines = [update.cosine for update in run.log if update.cosine is not None]
+    facts = {**run.learner.facts, **({"task_cosine": [cosines[0], cosines[-1]]} if cosines else {})}
+    return Learned(run.graph, run.log, run.transitions, run.trained, facts)
 
 
 class _Run:
     """A training run: everything that changes with an update, and how to keep it."""
 
     def __init__(
-        self, graph: GraphModule, resolved: Plan, points: CalibrationSet, config: PQCADConfig, num_train_timesteps: int
+        self,
+        graph: GraphModule,
+        resolved: Plan,
+        points: CalibrationSet,
+        config: PQCADConfig,
+        num_train_timesteps: int,
+        reach: Tensor | None = None,
     ) -> None:
         self.graph, self.points, self.config = graph, points, config
         self.num_train_timesteps = num_train_timesteps
@@ -186,6 +204,11 @@ class _Run:
             raise ValueError(
                 "the network's output is zero on the whole calibration set: there is nothing to learn from"
             )
+        self.reach = None if reach is None else reach.square() / reach.square().mean()
+        self.reweighing: Reweighing | None = None
+        if config.sample_weights in ("groups", "aligned"):
+            self.reweighing = Reweighing(points, self.targets, config, num_train_timesteps)
+            self.points, self.targets = self.reweighing.points, self.reweighing.targets
         self.reference = self._frozen() if config.local_weight else None
         weights = self.policies.get("weights")
         fit_weights(graph, self._widths("weights", weights.bits if weights else 0))
@@ -201,7 +224,7 @@ class _Run:
             selected = choose(config.trainable, resolved.quantized, config.sensitive_share)
         self._select(selected)
         if config.time_rounding:
-            fit_time_projections(graph, time_projections(resolved, selected), points, config.batch_size)
+            fit_time_projections(graph, time_projections(resolved, selected), self.points, config.batch_size)
         self.stage = next(iter(self.policies))
         if self.stage == "activations":
             self._insert_activations(fit=True)
@@ -221,10 +244,19 @@ class _Run:
 
     def _show(self) -> None:
         """Make the graphs that an update calls, of the graph that learns and of full precision's."""
-        self.forward, self.expected = self.graph, None
+        self.forward = self.graph if self.reweighing is None else insert_probes(self.graph)
+        self.expected = None
         if self.reference is not None:
             layers = list(self.bits["weights"] if self.trained is None else self.trained)
-            self.forward, self.expected = expose(self.graph, layers), expose(self.reference, layers)
+            self.forward, self.expected = expose(self.forward, layers), expose(self.reference, layers)
+
+    @property
+    def omega(self) -> Tensor | None:
+        """The weight of each point, or None where all count alike."""
+        return self.reach if self.reweighing is None else self.reweighing.omega
+
+    def _loss_of(self, batch: CalibrationSet, targets: Tensor) -> Tensor:
+        return self._losses(batch, targets)[0]
 
     @property
     def policy(self) -> MomentumTransition:
@@ -238,10 +270,12 @@ class _Run:
         number, config = len(self.log), self.config
         generator = torch.Generator().manual_seed((config.seed * 1_000_003 + number) % 2**63)
         rows = torch.randint(len(self.points), (config.batch_size,), generator=generator)
-        overall, local = self._losses(rows)
-        loss, value = overall, overall.item()
+        weights = self.reweighing
+        cosine = weights.look(self.forward, self._loss_of) if weights and weights.due(number) else None
+        overall, weighted, local = self._losses(self.points[rows], self.targets[rows], rows)
+        loss, value = weighted, overall.item()
         if local is not None:
-            loss = config.global_weight * overall + config.local_weight * local
+            loss = config.global_weight * weighted + config.local_weight * local
         if not (value < DIVERGED and loss.isfinite()):
             raise FloatingPointError(
                 f"learning diverged in stage {self.stage!r}, update {number}, at {self.policy.bits} bits: the "
@@ -249,13 +283,18 @@ class _Run:
                 f"scale_learning_rate ({config.scale_learning_rate:g}), with another folder if you gave one"
             )
         bits = self.policy.bits
-        started = self.policy.update(value if local is None else loss.item())
+        progress = value if local is None else config.global_weight * value + config.local_weight * local.item()
+        started = self.policy.update(progress)
         # what there is to move by shrinks with the grid's step: at the final rate a wide grid only gathers Adam's noise
         self.learner.step(loss, number, 2.0 ** (self.policy.ladder[-1] - bits))
         if started is not None:
             self.transitions.append({"stage": self.stage, **asdict(started), "step": number})
             self._begin(started.to_bits)
         self._blend()
+        if weights is not None:
+            weights.follow(self.forward, rows)
+            if number == config.iterations - 1:
+                cosine = weights.look(self.forward, self._loss_of)
         momentum = self.policy.momentum
         entry = Update(
             number,
@@ -265,22 +304,28 @@ class _Run:
             value,
             None if momentum != momentum else momentum,
             local=None if local is None else local.item(),
+            weights=None if self.omega is None else shown(self.omega),
+            cosine=cosine,
         )
         self.log.append(entry)
         return entry
 
-    def _losses(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The perturbation loss of a batch, and its local loss where there is one."""
-        batch, targets = self.points[rows], self.targets[rows]
+    def _losses(
+        self, batch: CalibrationSet, targets: Tensor, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The perturbation loss of a batch, the same with the weights of ``rows``, and its local loss, if any."""
         inputs, device = (batch.x_t, batch.timesteps, batch.conditioning), batch.x_t.device.type
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            found = self.forward(*inputs)
-            if self.expected is None:
-                return perturbation_loss(found, targets), None
-            with torch.no_grad():
-                _, references = self.expected(*inputs)
-        prediction, outputs = found
-        return perturbation_loss(prediction, targets), local_loss(outputs, references)
+            prediction, local = self.forward(*inputs), None
+            if self.expected is not None:
+                prediction, outputs = prediction
+                with torch.no_grad():
+                    _, references = self.expected(*inputs)
+                local = local_loss(outputs, references)
+        overall = weighted = perturbation_loss(prediction, targets)
+        if self.omega is not None and rows is not None:
+            weighted = perturbation_loss(prediction, targets, self.omega[rows])
+        return overall, weighted, local
 
     def _widths(self, stage: str, bits: int) -> dict[str, int]:
         """Each layer's bits while its stage is at ``bits``: never fewer than the plan's."""
@@ -294,6 +339,8 @@ class _Run:
         self.learner.graph = self.graph
         self.learner.add_scales(self.quantizers)
         self._show()
+        if self.reweighing is not None:
+            self.reweighing.weights.forget()  # more layers may have gradients from now on
         if fit:
             self._observe()
             fit_activations(self.graph, self._widths("activations", self.policy.bits))
@@ -340,7 +387,7 @@ class _Run:
         }
         if self.trained is not None:
             header["trained"] = self.trained
-        self.learner.save(path, header)
+        self.learner.save(path, header, None if self.reweighing is None else self.reweighing.weights.state())
 
     def load(self, path: Path) -> None:
         """Go on from where :meth:`save` was called.
@@ -361,6 +408,8 @@ class _Run:
         for name, module in self._modules().items():
             module.move(**header["positions"][name])
         self.learner.load(tensors)
+        if self.reweighing is not None:
+            self.reweighing.load(more_of(tensors))
         self.policies = {
             stage: MomentumTransition.from_state_dict(state) for stage, state in header["policies"].items()
         }

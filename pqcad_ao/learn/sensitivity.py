@@ -20,9 +20,16 @@ RUNGS = (6, 8)  # widths that a layer may be raised to
 POINTS = 16  # of the calibration set, behind each sensitivity
 
 
-def perturbation_loss(prediction: Tensor, reference: Tensor) -> Tensor:
-    """Mean squared difference over the reference's power; 0 for a perfect copy, 1 for a network that is silent."""
-    return (prediction.float() - reference.float()).square().mean() / reference.float().square().mean()
+def perturbation_loss(prediction: Tensor, reference: Tensor, omega: Tensor | None = None) -> Tensor:
+    """Mean squared difference over the reference's power; 0 for a perfect copy, 1 for a network that is silent.
+
+    Args:
+        omega: (B,) weights of the samples' differences; the power is never weighted.
+    """
+    errors = (prediction.float() - reference.float()).square()
+    if omega is not None:
+        errors = errors * omega.view(-1, *[1] * (errors.dim() - 1))
+    return errors.mean() / reference.float().square().mean()
 
 
 def raised(row: PlanRow, bits: int) -> PlanRow:

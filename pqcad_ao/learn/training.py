@@ -105,9 +105,9 @@ class Learner:
             for group in scales:
                 group["scale"].clamp_(min=SMALLEST_SCALE)
 
-    def save(self, path: Path, header: dict[str, Any]) -> None:
-        """Write graph, moments and header, whole or not at all."""
-        tensors: dict[str, Tensor] = {}
+    def save(self, path: Path, header: dict[str, Any], more: dict[str, Tensor] | None = None) -> None:
+        """Write graph, moments, ``more`` tensors of the run and the header, whole or not at all."""
+        tensors: dict[str, Tensor] = {f"run.{name}": value.contiguous() for name, value in (more or {}).items()}
         for name, value in self.graph.state_dict().items():  # cloned: a module may be there under two names
             tensors[f"graph.{name}"] = value.detach().clone(memory_format=torch.contiguous_format)
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.graph.named_parameters()}
@@ -126,6 +126,11 @@ class Learner:
                 entry, _, parameter = rest.partition(".")
                 place = parameters[parameter].device if entry != "step" else value.device  # Adam counts on the CPU
                 self.optimizer.state[parameters[parameter]][entry] = value.to(place)
+
+
+def more_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The run's own tensors in a checkpoint, as :meth:`Learner.save` was given them."""
+    return {name.removeprefix("run."): value for name, value in tensors.items() if name.startswith("run.")}
 
 
 def read_checkpoint(path: Path, key: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

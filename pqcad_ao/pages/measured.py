@@ -174,6 +174,9 @@ def facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows += [("in unet.pte", f"{count} layers: {text}") for text, count in counted.items()]
     rows += [(name, str(version or "not installed")) for name, version in result.get("versions", {}).items()]
     rows += [(f"time: {stage}", f"{seconds:.1f} s") for stage, seconds in result.get("stages_s", {}).items()]
+    if "task_cosine" in result:
+        begun, ended = result["task_cosine"]
+        rows.append(("timesteps' gradients", f"mean cosine {begun:.2f} at the start, {ended:.2f} at the end"))
     if "seconds" in result:
         rows.append(("time", f"{result['seconds']:.0f} s"))
     return rows
