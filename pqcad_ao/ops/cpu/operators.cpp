@@ -1,4 +1,5 @@
 // The pqcad:: operators for CPUs: their arguments checked and laid out, and their registration. Compiled on first use.
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -154,12 +155,16 @@ Tensor norm_silu_quantize(at::TensorList inputs, const std::optional<Tensor>& we
   Tensor output = at::empty({p.B, p.C, p.H * upsample, p.W * upsample}, head.options().dtype(at::kChar),
                             at::MemoryFormat::ChannelsLast);
   if (output.numel() > 0) {
-    const Tensor s = scale.to(at::kFloat).contiguous(), l = low.to(at::kLong).contiguous();
+    const Tensor s = scale.to(at::kFloat).contiguous(), l = low.contiguous();
     Tensor w, b;
     if (weight) w = weight->to(at::kFloat).contiguous(), p.norm_weight = w.const_data_ptr<float>();
     if (bias) b = bias->to(at::kFloat).contiguous(), p.norm_bias = b.const_data_ptr<float>();
-    p.scale = s.const_data_ptr<float>(), p.low = l.const_data_ptr<int64_t>();
+    p.scale = s.const_data_ptr<float>();
+    AT_DISPATCH_INTEGRAL_TYPES(l.scalar_type(), "low", [&] {  // as they are: a few numbers, and no tensor of them
+      p.low.assign(l.const_data_ptr<scalar_t>(), l.const_data_ptr<scalar_t>() + l.numel());
+    });
     p.output = output.mutable_data_ptr<int8_t>();
+    if (upsample == 1) cut_into_rows(p);
     TORCH_CHECK_VALUE(quantize(p), "NaN or infinity in what is quantized: integers would hide it");
   }
   return output;

@@ -23,7 +23,7 @@ struct Quantize {
   std::vector<Source> sources;
   const float *norm_weight, *norm_bias;
   const float* scale;
-  const int64_t* low;
+  std::vector<float> low;  // integers, of each sample's segments
   std::vector<int64_t> segments;
   int8_t* output;
   int64_t B, H, W, C, norm_groups, upsample;
@@ -31,6 +31,17 @@ struct Quantize {
   int bits;
   bool silu;
 };
+
+constexpr int64_t ROW = 32;  // pixels whose moments are summed in single precision
+
+// Cuts an image of whose pixels only the order counts into rows of at most ROW, as long as its size allows. In tokens
+// that stand as an image of width one, the moments would be put away after every pixel.
+void cut_into_rows(Quantize& p) {
+  const int64_t pixels = p.H * p.W;
+  p.W = std::min(pixels, ROW);
+  while (pixels % p.W) p.W--;
+  p.H = pixels / p.W;
+}
 
 // x / (1 + e^-x), to 4 units in the last place where its size matters and to 1.5e-6 everywhere: e^-x is a power of two
 // times a polynomial in what remains of the exponent. Ends of +-87 keep the power a normal number.
@@ -97,7 +108,7 @@ bool coefficients(const Quantize& p, int64_t sample, const double* sums, float* 
   for (int64_t s = 0; s < count; s++)
     for (int64_t k = 0; k < p.segments[s]; k++, c++) {
       steps[c] = 1.f / p.scale[sample * count + s];
-      low[c] = (float)p.low[sample * count + s];
+      low[c] = p.low[sample * count + s];
       high[c] = low[c] + (float)((1 << p.bits) - 1);
     }
   return finite;
