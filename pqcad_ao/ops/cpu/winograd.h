@@ -21,6 +21,15 @@ namespace {
 constexpr int64_t CHUNK = 4 << 20;  // bytes of transformed input that are kept at once
 constexpr int MIDDLE = 5;  // the plane in row 1 and column 1 of the sixteen: sums alone, and it enters all four outputs
 
+// Bytes from one of sixteen planes to the next: an odd number of lines of the cache, so that what belongs together in
+// all of them does not meet in one set of lines, of which a power of two would make most.
+constexpr int64_t apart(int64_t bytes) { return ((bytes + 63) / 64 | 1) * 64; }
+inline int64_t input_plane(const Part& part) { return apart(TILE * part.padded); }
+inline int64_t weight_plane(const Part& part, const Panel& panel) { return apart(part.padded * panel.columns()); }
+inline int64_t product_plane(const Panel& panel) {  // in sums
+  return apart(TILE * panel.columns() * (int64_t)sizeof(int32_t)) / (int64_t)sizeof(int32_t);
+}
+
 struct Tiles {  // of two by two outputs
   int64_t rows, columns;  // in an image
   const int32_t* middle;  // offset of the middle plane, [B][part]
@@ -42,11 +51,11 @@ template <class T> inline void transform_weight(const T (&g)[9], T (&u)[16]) {
   }
 }
 
-// u[16][c/4][width][LANES][4] = (2G) g (2G)^T of one part, and comp[16][columns], its sum over the channels.
+// u[16][c/4][width][LANES][4] = (2G) g (2G)^T of one part, a plane `weight_plane` from the next, and comp[16][columns], its sum over the channels.
 void widen_winograd(const Problem& p, const Panel& panel, const Part& part, int8_t* u, int32_t* comp) {
   Widener widener(p, panel);
   Halves some[9][LANES];
-  const int64_t plane = part.padded * panel.columns();
+  const int64_t plane = weight_plane(part, panel);
   for (int j = 0; j < panel.width; j++) {
     Ints sums[9] = {}, of_plane[16];
     for (int64_t c = 0; c < part.padded; c += Widener::CHANNELS) {
@@ -110,7 +119,7 @@ std::vector<int32_t> middle_offsets(const Problem& p) {
   return offsets;
 }
 
-// Input tiles B^T d B, with their offset, of a block: v[part][16][TILE][padded].
+// Input tiles B^T d B, with their offset, of a block: v[part][16][TILE][padded], a plane `input_plane` from the next.
 void transform_input(const Problem& p, const Tiles& tiles, int64_t first, int64_t count, uint8_t* v) {
   static const int8_t zeros[BYTES] = {};
   const Bytes offset = all_bytes(OFFSET);
@@ -137,7 +146,7 @@ void transform_input(const Problem& p, const Tiles& tiles, int64_t first, int64_
           e[8 + j] = d[8 + j] - d[4 + j], e[12 + j] = d[4 + j] - d[12 + j];
         }
         uint8_t* to = of_part + q * part.padded + k;
-        const int64_t plane = TILE * part.padded;
+        const int64_t plane = input_plane(part);
         for (int i = 0; i < 4; i++) {
           const Bytes* r = e + i * 4;
           const Bytes f[4] = {r[0] - r[2], r[1] + r[2], r[2] - r[1], r[1] - r[3]};
@@ -145,7 +154,7 @@ void transform_input(const Problem& p, const Tiles& tiles, int64_t first, int64_
             store(to + (i * 4 + j) * plane, f[j] + (i * 4 + j == MIDDLE ? of_middle : offset), want);
         }
       }
-      of_part += 16 * TILE * part.padded;
+      of_part += 16 * input_plane(part);
     }
   }
 }
@@ -176,7 +185,7 @@ void transform_output(const Problem& p, const Panel& panel, const Tiles& tiles, 
       const int64_t t = first + q, b = t / (tiles.rows * tiles.columns);
       const int64_t y = t % (tiles.rows * tiles.columns) / tiles.columns * 2, x = t % tiles.columns * 2;
       const int32_t* at = m + (q * NR + j) * LANES;
-      const int64_t plane = TILE * NR * LANES;
+      const int64_t plane = product_plane(panel);
       Ints e[2][4];
       for (int k = 0; k < 4; k++, at += plane) {
         const Ints m0 = load_ints(at), m1 = load_ints(at + 4 * plane), m2 = load_ints(at + 8 * plane),
@@ -201,7 +210,9 @@ void transform_output(const Problem& p, const Panel& panel, const Tiles& tiles, 
 void winograd(const Problem& p) {
   const auto middle = middle_offsets(p);
   const Tiles tiles{(p.OH + 1) / 2, (p.OW + 1) / 2, middle.data()};
-  const int64_t all = p.B * tiles.rows * tiles.columns, of_block = 16 * TILE * p.padded;
+  const int64_t all = p.B * tiles.rows * tiles.columns;
+  int64_t of_block = 0;
+  for (auto& part : p.parts) of_block += 16 * input_plane(part);
   const int64_t chunk = std::max<int64_t>(1, CHUNK / of_block) * TILE;
   const auto panels = panels_of(p);
   uint8_t* v = activations.of<uint8_t>((std::min(chunk, all) + TILE - 1) / TILE * of_block);
@@ -218,25 +229,29 @@ void winograd(const Problem& p) {
         const Panel& panel = panels[task / blocks];
         const int64_t columns = panel.columns(), from = start + task % blocks * TILE,
                       count = std::min<int64_t>(TILE, stop - from);
-        int8_t* u = weights.of<int8_t>(16 * p.padded * columns);
+        int64_t of_panel = 0;
+        for (auto& part : p.parts) of_panel += 16 * weight_plane(part, panel);
+        int8_t* u = weights.of<int8_t>(of_panel);
         int32_t* of_output = sums.of<int32_t>((parts * 5 + 16) * columns);
-        int32_t* m = products.of<int32_t>(16 * TILE * columns);
+        int32_t* m = products.of<int32_t>(16 * product_plane(panel));
         if (current != task / blocks) {
           current = task / blocks;
           int32_t* comp = of_output + parts * 5 * columns;
-          for (int64_t s = 0; s < parts; s++) {
-            widen_winograd(p, panel, p.parts[s], u + 16 * p.parts[s].offset * columns, comp);
-            transform_offset(panel, comp, of_output + s * 5 * columns);
+          int8_t* of_part = u;
+          int32_t* offset = of_output;
+          for (auto& part : p.parts) {
+            widen_winograd(p, panel, part, of_part, comp);
+            transform_offset(panel, comp, offset);
+            of_part += 16 * weight_plane(part, panel), offset += 5 * columns;
           }
         }
+        const uint8_t* of_part = v + task % blocks * of_block;
+        const int8_t* w = u;
         for (int64_t s = 0; s < parts; s++) {
           const Part& part = p.parts[s];
-          const uint8_t* of_part = v + task % blocks * of_block + 16 * TILE * part.offset;
-          const int8_t* w = u + 16 * part.offset * columns;
           with_width(panel.width, [&](auto width) {
-            for (int n = 0; n < 16; n++)
-              plane_product<width>(of_part + n * TILE * part.padded, w + n * part.padded * columns, part.padded, count,
-                                   m + n * TILE * columns);
+            for (int n = 0; n < 16; n++, of_part += input_plane(part), w += weight_plane(part, panel))
+              plane_product<width>(of_part, w, part.padded, count, m + n * product_plane(panel));
           });
           transform_output(p, panel, tiles, m, of_output + s * 5 * columns, from, count, s);
         }
