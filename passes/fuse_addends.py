@@ -16,7 +16,8 @@ def fuse_addends(graph: GraphModule) -> int:
     """Turn ``conv2d(...) + y`` into ``conv2d(..., addend=y)``, in place, where nothing else reads the convolution.
 
     Of the sum of two convolutions the later one takes the earlier one's result. y has the result's shape, or one value
-    for each sample and channel, and its type.
+    for each sample and channel, and its type; one row for all samples, as a table of the timesteps holds it, is spread
+    over them.
 
     Returns:
         how many sums are gone.
@@ -31,7 +32,10 @@ def fuse_addends(graph: GraphModule) -> int:
         if not pairs or arguments["alpha"] != 1:
             continue
         conv, addend = max(pairs, key=lambda pair: nodes.position[pair[0]])
+        batch = traced(conv).shape[0]
         with graph.graph.inserting_before(node):  # here, where the addend is known
+            if traced(addend).shape[0] != batch:
+                addend = graph.graph.call_method("expand", (addend, batch, -1, -1, -1))
             kwargs = {**conv.kwargs, "addend": addend}
             replacement = graph.graph.call_function(conv.target, conv.args, kwargs)
         replacement.meta = dict(node.meta)
@@ -55,4 +59,9 @@ def _takes(conv: object, addend: object) -> bool:
     result, other = traced(conv), traced(addend)
     if not isinstance(other, torch.Tensor) or other.dtype != result.dtype or other.dim() != 4:
         return False
-    return other.shape == result.shape or (other.shape[:2] == result.shape[:2] and other.shape[2:] == (1, 1))
+    if other.shape == result.shape:
+        return True
+    # a batch that is known: a row is spread over no other
+    one_row = other.shape[0] == 1 and isinstance(result.shape[0], int)
+    per_sample = one_row or other.shape[0] == result.shape[0]
+    return per_sample and other.shape[1] == result.shape[1] and other.shape[2:] == (1, 1)

@@ -19,7 +19,8 @@ from pqcad_ao.compile.package import export_pt2, load_pt2
 from pqcad_ao.denoiser import Denoiser
 from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.graph.capture import capture
-from pqcad_ao.passes.fuse_addends import fuse_addends
+from pqcad_ao.passes.fold_timesteps import fold_timesteps
+from pqcad_ao.passes.fuse_addends import ADD, fuse_addends
 from pqcad_ao.passes.fuse_quantize import QUANTIZE, fuse_quantize
 from pqcad_ao.passes.identities import drop_identities
 
@@ -174,6 +175,26 @@ def test_the_passes_take_exported_graphs_too():
     assert fuse_addends(captured.graph) == 2
     assert sqnr(before, captured.graph(*call)) > 60
     assert sqnr(Denoiser(model)(*call), before) > 60
+
+
+SCHEDULE = torch.tensor([700, 300])
+
+
+def bound(model: nn.Module):
+    """The graph of a network for batches of two at the steps of SCHEDULE, its timesteps folded."""
+    graph = torch.export.export(Denoiser(model), (noise(), at(0), {})).module(check_guards=False)
+    drop_identities(graph)
+    return fold_timesteps(graph, [node for node in graph.graph.nodes if node.op == "placeholder"][1], SCHEDULE)
+
+
+@torch.no_grad()
+def test_one_row_of_the_time_embedding_is_an_addend_of_every_sample():
+    model = quantized(Plain())
+    graph = bound(model)
+    fuse(graph)
+    assert count(graph, ADD) == 0
+    for step, timestep in enumerate(SCHEDULE):
+        assert sqnr(model(noise(), at(int(timestep))), graph(noise(), torch.tensor([step]), {})) > 60
 
 
 # ------------------------------------------------------------------------------------------------- the backend
