@@ -22,9 +22,9 @@ def fold_timesteps(graph: GraphModule, timesteps: Node, schedule: Tensor) -> Gra
 
     Values that depend on the timesteps and on parameters only, and that something else reads (time projections,
     activation scales), are computed once for every step. What computed them disappears; they are read from one table
-    for each dtype, (S, n, 1, 1) of all of them side by side, with one ``index_select``. Operators that merely spread
-    such a value over more elements stay, so that the table holds what they spread. Afterwards every sample of a batch
-    is at the same step.
+    for each dtype, (S, n, 1, 1) of all of them side by side, with one ``index_select``; equal ones are one node.
+    Operators that merely spread such a value over more elements stay, so that the table holds what they spread.
+    Afterwards every sample of a batch is at the same step.
 
     Args:
         graph: as ``ExportedProgram.module()`` returns it, with static shapes.
@@ -118,25 +118,28 @@ def _read_from_tables(
     graph: GraphModule, step: Node, frontier: list[Node], values: list[Tensor], alone: dict[Node, None]
 ) -> None:
     """Insert the tables and let the readers of each frontier node read its columns."""
-    columns: dict[torch.dtype, list[int]] = defaultdict(list)
+    columns: dict[torch.dtype, dict[Any, list[int]]] = defaultdict(lambda: defaultdict(list))
     for index, (node, value) in enumerate(zip(frontier, values, strict=True)):
         if _one_row_will_do(node, value, alone):
             values[index] = value[:, :1]
-        columns[value.dtype].append(index)
-    for dtype, indices in columns.items():
+        content = values[index].contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        columns[value.dtype][values[index].shape, content].append(index)
+    for dtype, equal in columns.items():
         # four dimensions: XNNPACK turns the whole row into its channels-last form once
-        table = torch.cat([values[index].reshape(len(values[index]), -1) for index in indices], 1)[:, :, None, None]
+        first = [values[index].reshape(len(values[index]), -1) for index, *_ in equal.values()]
+        table = torch.cat(first, 1)[:, :, None, None]
         name = f"steps_{str(dtype).removeprefix('torch.')}"
         graph.register_buffer(name, table.contiguous())
         row = graph.graph.call_function(aten.index_select.default, (graph.graph.get_attr(name), 0, step))
         start = 0
-        for index in indices:
+        for index, *others in equal.values():
             shape, end = values[index].shape[1:], start + values[index][0].numel()
             node = graph.graph.call_function(aten.slice.Tensor, (row, 1, start, end))
             if shape != (1, end - start, 1, 1):
                 node = graph.graph.call_function(aten.view.default, (node, list(shape)))
             node.meta["val"] = values[index][0].to("meta")
-            frontier[index].replace_all_uses_with(node, lambda user: user not in alone)
+            for reader in (index, *others):
+                frontier[reader].replace_all_uses_with(node, lambda user: user not in alone)
             start = end
 
 

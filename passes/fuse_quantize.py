@@ -24,12 +24,14 @@ def fuse_quantize(graph: GraphModule) -> int:
     """Let one kernel read an image, normalise it and write its integers, channels last, in place.
 
     Works on a graph of torch.compile or of torch.export. An operator whose result something else reads, too, stays
-    where it is for that reader. Identities are to be dropped first.
+    where it is for that reader. Quantizers of one input to one grid, such as attention's three projections have where
+    nothing was learned, become one. Identities are to be dropped first.
 
     Returns:
         how many quantizers there are.
     """
     found, nodes = 0, Order(graph)
+    _share(graph, nodes)
     for node in list(graph.graph.nodes):
         if node.target not in QUANTIZE:
             continue
@@ -42,6 +44,19 @@ def fuse_quantize(graph: GraphModule) -> int:
             _fuse_tokens(graph, node, nodes)
     finish(graph)
     return found
+
+
+def _share(graph: GraphModule, nodes: Order) -> None:
+    """Let whoever reads a quantizer's repetition read the quantizer."""
+    known: dict[Any, Node] = {}
+    for node in list(graph.graph.nodes):
+        if node.target not in QUANTIZE:
+            continue
+        arguments = tuple(tuple(value) if isinstance(value, list) else value for value in bind(node).values())
+        first = known.setdefault(arguments, node)
+        if first is not node and nodes.calm(first, node):
+            node.replace_all_uses_with(first)
+            graph.graph.erase_node(node)
 
 
 def _fuse_image(graph: GraphModule, node: Node, nodes: Order) -> None:

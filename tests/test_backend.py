@@ -23,9 +23,11 @@ from pqcad_ao.passes.fold_timesteps import fold_timesteps
 from pqcad_ao.passes.fuse_addends import ADD, fuse_addends
 from pqcad_ao.passes.fuse_quantize import QUANTIZE, fuse_quantize
 from pqcad_ao.passes.identities import drop_identities
+from pqcad_ao.passes.join_linears import join_linears
 
 FUSED = torch.ops.pqcad.norm_silu_quantize
 CONV = {torch.ops.pqcad.conv2d, torch.ops.pqcad.conv2d.default}
+LINEAR = {torch.ops.pqcad.linear, torch.ops.pqcad.linear.default}
 
 
 def quantized(model: nn.Module, **options) -> nn.Module:
@@ -195,6 +197,23 @@ def test_one_row_of_the_time_embedding_is_an_addend_of_every_sample():
     assert count(graph, ADD) == 0
     for step, timestep in enumerate(SCHEDULE):
         assert sqnr(model(noise(), at(int(timestep))), graph(noise(), torch.tensor([step]), {})) > 60
+
+
+@pytest.mark.parametrize(("other_grid", "joined"), [(False, 2), (True, 1)], ids=["one grid", "keys have their own"])
+@torch.no_grad()
+def test_with_a_schedule_attention_is_projected_at_once(other_grid, joined):
+    """Queries, keys and values read one quantizer, where their grids are equal at every step."""
+    model = quantized(Small())
+    if other_grid:
+        model.to_k.set_grid(model.to_k.input_scale * 1.1, model.to_k.input_low)
+    graph = bound(model)
+    assert fuse(graph) == 10 - joined
+    before = [graph(noise(), torch.tensor([step]), {}) for step in range(2)]
+    assert join_linears(graph) == joined
+    assert count(graph, LINEAR) == 4 - joined
+    for step, timestep in enumerate(SCHEDULE):
+        assert torch.equal(graph(noise(), torch.tensor([step]), {}), before[step])
+        assert sqnr(model(noise(), at(int(timestep))), before[step]) > 45
 
 
 # ------------------------------------------------------------------------------------------------- the backend

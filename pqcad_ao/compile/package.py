@@ -34,6 +34,7 @@ from pqcad_ao.nn.timestep import check_timesteps, check_whole
 from pqcad_ao.ops.cpu import loader
 from pqcad_ao.passes.fold_timesteps import fold_timesteps
 from pqcad_ao.passes.identities import drop_identities
+from pqcad_ao.passes.join_linears import join_linears
 from pqcad_ao.utils.checks import check_count
 from pqcad_ao.utils.files import check_writable, write_whole
 from pqcad_ao.utils.tracing import one_at_a_time
@@ -186,6 +187,7 @@ def _one_schedule(
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     fold_timesteps(graph, placeholders[1], timesteps)
     fuse(graph)
+    join_linears(graph)
     graph = GraphModule(graph, graph.graph)  # with the parameters that are still read, and no others
     return torch.export.export(graph, (x_t, torch.zeros(1, dtype=torch.int64), rows))
 
