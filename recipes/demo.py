@@ -33,11 +33,13 @@ from pqcad_ao.models import load_model, save_model
 from pqcad_ao.nn.state import QuantizedState, quantized_state
 from pqcad_ao.ops.cpu import loader
 from pqcad_ao.pages.names import LATENCY_NAMES, ROW_NAMES
+from pqcad_ao.pages.pictures import save_samples
 from pqcad_ao.pages.report import write_report
+from pqcad_ao.pages.text import text_report
 from pqcad_ao.quantize import quantize_
 from pqcad_ao.recipes.forms import compiled_forms, exporting, load_step, median_ms
-from pqcad_ao.report import save_samples, text_report, write_json
 from pqcad_ao.utils.checks import check_count, check_counts
+from pqcad_ao.utils.files import write_json
 from pqcad_ao.utils.machine import busy, describe
 from pqcad_ao.utils.quiet import start_executorch
 

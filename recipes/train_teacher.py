@@ -23,8 +23,8 @@ from pqcad_ao.data import load_images, to_unit
 from pqcad_ao.denoiser import predict
 from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.models import load_model, save_model
+from pqcad_ao.pages.pictures import save_grid
 from pqcad_ao.recipes.settings import load_settings
-from pqcad_ao.report import save_grid
 from pqcad_ao.utils.files import write_whole
 from pqcad_ao.utils.progress import tqdm
 from pqcad_ao.utils.runs import only_run_in

@@ -18,7 +18,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
 
-from pqcad_ao import cli, distill, report
+from pqcad_ao import cli, distill
 from pqcad_ao.cli.command import app
 from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.denoiser import predict
@@ -30,6 +30,7 @@ from pqcad_ao.evaluate.features import FeatureClassifier
 from pqcad_ao.learn import progressive
 from pqcad_ao.models import load_model, save_model
 from pqcad_ao.nn.conv2d import QuantizedConv2d
+from pqcad_ao.pages import pictures
 from pqcad_ao.utils import machine
 from pqcad_ao.utils.tensor_files import write_tensors
 
@@ -356,7 +357,7 @@ def test_a_conditional_network_goes_through_every_command(
     run_json(tmp_path, "compress", "--model", classes_dir, "--out", out, *QUICK, *given)
     run_json(tmp_path, "plan", "--model", out)  # of a quantized network: it is not run
     drawn = []
-    monkeypatch.setattr(report, "save_grid", lambda images, path: drawn.append(images))
+    monkeypatch.setattr(pictures, "save_grid", lambda images, path: drawn.append(images))
     run_json(tmp_path, "sample", "--model", out, "--out", tmp_path / "a.png", "--n", 3, "--steps", 2, *given)
     unet, scheduler = load_model(out)
     noise = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_report import SUMMARY
+from test_pictures_and_tables import SUMMARY
 
 from pqcad_ao.pages import charts, measured
 from pqcad_ao.pages.pictures import side_by_side

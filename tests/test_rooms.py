@@ -32,7 +32,6 @@ ROOMS = [
     "edge",
     "pages",
     "models",
-    "report",
     "registered",
     "pqcad_ao",
     "bench",

@@ -20,9 +20,8 @@ from pqcad_ao.bench.compile.contenders import REFERENCE, ROWS
 from pqcad_ao.bench.compile.drawing import plot
 from pqcad_ao.bench.compile.worker import MACHINE, Failed, Worker
 from pqcad_ao.bench.compile.workload import float_model
-from pqcad_ao.report import write_json
 from pqcad_ao.utils.checks import check_count
-from pqcad_ao.utils.files import check_writable
+from pqcad_ao.utils.files import check_writable, write_json
 from pqcad_ao.utils.machine import check_threads, describe, loadavg
 from pqcad_ao.utils.progress import tqdm
 

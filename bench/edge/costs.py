@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pqcad_ao.bench.edge.runtime import Program, alone, take_turns
-from pqcad_ao.report import write_json
 from pqcad_ao.utils import machine
-from pqcad_ao.utils.files import check_writable
+from pqcad_ao.utils.files import check_writable, write_json
 
 
 def measure_costs(json_path: str | Path, rounds: int = 25) -> dict[str, Any]:

@@ -24,10 +24,9 @@ from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.evaluate.sqnr import decibels, row_powers
 from pqcad_ao.models import load_model, save_model
 from pqcad_ao.nn.state import quantized_state
-from pqcad_ao.report import write_json
 from pqcad_ao.utils import machine
 from pqcad_ao.utils.checks import check_count
-from pqcad_ao.utils.files import check_writable
+from pqcad_ao.utils.files import check_writable, write_json
 from pqcad_ao.utils.tensor_files import write_tensors
 
 

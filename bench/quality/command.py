@@ -134,7 +134,7 @@ def bench_quality(
         lines: print each row as a line of JSON in place of the table.
     """
     from pqcad_ao.bench.quality import measure
-    from pqcad_ao.report import save_samples
+    from pqcad_ao.pages.pictures import save_samples
 
     with resumable(work):
         result = measure.bench_quality(

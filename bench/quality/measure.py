@@ -32,9 +32,8 @@ from pqcad_ao.models import load_model, save_model
 from pqcad_ao.nn.state import quantized_state
 from pqcad_ao.plan import plan
 from pqcad_ao.quantize import quantize_
-from pqcad_ao.report import write_json
 from pqcad_ao.utils.checks import check_count
-from pqcad_ao.utils.files import digest, read_json
+from pqcad_ao.utils.files import digest, read_json, write_json
 from pqcad_ao.utils.machine import check_device, cpu, describe, peak_rss_bytes, reset_peak_rss
 from pqcad_ao.utils.tensor_files import write_tensors
 

@@ -311,7 +311,7 @@ def sample(
         n: images.
     """
     from pqcad_ao.models import load_model
-    from pqcad_ao.report import save_grid
+    from pqcad_ao.pages.pictures import save_grid
 
     check_writable(out.parent)
     unet, scheduler = load_model(model)

@@ -1,15 +1,20 @@
-"""Pictures for pages: a grid of images as one, and each as a PNG that stands in the page itself."""
+"""Pictures to look at: a grid of images as one, in a file or in the page itself, and grids under their labels."""
 
 import base64
 import io
 import math
+import textwrap
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from pqcad_ao.data import to_uint8
+from pqcad_ao.utils.files import whole_file
+
+LETTERS = 12  # of a panel's label to an inch
 
 
 def grid(images: Tensor, columns: int) -> Tensor:
@@ -59,6 +64,49 @@ def side_by_side(columns: Mapping[str, Tensor], count: int) -> list[list[tuple[s
         for seed, image in zip(seeds, images, strict=True):
             seed.append((title, png(image)))
     return seeds
+
+
+def save_grid(images: Tensor, path: str | Path, columns: int = 8) -> None:
+    """Write the :func:`grid` of (N, C, H, W) images; the suffix says the format."""
+    picture = as_image(grid(images, columns))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(Path(path)) as unfinished:
+        picture.save(unfinished)
+
+
+def save_samples(
+    panels: dict[str, Tensor],
+    path: str | Path,
+    *,
+    columns: int = 8,
+    side: float = 4.2,
+    across: int = 8,
+) -> None:
+    """Draw grids of images side by side, each under its label; the same place in each is the same seed.
+
+    Args:
+        panels: label to (N, C, H, W) images (as for :func:`grid`), as many in each.
+        columns: images in a row of a grid. side: width of a grid in inches. across: grids side by side, at most.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure  # not pyplot: no global state, no display
+
+    pictures = {label: grid(images, columns) for label, images in panels.items()}
+    _, height, width = next(iter(pictures.values())).shape
+    across = min(across, len(pictures))
+    down = math.ceil(len(pictures) / across)
+    figure = Figure(figsize=(side * across, (side * height / width + 0.8) * down), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = [*figure.subplots(down, across, squeeze=False).flat]
+    for axis in axes:
+        axis.axis("off")
+    for axis, (label, picture) in zip(axes, pictures.items(), strict=False):
+        array = picture.permute(1, 2, 0).numpy()
+        axis.imshow(array.repeat(3, 2) if array.shape[2] == 1 else array, interpolation="nearest")
+        axis.set_title(textwrap.fill(label, round(side * LETTERS)), fontsize=10)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(Path(path)) as unfinished:
+        figure.savefig(unfinished, dpi=150, bbox_inches="tight", pad_inches=0.05)
 
 
 def _pixels(images: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -136,6 +137,22 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write the whole file or none."""
     with whole_file(path) as unfinished:
         unfinished.write_bytes(content)
+
+
+def finite(value: Any) -> Any:
+    """``value`` with every NaN and infinity replaced by None, which JSON can hold."""
+    if isinstance(value, dict):
+        return {str(key): finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: str | Path, values: dict[str, Any]) -> None:
+    """Write strict JSON (infinities become null), making the folder if it is not there."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, (json.dumps(finite(values), indent=2, allow_nan=False) + "\n").encode())
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from pqcad_ao.pages.pictures import grid
-from pqcad_ao.report import finite, save_grid, save_samples, text_report, write_json
+from pqcad_ao.pages.pictures import grid, save_grid, save_samples
+from pqcad_ao.pages.text import text_report
+from pqcad_ao.utils.files import finite, write_json
 
 SUMMARY = {
     "steps": {"full": 20},
