@@ -82,6 +82,9 @@ def test_a_row_for_each_name_and_seed(measured):
 def test_the_table_has_the_spread_of_the_seeds(measured):
     _, result, _ = measured
     lines = command.table(result).splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    headings = lines[0].split(" | ")
+    assert len(set(headings)) == len(headings)
     assert len(lines) == 5
     assert "±" in lines[-1]
     assert "progressive W4A4" in lines[-1]

@@ -81,18 +81,9 @@ def table(result: dict[str, Any]) -> str:
         )
         for rows in alike.values()
     ]
-    measures = (
-        "FID",
-        "over full precision",
-        "KID",
-        "precision",
-        "recall",
-        "a step, dB",
-        "seconds to make",
-        "% learned",
-        "Adam, MiB",
-    )
-    headers = ("row", "steps", *measures, "seconds to make", "% learned", "Adam, MiB", "seeds")
+    measures = ("FID", "over full precision", "KID", "precision", "recall", "a step, dB")
+    costs = ("seconds to make", "% learned", "Adam, MiB")
+    headers = ("row", "steps", *measures, *costs, "seeds")
     return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
 
 
