@@ -99,7 +99,6 @@ SQNR_FLOOR = {
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 def test_every_row(tiny_dir):
     pytest.importorskip("nncf")
     result = cpu.bench_compile(str(tiny_dir), **COMMON)

@@ -49,7 +49,6 @@ def test_a_few_changed_files(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", [*JOBS, *EXPORTS])
 def test_many_kills(name, tmp_path):
     found = kill(name, {**JOBS, **EXPORTS}[name], 12, tmp_path, seed=1)
@@ -57,7 +56,6 @@ def test_many_kills(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", [*READERS, *SLOW_READERS])
 def test_many_changed_files(name, tmp_path):
     files = 625 if name in READERS else 50
@@ -66,14 +64,12 @@ def test_many_changed_files(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, cases in FAULTS.items() for name in cases])
 def test_every_fault(kind, name):
     _inject(kind, name)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_grows_by_no_more_than_others_leave(kind, tmp_path):
     found = grow(kind, 30, tmp_path)

@@ -548,7 +548,7 @@ if sys.argv[1] == "training":
         optimizer.zero_grad()
 else:
     short = {"iterations": 24, "learning_points": 64, "calibration_points": 64, "beta": 0.5, "window": 1, "patience": 1}
-    quantize_(unet, PQCADConfig(**short), scheduler=scheduler, progress=False)
+    quantize_(unet, PQCADConfig(activation_bits=4, **short), scheduler=scheduler, progress=False)
     assert {row["stage"] for row in quantized_state(unet).transitions} == {"weights", "activations"}  # widths blended
 print(peak_rss_bytes() - before)
 """
