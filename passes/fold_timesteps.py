@@ -29,7 +29,7 @@ def fold_timesteps(graph: GraphModule, timesteps: Node, schedule: Tensor) -> Gra
     Args:
         graph: as ``ExportedProgram.module()`` returns it, with static shapes.
         timesteps: its placeholder of the (B,) timesteps.
-        schedule: (S,) int64, the timestep of each step.
+        schedule: (S,), the timestep of each step, of the type that the graph takes.
 
     Returns:
         the same GraphModule; in the place of ``timesteps`` it takes ``step``, a (1,) int64 index into ``schedule``.
@@ -48,7 +48,7 @@ def fold_timesteps(graph: GraphModule, timesteps: Node, schedule: Tensor) -> Gra
         graph.graph.erase_node(node)  # checks of metadata: nothing reads them, and dead code elimination keeps them
         del alone[node]
     batch = timesteps.meta["val"].shape[0]
-    feed = [{timesteps: torch.full((batch,), int(t))} for t in schedule]
+    feed = [{timesteps: timestep.repeat(batch)} for timestep in schedule]
     _keep_spreading(graph, alone, feed[0])
     frontier = [node for node in alone if any(user not in alone for user in node.users)]
     rows = [evaluate(graph, frontier, values) for values in feed]
@@ -84,9 +84,10 @@ def _depending_on(placeholder: Node) -> dict[Node, None]:
 
 def _keep_spreading(graph: GraphModule, alone: dict[Node, None], feed: dict[Node, Tensor]) -> None:
     """Take out of ``alone`` what only broadcasts its timestep-dependent inputs against larger parameters."""
-    sizes = {node: value.numel() for node, value in zip(alone, evaluate(graph, list(alone), feed), strict=True)}
-    for node in reversed(list(alone)):
-        inputs = sum(sizes[source] for source in node.all_input_nodes if source in alone)
+    values = zip(alone, evaluate(graph, list(alone), feed), strict=True)
+    sizes = {node: value.numel() for node, value in values if isinstance(value, Tensor)}  # a chunk is a list of pieces
+    for node in [node for node in reversed(list(alone)) if node in sizes]:
+        inputs = sum(sizes[source] for source in node.all_input_nodes if source in sizes)
         if node.target in BROADCASTING and sizes[node] > inputs and not any(user in alone for user in node.users):
             del alone[node]
 

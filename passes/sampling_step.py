@@ -1,12 +1,12 @@
-"""Put a DDIM step behind a network's prediction, and let its steps be named by index or by timestep."""
+"""Put a sampler's step behind a network's prediction, and let its steps be named by index or by timestep."""
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 
-from pqcad_ao.diffusion.schedule import signal_power
+from pqcad_ao.diffusion.noise import Sampler, process_of
+from pqcad_ao.diffusion.schedule import signal_and_noise
 from pqcad_ao.passes.inline import buffer, finish, inline
 
 aten = torch.ops.aten
@@ -14,25 +14,25 @@ aten = torch.ops.aten
 COLUMNS = 6
 
 
-def ddim_table(scheduler: DDIMScheduler, steps: int) -> Tensor:
-    """(S, 6) float32 factors of a deterministic DDIM step (Song et al. 2021, eq. 12 with σ = 0).
+def step_table(scheduler: Sampler, steps: int) -> Tensor:
+    """(S, 6) float32 factors of a deterministic DDIM step (Song et al. 2021, eq. 12 with σ = 0), or of a flow's.
 
     x_0 = f0·x_t + f1·p, ε = f2·x_t + f3·p and x_{t-1} = f4·x_0 + f5·ε, p the network's prediction.
 
     Raises:
         ValueError: the scheduler thresholds x_0 by its own quantile, which is no sum of this kind.
     """
-    if scheduler.config.thresholding:
+    if scheduler.config.get("thresholding"):
         raise ValueError("the scheduler thresholds x_0 dynamically: set thresholding=False, or clip_sample=True")
-    here, led_to = (power.double() for power in signal_power(scheduler, steps))
-    alpha, sigma = here.sqrt(), (1 - here).sqrt()
+    (alpha, next_alpha), (sigma, next_sigma) = signal_and_noise(scheduler, steps)
     zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
     factors = {
         "epsilon": [1 / alpha, -sigma / alpha, zero, one],
         "v_prediction": [alpha, -sigma, sigma, alpha],
         "sample": [zero, one, 1 / sigma, -alpha / sigma],
-    }[scheduler.config.prediction_type]
-    return torch.stack([*factors, led_to.sqrt(), (1 - led_to).sqrt()], 1).float()
+        "flow": [one, -sigma, one, alpha],
+    }[process_of(scheduler).prediction_type]
+    return torch.stack([*factors, next_alpha, next_sigma], 1).float()
 
 
 def add_sampling_step(graph: GraphModule, timesteps: Tensor, table: Tensor, clip: float | None) -> GraphModule:
@@ -40,10 +40,10 @@ def add_sampling_step(graph: GraphModule, timesteps: Tensor, table: Tensor, clip
 
     Args:
         graph: as :func:`fold_timesteps` leaves it, ``f(x_t, step, ...) -> prediction``. It gets one more input after
-            ``step``: ``timestep``, a (1,) int64 value of ``timesteps``; the step taken is ``step`` plus that timestep's
+            ``step``: ``timestep``, a (1,) value of ``timesteps``; the step taken is ``step`` plus that timestep's
             index, which is len(timesteps), and thus refused by the look-up, where it is none of them. All inputs, and
             both outputs, are passed as they come, not in containers.
-        table: as :func:`ddim_table` writes it. clip: x_0 is clamped to ±clip; None: it is not.
+        table: as :func:`step_table` writes it. clip: x_0 is clamped to ±clip; None: it is not.
 
     Returns:
         the same GraphModule.
@@ -52,7 +52,7 @@ def add_sampling_step(graph: GraphModule, timesteps: Tensor, table: Tensor, clip
     x_t, step = nodes[:2]
     with graph.graph.inserting_after(step):
         timestep = graph.graph.placeholder("timestep")
-    timestep.meta["val"] = torch.empty(1, dtype=torch.int64, device="meta")
+    timestep.meta["val"] = torch.empty(1, dtype=timesteps.dtype, device="meta")
     first = [node for node in graph.graph.nodes if node.op == "placeholder"][-1].next
     known = buffer(graph, first, "timesteps", timesteps)
     places = buffer(graph, first, "places", torch.arange(len(timesteps)) - len(timesteps))
@@ -66,11 +66,11 @@ def add_sampling_step(graph: GraphModule, timesteps: Tensor, table: Tensor, clip
     (output,) = (node for node in graph.graph.nodes if node.op == "output")
     prediction = output.args[0]
     prediction = prediction[0] if isinstance(prediction, (tuple, list)) else prediction
-    factors = buffer(graph, output, "ddim", table.view(len(timesteps), COLUMNS, 1, 1))
+    factors = buffer(graph, output, "sampler", table.view(len(timesteps), COLUMNS, 1, 1))
     with graph.graph.inserting_before(output):
         stand_in = _call(graph, aten.add.Tensor, x_t, prediction)
         output.args = ((stand_in, prediction),)
-    inline(graph, stand_in, _ddim_step, x_t, prediction, factors, chosen, clip)
+    inline(graph, stand_in, _take_step, x_t, prediction, factors, chosen, clip)
     graph.graph.set_codegen(CodeGen())  # export's own knows the inputs and outputs that there were
     return finish(graph)
 
@@ -79,7 +79,7 @@ def _call(graph: GraphModule, target, *args) -> Node:
     return graph.graph.call_function(target, args)
 
 
-def _ddim_step(x_t, prediction, table, index, clip):
+def _take_step(x_t, prediction, table, index, clip):
     row = aten.index_select.default(table, 0, index)
     f = [aten.slice.Tensor(row, 1, column, column + 1) for column in range(COLUMNS)]
     x_0 = f[0] * x_t + f[1] * prediction

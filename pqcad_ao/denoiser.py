@@ -50,6 +50,24 @@ def guided(network: Callable[..., Tensor], x_t: Tensor, timesteps: Any, conditio
     return negative + conditioning[GUIDANCE_SCALE] * (prediction - negative)
 
 
+def guided_at_once(
+    network: Callable[..., Tensor], x_t: Tensor, timesteps: Tensor, conditioning: dict[str, Any]
+) -> Tensor:
+    """As :func:`guided`, by one call with a batch of twice the size: first the prompts', then the negatives'.
+
+    Args:
+        timesteps: (B,).
+    """
+    prompt = unguided(conditioning)
+    if GUIDANCE_SCALE not in conditioning:
+        return network(x_t, timesteps, prompt)
+    pairs = with_rows(prompt), with_rows({**prompt, **conditioning[NEGATIVE]})
+    both = tree_map(lambda own, other: torch.cat([own, other]) if isinstance(own, Tensor) else own, *pairs)
+    twice = network(x_t.repeat(2, *[1] * (x_t.dim() - 1)), timesteps.repeat(2), {**prompt, **both})
+    prediction, negative = twice[: len(x_t)], twice[len(x_t) :]
+    return negative + conditioning[GUIDANCE_SCALE] * (prediction - negative)
+
+
 def in_one_call(conditioning: dict[str, Any], negative: Tensor) -> dict[str, Any]:
     """What a network is given in one of guidance's two calls: in each row the negative's (N,) or the prompt's."""
     prompt = unguided(conditioning)
@@ -133,8 +151,8 @@ def predict(
     """The network's raw prediction as a tensor, whatever wrapping its output has.
 
     Args:
-        x_t: (B, C, H, W). timestep: of its scheduler, int, 0-d or (B,); the network is called with it times its
-            :func:`time_scale`. conditioning: further keyword arguments of ``unet.forward``.
+        x_t: (B, C, H, W). timestep: of its scheduler, int, 0-d or (B,); the network is called with (B,) of it,
+            times its :func:`time_scale`. conditioning: further keyword arguments of ``unet.forward``.
             ``extra_channels`` in it (B, E, H, W) follow the sample's channels in the network's first argument, as the
             mask and the masked picture do in inpainting. With a ``guidance_scale`` and a ``negative`` in it, a
             dictionary alike, the prediction is :func:`guided`.
@@ -143,7 +161,9 @@ def predict(
         (B, C, H, W): of a network that predicts more, such as a variance, the first C channels.
     """
     call = partial(_call, unet, timestep_position(unet), time_scale(unet))
-    return guided(call, x_t, timestep, conditioning or {})
+    # one for each sample: there are networks that look into a vector of them
+    timesteps = torch.as_tensor(timestep, device=x_t.device).expand(len(x_t))
+    return guided(call, x_t, timesteps, conditioning or {})
 
 
 def _call(
@@ -187,6 +207,8 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 class Denoiser(nn.Module):
     """``f(x_t, timesteps, *conditioning) -> prediction`` around a network that may wrap its output.
 
+    With a ``guidance_scale`` and a ``negative`` in its conditioning it is guided, in one call of the network.
+
     Args:
         to_kwargs: makes keyword arguments of ``unet.forward`` of the conditioning; by default that is one dictionary.
     """
@@ -197,7 +219,8 @@ class Denoiser(nn.Module):
         self.position, self.scale = timestep_position(unet), time_scale(unet)
 
     def forward(self, x_t: Tensor, timesteps: Tensor, *conditioning: Any) -> Tensor:
-        return _call(self.unet, self.position, self.scale, x_t, timesteps, self.to_kwargs(*conditioning))
+        call = partial(_call, self.unet, self.position, self.scale)
+        return guided_at_once(call, x_t, timesteps, self.to_kwargs(*conditioning))
 
 
 def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, ModelMixin, UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    ModelMixin,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 from omegaconf import OmegaConf
@@ -29,10 +39,21 @@ from pqcad_ao.utils.tensor_files import check_tensors, seal_tensors
 ARCHITECTURES = ("ddpm-cifar10", "sd15")  # published ones, of which the assets hold the configuration
 EMBEDDED = {"demo": "fashion_mnist", "demo-w4a6": "fashion_mnist/w4a6"}  # folders of the assets
 NAMES = (*EMBEDDED, *ARCHITECTURES)
-UNETS: dict[str, Any] = {kind.__name__: kind for kind in (UNet2DModel, UNet2DConditionModel)}
+UNETS: dict[str, Any] = {  # that a folder may hold, transformers among them
+    kind.__name__: kind
+    for kind in (
+        UNet2DModel,
+        UNet2DConditionModel,
+        DiTTransformer2DModel,
+        PixArtTransformer2DModel,
+        SD3Transformer2DModel,
+        FluxTransformer2DModel,
+    )
+}
 LARGEST, MOST_LAYERS = 2**16, 100  # numbers of a configuration, and those that count layers; far above any UNet's
 SAVED = ".saved"  # a model that was written whole, while it moves to its place
 FACTS, WITHOUT_FACTS = "pqcad.json", "without pqcad.json"
+INDEX, WITHOUT_INDEX = "model_index.json", "without model_index.json"
 
 
 def load_model(name_or_dir: str | Path) -> tuple[nn.Module, Sampler]:
@@ -194,6 +215,8 @@ def save_model(
 ) -> Path:
     """Write ``unet/``, ``scheduler/`` and ``model_index.json``, which ``DDIMPipeline.from_pretrained(folder)`` reads.
 
+    A flow has no such pipeline, and no ``model_index.json``: :func:`load_model` reads its folder.
+
     A card stands beside them, ``README.md``: bits, plan, sizes, how to load and run it, and its teacher's licence where
     that is known. A README.md that is there and not of ours stays.
 
@@ -275,14 +298,15 @@ def push_to_hub(
 
 
 def _write_model(unet: nn.Module, scheduler: Sampler, folder: Path) -> None:
+    network: Any = unet
     sampler = as_sampler(scheduler)
-    if not isinstance(sampler, DDIMScheduler):
-        raise ValueError(
-            f"save_model writes what DDIMPipeline reads, and a {type(scheduler).__name__} walks a flow: write "
-            "unet.save_pretrained(folder / 'unet') and scheduler.save_pretrained(folder / 'scheduler'), for load_model"
-        )
-    pipeline: Any = DDIMPipeline(unet, sampler)
-    pipeline.save_pretrained(folder)
+    if isinstance(sampler, DDIMScheduler):
+        pipeline: Any = DDIMPipeline(network, sampler)
+        pipeline.save_pretrained(folder)
+    else:  # diffusers has no pipeline of a flow that takes a network alone
+        network.save_pretrained(folder / "unet")
+        sampler.save_pretrained(folder / "scheduler")
+        (folder / WITHOUT_INDEX).touch()
     config = read_json(folder / "unet" / "config.json")
     config.pop("_name_or_path", None)  # where on this machine it was read from
     (folder / "unet" / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -303,9 +327,11 @@ def _finish_saving(folder: Path) -> None:
         return
     if (saved / WITHOUT_FACTS).exists():
         (folder / FACTS).unlink(missing_ok=True)  # of another network that was here
+    if (saved / WITHOUT_INDEX).exists():
+        (folder / INDEX).unlink(missing_ok=True)
     if is_users(folder / CARD):
         (saved / CARD).unlink(missing_ok=True)
-    for name in ("unet", "scheduler", FACTS, CARD, "model_index.json"):
+    for name in ("unet", "scheduler", FACTS, CARD, INDEX):
         if (saved / name).exists():
             if (folder / name).is_dir():
                 (folder / name).rename(saved / f"older {name}")

@@ -11,8 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
-from networks import SHAPE, TINY_TEXT_UNET, Plain, Small, cosine_scheduler, quick, sqnr
+from diffusers import (
+    DDIMScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from diffusers.models.attention import BasicTransformerBlock
+from networks import SHAPE, TINY_TEXT_UNET, TINY_UNET, Plain, Small, cosine_scheduler, quick, sqnr
 from torch import nn
 from torch.fx import Graph, Node
 
@@ -210,9 +217,9 @@ def test_file_holds_all_that_a_sampler_needs(exported):
     assert (values["prediction_type"], values["clip_sample"]) == ("v_prediction", False)
     scheduler.set_timesteps(STEPS)
     x_t, v = noise(1), noise(1) / 2
-    for t, a, a_prev in zip(scheduler.timesteps, values["alphas_cumprod"], values["alphas_cumprod_prev"], strict=True):
-        x_0, epsilon = a.sqrt() * x_t - (1 - a).sqrt() * v, a.sqrt() * v + (1 - a).sqrt() * x_t
-        by_hand = a_prev.sqrt() * x_0 + (1 - a_prev).sqrt() * epsilon
+    columns = (values[name] for name in ("alphas", "sigmas", "alphas_prev", "sigmas_prev"))
+    for t, alpha, sigma, alpha_prev, sigma_prev in zip(scheduler.timesteps, *columns, strict=True):
+        by_hand = alpha_prev * (alpha * x_t - sigma * v) + sigma_prev * (alpha * v + sigma * x_t)
         assert torch.allclose(by_hand, scheduler.step(v, t, x_t).prev_sample, atol=1e-5)
 
 
@@ -353,11 +360,21 @@ def test_nodes_that_cannot_share_a_call_are_named():
     ("change", "error", "message"),
     [
         ({"scheduler": EDMEulerScheduler()}, ValueError, "allowed are instances of DDIMScheduler"),
-        ({"scheduler": FlowMatchEulerDiscreteScheduler()}, ValueError, "walks a rectified flow"),
+        (
+            {"scheduler": FlowMatchEulerDiscreteScheduler()},
+            ValueError,
+            "quantized for a DDPM noise process, and FlowMatchEulerDiscreteScheduler walks a rectified flow",
+        ),
         ({"scheduler": DDIMScheduler(num_train_timesteps=500)}, ValueError, "500 training timesteps.* 1000"),
         ({"num_inference_steps": 0}, ValueError, "num_inference_steps=0"),
         ({"num_inference_steps": 1001}, ValueError, "from 1 to 1000, the scheduler's training timesteps"),
         ({"batch_size": 1.5}, ValueError, r"batch_size=1\.5"),
+        ({"batch_size": [1, 4]}, ValueError, r"batch_size=\[1, 4\].* of one program; for several sizes write several"),
+        (
+            {"sample_shape": (16, 4)},
+            ValueError,
+            r"\(16, 4\): a \.pte draws images, .*; packed tokens take torch\.compile",
+        ),
         ({"trajectories": 0}, ValueError, "trajectories=0"),
         ({"objective": "fast"}, ValueError, r"objective='fast': allowed are 'speed', 'size'"),
         ({"max_bytes": 0.5}, ValueError, r"max_bytes=0\.5"),
@@ -499,10 +516,66 @@ def test_conditional_diffusers_unet(tmp_path):
     quantize(unet, conditioning=text)
     with pytest.raises(ValueError, match="encoder_hidden_states"):
         export_small(unet, tmp_path / "unet.pte", sample_shape=None)
-    export_small(unet, tmp_path / "unet.pte", sample_shape=None, conditioning=text)
+    report = export_small(unet, tmp_path / "unet.pte", sample_shape=None, conditioning=text)
+    assert (report.delegates, set(report.portable)) == (1, {"aten::index_select"})
     eager = sample(unet, cosine_scheduler(), noise(2), STEPS, conditioning={k: v[:2] for k, v in text.items()})
     images = PTESampler(tmp_path / "unet.pte").sample(noise(2), {k: v[:2] for k, v in text.items()})
     assert sqnr(eager, images) > 20
+
+
+class Tokens(Plain):
+    """What conditional networks have: a chunk in the time branch, LayerNorm, cross-attention, gated linears."""
+
+    def build(self):
+        self.both, self.norm = nn.Linear(1, 16), nn.GroupNorm(2, 8)
+        self.block = BasicTransformerBlock(8, 2, 4, cross_attention_dim=6)
+
+    def forward(self, x, t, text):
+        t = torch.as_tensor(t, device=x.device).reshape(-1, 1).to(x.dtype) / 1000
+        scale, shift = self.both(t)[:, :, None, None].chunk(2, dim=1)
+        h = self.norm(self.first(x)) * (1 + scale) + shift
+        tokens = self.block(h.flatten(2).transpose(1, 2), encoder_hidden_states=text)
+        return self.last(tokens.transpose(1, 2).reshape(h.shape))
+
+
+@pytest.mark.slow
+def test_guidance_inside_of_a_step(tmp_path):
+    text = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(1))
+    given = {"text": text, "guidance_scale": 3.0, "negative": {"text": torch.zeros_like(text)}}
+    torch.manual_seed(0)
+    unet = quantize(Tokens(), sample_shape=SHAPE, conditioning=given)
+    report = export_small(unet, tmp_path / "guided.pte", conditioning=given, batch_size=2)
+    assert report.delegates == 1
+    assert set(report.portable) == {"aten::index_select", "aten::repeat"}
+    sampler = PTESampler(report.path)
+    assert sampler.conditioning == ["['text']", "['negative']['text']"]
+    eager = sample(unet, cosine_scheduler(), noise(3), STEPS, conditioning=given)
+    assert sqnr(eager, sampler.sample(noise(3), given)) > 60
+
+
+@pytest.mark.slow
+def test_a_flow(tmp_path):
+    flow = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    unet = Small()
+    quantize_(unet, quick(), scheduler=flow, sample_shape=SHAPE, progress=False)
+    report = export_small(unet, tmp_path / "flow.pte", scheduler=flow, batch_size=2)
+    assert report.delegates == 1
+    sampler = PTESampler(report.path)
+    assert sampler.timesteps.tolist() == list(report.sqnr_db) == pytest.approx([1000, 6000 / 7, 600])
+    assert sampler.scheduler.config.shift == 3
+    assert sqnr(sample(unet, flow, noise(3), STEPS), sampler.sample(noise(3))) > 60
+    with pytest.raises(ValueError, match=r"quantized for a rectified flow, and DDIMScheduler walks a DDPM noise"):
+        export_small(unet, tmp_path / "flow.pte")
+
+
+@pytest.mark.slow
+def test_norms_that_time_scales_and_shifts(tmp_path):
+    torch.manual_seed(0)
+    unet = quantize(UNet2DModel(**TINY_UNET, resnet_time_scale_shift="scale_shift").eval())
+    report = export_small(unet, tmp_path / "unet.pte", sample_shape=None)
+    assert (report.delegates, set(report.portable)) == (1, {"aten::index_select"})
+    eager = sample(unet, cosine_scheduler(), noise(2), STEPS)
+    assert sqnr(eager, PTESampler(report.path).sample(noise(2))) > 20
 
 
 @pytest.mark.slow

@@ -15,6 +15,8 @@ from pqcad_ao.passes.fold_constants import fold_constants
 from pqcad_ao.passes.fold_timesteps import fold_timesteps
 from pqcad_ao.passes.group_norm import decompose_group_norm
 from pqcad_ao.passes.identities import drop_identities
+from pqcad_ao.passes.layer_norm import decompose_layer_norm
+from pqcad_ao.passes.pieces import SPLITS, decompose_pieces
 from pqcad_ao.passes.to_xnnpack import ROUNDER, _segments, span, to_xnnpack
 
 aten = torch.ops.aten
@@ -118,6 +120,27 @@ def test_folded_timesteps_are_not_spread_over_an_image():
 
 
 @torch.no_grad()
+def test_folded_timesteps_of_a_chunk():
+    """As scale-shift norms read it: an operator whose value is a list."""
+
+    class Shifted(Plain):
+        def build(self):
+            self.both = nn.Linear(1, 16)
+
+        def forward(self, x, t):
+            scale, shift = self.both(t.view(-1, 1) / 1000)[:, :, None, None].chunk(2, dim=1)
+            return self.last(self.first(x) * (1 + scale) + shift)
+
+    model = Shifted()
+    graph, timesteps = graph_of(model, noise(3), at(500, 3))
+    fold_timesteps(graph, timesteps, SCHEDULE)
+    assert graph.steps_float32.shape == (3, 16, 1, 1)
+    assert not targets(graph) & {*SPLITS, aten.linear.default}
+    for step, t in enumerate(SCHEDULE):
+        assert sqnr(model(noise(3), at(int(t), 3)), graph(noise(3), torch.tensor([step]))) > 100
+
+
+@torch.no_grad()
 def test_folded_constants_are_buffers(quantized):
     graph, _ = graph_of(Denoiser(quantized), noise(), at(400), {})
     expected = graph(noise(), at(400), {})
@@ -197,6 +220,51 @@ def test_group_norm(shape, affine):
     shifted = x + 1000  # a mean far above the deviation: a difference of squares would lose it
     exact = F.group_norm(shifted.double(), 3, *(p.double() if affine else p for p in (norm.weight, norm.bias)))
     assert (graph(shifted) - exact).abs().max() < 3 * (norm(shifted) - exact).abs().max() + 1e-4
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(2, 5, 12), (3, 12)], ids=["tokens", "rows"])
+@torch.no_grad()
+def test_layer_norm(shape, affine):
+    norm = nn.LayerNorm(12, eps=1e-3, elementwise_affine=affine)
+    if affine:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    graph = torch.export.export(norm, (x,)).module(check_guards=False)
+    decompose_layer_norm(graph)
+    assert aten.layer_norm.default not in targets(graph)
+    assert torch.allclose(graph(x), norm(x), atol=1e-5)
+    shifted = x + 1000  # a mean far above the deviation: a difference of squares would lose it
+    exact = F.layer_norm(
+        shifted.double(), (12,), *(p.double() if affine else p for p in (norm.weight, norm.bias)), norm.eps
+    )
+    assert (graph(shifted) - exact).abs().max() < 3 * (norm(shifted) - exact).abs().max() + 1e-4
+
+
+@torch.no_grad()
+def test_layer_norm_over_images_stays():
+    norm = nn.LayerNorm((5, 12))
+    graph = torch.export.export(norm, (torch.zeros(2, 5, 12),)).module(check_guards=False)
+    decompose_layer_norm(graph)
+    assert aten.layer_norm.default in targets(graph)
+
+
+@torch.no_grad()
+def test_pieces_are_slices_and_views():
+    class Pieces(nn.Module):
+        def forward(self, x):
+            *first, rest = x.chunk(3, dim=-1)  # of sizes 4, 4 and 2
+            one, two = x.split([3, 7], dim=2)
+            halves = x.split(2, dim=1)
+            return [*(piece.unsqueeze(1) for piece in (*first, one, halves[-1])), rest[:, None], two]
+
+    x = torch.randn(2, 3, 10)
+    graph = torch.export.export(Pieces(), (x,)).module(check_guards=False)
+    decompose_pieces(graph)
+    assert targets(graph) <= {aten.slice.Tensor, aten.view.default}
+    for expected, found in zip(Pieces()(x), graph(x), strict=True):
+        assert torch.equal(expected, found)
 
 
 @pytest.mark.parametrize("lead", [(2, 3), (2,)], ids=["heads", "one head"])

@@ -159,6 +159,7 @@ def test_a_flows_shift_is_kept(scheduler, shift, tmp_path):
     sampler = as_sampler(scheduler)
     assert type(sampler) is FlowMatchEulerDiscreteScheduler
     assert sampler.config.shift == pytest.approx(shift, rel=1e-4)
+    assert type(sampler).from_config(sampler.config).config.shift == sampler.config.shift
     scheduler.save_pretrained(tmp_path)
     assert dict(read_scheduler(tmp_path).config) == dict(sampler.config)
 

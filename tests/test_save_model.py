@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
-from networks import cosine_scheduler
+from diffusers import DDIMPipeline, DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from networks import cosine_scheduler, sd3_transformer
 
+from pqcad_ao.denoiser import predict
 from pqcad_ao.models import load_model, save_model
 from pqcad_ao.nn.diffusers_plugin import attach
 from pqcad_ao.nn.state import quantized_state
@@ -29,6 +30,21 @@ def models(quantized_unet):
     attach(distilled, state)
     changed = DDIMScheduler.from_config(scheduler.config, clip_sample=True)
     return (quantized_unet, scheduler), (distilled, changed)
+
+
+def test_a_model_of_a_flow(tiny_unet, scheduler, tmp_path):
+    save_model(tiny_unet, scheduler, tmp_path)
+    transformer, conditioning = sd3_transformer()
+    flow = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    save_model(transformer, flow, tmp_path)
+    assert not (tmp_path / "model_index.json").exists(), "of another network, whose pipeline is of another kind"
+    assert "from diffusers import FlowMatchEulerDiscreteScheduler, SD3" in (tmp_path / "README.md").read_text()
+    again, sampler = load_model(tmp_path)
+    assert sampler.config.shift == 3
+    x_t, timestep = torch.randn(6, 4, 8, 8), torch.tensor(500.5)  # of no dimensions, where the network wants one
+    with torch.no_grad():
+        expected, found = (predict(each, x_t, timestep, conditioning) for each in (transformer.eval(), again))
+    assert torch.equal(expected, found)
 
 
 def _which(folder: Path, models) -> int:

@@ -121,8 +121,22 @@ def test_a_flow_is_quantized_saved_and_sampled(tmp_path):
         assert network(noise, torch.tensor(1000.0)).isfinite().all()  # where a flow begins
     with pytest.raises(ValueError, match="timestep 1001: this network takes those from 0 to 1000"):
         network(noise, torch.tensor(1001.0))
-    with pytest.raises(ValueError, match="quantized for a rectified flow"):
-        export_pt2(network, tmp_path / "network.pt2", sample_shape=SHAPE)
+    with pytest.raises(
+        ValueError, match="quantized for a rectified flow, and DDIMScheduler walks a DDPM noise process"
+    ):
+        export_pt2(network, tmp_path / "network.pt2", scheduler=DDIMScheduler(), sample_shape=SHAPE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bound", [{}, {"num_inference_steps": 6, "batch_size": 2}], ids=["any steps", "bound"])
+def test_a_package_of_a_flow(bound, tmp_path):
+    network = Small()
+    quantize_(network, quick(), scheduler=FLOW, sample_shape=SHAPE, progress=False)
+    package = load_pt2(export_pt2(network, tmp_path / "network.pt2", scheduler=FLOW, sample_shape=SHAPE, **bound))
+    assert package.scheduler.config.shift == 3
+    assert sqnr(sample(network, FLOW, _noise(), 6), package.sample(_noise(), 6)) > 60
+    with pytest.raises(ValueError, match="timestep 1001"):
+        package(_noise(2), 1001.0)
 
 
 @pytest.mark.parametrize("renoised", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -8,7 +8,6 @@ from typing import Any
 from zipfile import BadZipFile, ZipFile
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_map
@@ -23,14 +22,16 @@ from pqcad_ao.denoiser import (
     placement,
     predict,
     spread_rows,
+    unguided,
 )
-from pqcad_ao.diffusion.process import matching_ddim
+from pqcad_ao.diffusion.noise import process_of
+from pqcad_ao.diffusion.process import matching_sampler, sampler_of
 from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.diffusion.schedule import steps_to_bind
 from pqcad_ao.evaluate.sqnr import sqnr_db
 from pqcad_ao.graph.capture import capture
 from pqcad_ao.nn.state import required_state
-from pqcad_ao.nn.timestep import check_timesteps, check_whole
+from pqcad_ao.nn.timestep import Timestep, check_timesteps
 from pqcad_ao.ops.cpu import loader
 from pqcad_ao.passes.fold_timesteps import fold_timesteps
 from pqcad_ao.passes.identities import drop_identities
@@ -67,16 +68,18 @@ def export_pt2(
     Args:
         unet: a network on the CPU that ``quantize_`` has quantized.
         path: of the .pt2; written whole or not at all.
-        scheduler: of a DDPM noise process; travels along, so that the loaded package can sample.
+        scheduler: of the process that the network was quantized for; travels along, so that the loaded package can
+            sample.
         num_inference_steps: steps of the schedule to bind it to. batch_size: of every call then; 1 if None.
-        conditioning: keyword arguments of ``unet.forward`` with a row for each sample; they become inputs.
+        conditioning: keyword arguments of ``unet.forward`` with a row for each sample; they become inputs. Guidance in
+            it is not part of the package, which ``sample`` calls twice a step under it.
         sample_shape: (C, H, W), for networks whose config does not say it.
         min_sqnr_db: what the package must reach against the network, on the median image of a few noisy inputs.
         seed: of those.
 
     Raises:
-        ValueError: the network is not quantized by pqcad_ao, or not on the CPU, or of a flow; conditioning is missing;
-            the scheduler is foreign, of another number of training timesteps, or walks other timesteps than the network
+        ValueError: the network is not quantized by pqcad_ao, or not on the CPU; conditioning is missing; the scheduler
+            is foreign, of another process or number of training timesteps, or walks other timesteps than the network
             was distilled for.
         OSError: ``path`` cannot be written. RuntimeError: torch.export cannot capture the network, or the package
             departs from it; then nothing is written.
@@ -89,11 +92,10 @@ def export_pt2(
     device, dtype = placement(unet)
     if device.type != "cpu":
         raise ValueError(f"the network is on {device}: export_pt2 compiles for the CPU, write unet.to('cpu')")
-    trained = state.timestep.num_train_timesteps
-    check_whole(state.timestep)
-    scheduler = _scheduler(scheduler, trained, state.timestep.schedule, num_inference_steps, batch_size)
+    trained, continuous = state.timestep.num_train_timesteps, state.timestep.continuous
+    scheduler = _scheduler(scheduler, state.timestep, num_inference_steps, batch_size)
     path = check_writable(path)
-    conditioning = check_conditioning(unet, conditioning)
+    conditioning = unguided(check_conditioning(unet, conditioning))
     shape = denoiser.sample_shape(unet, sample_shape)
     generator = torch.Generator().manual_seed(seed)
     count = 4 if num_inference_steps is None else batch_size or 1
@@ -102,6 +104,7 @@ def export_pt2(
     facts = {
         "sample_shape": list(shape),
         "num_train_timesteps": trained,
+        "continuous": continuous,
         "dtype": str(dtype).removeprefix("torch."),
         "scheduler_config": None if scheduler is None else scheduler.to_json_string(),
         "timesteps": None if num_inference_steps is None else scheduler.timesteps.tolist(),
@@ -109,7 +112,7 @@ def export_pt2(
     }
     with torch.no_grad(), evaluation_mode(unet), tempfile.TemporaryDirectory() as folder:
         if num_inference_steps is None:
-            program = _any_schedule(unet, x_t, rows)
+            program = _any_schedule(unet, x_t, rows, continuous)
             checked = torch.tensor([0, trained // 3, 2 * trained // 3, trained - 1])
         else:
             program = _one_schedule(unet, x_t, rows, scheduler.timesteps)
@@ -125,21 +128,19 @@ def export_pt2(
     return path
 
 
-def _scheduler(
-    scheduler: Any, trained: int, distilled: list[int] | None, num_inference_steps: int | None, batch_size: int | None
-) -> Any:
-    """The DDIM sampler that travels along, or None; bound to its steps where there are ``num_inference_steps``.
+def _scheduler(scheduler: Any, timestep: Timestep, num_inference_steps: int | None, batch_size: int | None) -> Any:
+    """The sampler that travels along, or None; bound to its steps where there are ``num_inference_steps``.
 
     Raises:
         ValueError: as :func:`export_pt2` for a scheduler, steps or batches that do not go together.
     """
     if scheduler is not None:
-        scheduler = matching_ddim(scheduler, trained)
+        scheduler = matching_sampler(scheduler, timestep.num_train_timesteps, continuous=timestep.continuous)
     if num_inference_steps is not None:
         if scheduler is None:
             raise ValueError("num_inference_steps binds the package to a schedule: pass the scheduler as well")
-        steps_to_bind(scheduler, num_inference_steps, distilled)
-        scheduler.set_timesteps(num_inference_steps)
+        steps_to_bind(scheduler, num_inference_steps, timestep.schedule)
+        process_of(scheduler).set_timesteps(num_inference_steps)
     elif batch_size is not None:
         raise ValueError(
             f"batch_size={batch_size} without num_inference_steps: a package of any schedule takes any batch"
@@ -166,11 +167,12 @@ def _check_parity(
 
 
 @one_at_a_time
-def _any_schedule(unet: nn.Module, x_t: Tensor, rows: dict[str, Any]) -> torch.export.ExportedProgram:
+def _any_schedule(unet: nn.Module, x_t: Tensor, rows: dict[str, Any], continuous: bool) -> torch.export.ExportedProgram:
     """The fused network as ``f(x_t, timesteps, conditioning)`` with a dynamic batch."""
-    graph = capture(unet, tuple(x_t.shape[1:]), rows).graph
+    graph = capture(unet, tuple(x_t.shape[1:]), rows, continuous=continuous).graph
     fuse(graph)
-    inputs = (x_t, torch.arange(len(x_t)), rows)
+    timesteps = torch.arange(len(x_t), dtype=torch.float32 if continuous else torch.int64)
+    inputs = (x_t, timesteps, rows)
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     dynamic = tree_map(lambda value: {0: batch} if isinstance(value, Tensor) else None, inputs)
     return torch.export.export(graph, inputs, dynamic_shapes=dynamic)
@@ -181,7 +183,7 @@ def _one_schedule(
     unet: nn.Module, x_t: Tensor, rows: dict[str, Any], timesteps: Tensor
 ) -> torch.export.ExportedProgram:
     """The fused network as ``f(x_t, step, conditioning)`` for one batch size; step is a (1,) index of ``timesteps``."""
-    inputs = (x_t, torch.zeros(len(x_t), dtype=torch.int64), rows)
+    inputs = (x_t, torch.zeros(len(x_t), dtype=timesteps.dtype), rows)
     graph = torch.export.export(Denoiser(unet), inputs).module(check_guards=False)
     drop_identities(graph)
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
@@ -213,8 +215,8 @@ class PT2UNet:
     """A package that :func:`export_pt2` wrote, called as ``f(x_t, timestep, **conditioning) -> prediction``.
 
     Attributes:
-        sample_shape: (C, H, W). dtype: of x_t. scheduler: the DDIM sampler that was exported along, or None.
-        num_train_timesteps: that the network was trained with.
+        sample_shape: (C, H, W). dtype: of x_t. scheduler: the sampler that was exported along, or None.
+        num_train_timesteps: that the network was trained with. continuous: whether timesteps are fractions of a flow.
         timesteps: the schedule that the package is bound to, or None. batch_size: of every call, or None: 1 to 63.
     """
 
@@ -225,9 +227,9 @@ class PT2UNet:
         try:
             facts = _facts(path)
             self.sample_shape, self.dtype = tuple(facts["sample_shape"]), DTYPES[facts["dtype"]]
-            self.num_train_timesteps = facts["num_train_timesteps"]
+            self.num_train_timesteps, self.continuous = facts["num_train_timesteps"], facts["continuous"]
             self.timesteps, self.batch_size, config = facts["timesteps"], facts["batch_size"], facts["scheduler_config"]
-            self.scheduler = None if config is None else DDIMScheduler.from_config(json.loads(config))
+            self.scheduler = None if config is None else sampler_of(config)
             loader.load()
             self._package = torch._inductor.aoti_load_package(str(path))
         except (OSError, BadZipFile, zlib.error, RuntimeError, KeyError, TypeError, ValueError) as error:
@@ -245,8 +247,8 @@ class PT2UNet:
             expected = f"({batch}, {', '.join(map(str, self.sample_shape))})"
             raise ValueError(f"x_t has shape {tuple(x_t.shape)}: this package takes {expected}")
         timesteps = torch.as_tensor(timestep).reshape(-1)
-        check_timesteps(timesteps, self.num_train_timesteps)
-        timesteps = timesteps.to(torch.int64)
+        check_timesteps(timesteps, self.num_train_timesteps, continuous=self.continuous)
+        timesteps = timesteps.to(torch.float32 if self.continuous else torch.int64)
         if self.timesteps is None:
             timesteps = timesteps.expand(len(x_t)).contiguous()
         else:

@@ -1,6 +1,7 @@
 """Schedulers of diffusers: which noise process each stands for, as a deterministic sampler walks it."""
 
 import inspect
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -169,8 +170,9 @@ def _as_flow(scheduler) -> FlowMatchEulerDiscreteScheduler:
     if config.get("use_dynamic_shifting"):
         mu = config.get("max_shift") or LARGEST_SHIFT
         shift = math.exp(mu) if config.time_shift_type == "exponential" else mu
+    # by name: what diffusers is given without one, from_config takes for a default and leaves out
     return FlowMatchEulerDiscreteScheduler(
-        config.num_train_timesteps, shift, shift_terminal=config.get("shift_terminal")
+        num_train_timesteps=config.num_train_timesteps, shift=shift, shift_terminal=config.get("shift_terminal")
     )
 
 
@@ -193,25 +195,40 @@ def check_signal(scheduler, timesteps: Tensor) -> None:
         )
 
 
-def matching_ddim(scheduler, num_train_timesteps: int) -> DDIMScheduler:
-    """:func:`as_sampler` of the scheduler that a network was quantized with, for programs that hold DDIM's steps.
+def matching_sampler(scheduler, num_train_timesteps: int, *, continuous: bool) -> Sampler:
+    """:func:`as_sampler` of the scheduler that a network was quantized with, for programs that hold its steps.
+
+    Args:
+        continuous: whether the network was quantized for a rectified flow.
 
     Raises:
-        ValueError: as :func:`as_sampler`, it walks a rectified flow, or has another number of training timesteps.
+        ValueError: as :func:`as_sampler`, it walks another process, or has another number of training timesteps.
     """
-    scheduler = as_sampler(scheduler)
-    if not isinstance(scheduler, DDIMScheduler):
+    sampler = as_sampler(scheduler)
+    if is_flow(sampler) != continuous:
+        process, other = ("a rectified flow", "a DDPM noise process")[:: 1 if continuous else -1]
         raise ValueError(
-            "the scheduler walks a rectified flow, and exported programs sample with DDIM's steps at whole timesteps: "
-            'write torch.compile(network, backend="pqcad") for a network of a flow'
+            f"the network was quantized for {process}, and {type(scheduler).__name__} walks {other}: pass the "
+            "scheduler it was quantized with"
         )
-    trained = scheduler.config.num_train_timesteps
+    trained = sampler.config.num_train_timesteps
     if trained != num_train_timesteps:
         raise ValueError(
             f"the scheduler has {trained} training timesteps, the network was quantized for {num_train_timesteps}: "
             "pass the scheduler it was quantized with"
         )
-    return scheduler
+    return sampler
+
+
+def sampler_of(config: str) -> Sampler:
+    """The sampler whose configuration a program holds, as ``to_json_string`` wrote it.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is none.
+    """
+    values = json.loads(config)
+    kind = {kind.__name__: kind for kind in (DDIMScheduler, FlowMatchEulerDiscreteScheduler)}[values["_class_name"]]
+    return kind.from_config(values)
 
 
 def find_scheduler(model: nn.Module) -> Sampler | None:

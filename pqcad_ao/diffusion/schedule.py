@@ -97,7 +97,7 @@ def default_steps(distilled: list[int] | None) -> int:
     return 20 if distilled is None else len(distilled)
 
 
-def steps_to_bind(scheduler: DDIMScheduler, asked: int | None, distilled: list[int] | None) -> int:
+def steps_to_bind(scheduler: Sampler, asked: int | None, distilled: list[int] | None) -> int:
     """How many steps of ``scheduler`` a program is bound to.
 
     Args:
@@ -126,10 +126,16 @@ def shown(timesteps: list[int]) -> str:
     return ", ".join(map(str, parts))
 
 
-def signal_power(scheduler: DDIMScheduler, num_inference_steps: int) -> tuple[Tensor, Tensor]:
-    """The cumulative product of alphas, (S,) each: at a schedule's timesteps, and where their DDIM steps lead to."""
-    visited = torch.tensor(timesteps_of(scheduler, num_inference_steps))
+def signal_and_noise(scheduler: Sampler, num_inference_steps: int) -> tuple[Tensor, Tensor]:
+    """Alphas and sigmas of x_t, (2, S) float64 each: at a schedule's timesteps, and where their steps lead to."""
+    timesteps = timesteps_of(scheduler, num_inference_steps)
+    if not isinstance(scheduler, DDIMScheduler):
+        alphas, sigmas = process_of(scheduler).alphas_sigmas(timesteps)
+        return torch.stack([alphas[:-1], alphas[1:]]), torch.stack([sigmas[:-1], sigmas[1:]])
+    visited = torch.tensor(timesteps)
     # as DDIMScheduler.step counts them, whatever the next timestep of the schedule is
     led_to = visited - scheduler.config.num_train_timesteps // num_inference_steps
-    alphas = scheduler.alphas_cumprod
-    return alphas[visited], torch.where(led_to >= 0, alphas[led_to.clamp_min(0)], scheduler.final_alpha_cumprod)
+    powers = scheduler.alphas_cumprod
+    there = torch.where(led_to >= 0, powers[led_to.clamp_min(0)], scheduler.final_alpha_cumprod)
+    power = torch.stack([powers[visited], there]).double()
+    return power.sqrt(), (1 - power).sqrt()

@@ -10,15 +10,15 @@ from statistics import median
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from pqcad_ao import denoiser
 from pqcad_ao.denoiser import Denoiser, check_conditioning, evaluation_mode
-from pqcad_ao.diffusion.process import matching_ddim
-from pqcad_ao.diffusion.schedule import signal_power, steps_to_bind, timesteps_of
+from pqcad_ao.diffusion.noise import Sampler, process_of
+from pqcad_ao.diffusion.process import matching_sampler
+from pqcad_ao.diffusion.schedule import signal_and_noise, steps_to_bind, timesteps_of
 from pqcad_ao.edge.lower import lower, lower_sampler
 from pqcad_ao.edge.parity import ParityError, Record, check_parity, first_departure, record
 from pqcad_ao.edge.sampler import FORMAT, PTESampler, require_executorch, tensors_of
@@ -27,16 +27,17 @@ from pqcad_ao.edge.storage import EdgePlan, check_objective, plan_edge
 from pqcad_ao.graph.operators import operator_of
 from pqcad_ao.nn.layers import QuantizedLayer
 from pqcad_ao.nn.state import quantized_state, required_state
-from pqcad_ao.nn.timestep import check_whole
 from pqcad_ao.passes.attention import decompose_attention
 from pqcad_ao.passes.fold_constants import fold_constants
 from pqcad_ao.passes.fold_timesteps import fold_timesteps
 from pqcad_ao.passes.group_norm import decompose_group_norm
 from pqcad_ao.passes.identities import drop_identities
+from pqcad_ao.passes.layer_norm import decompose_layer_norm
 from pqcad_ao.passes.nearest import decompose_nearest
-from pqcad_ao.passes.sampling_step import add_sampling_step, ddim_table
+from pqcad_ao.passes.pieces import decompose_pieces
+from pqcad_ao.passes.sampling_step import add_sampling_step, step_table
 from pqcad_ao.passes.to_xnnpack import to_xnnpack
-from pqcad_ao.utils.checks import check_counts
+from pqcad_ao.utils.checks import check_count, check_counts
 from pqcad_ao.utils.files import check_writable, write_whole
 from pqcad_ao.utils.progress import tqdm
 from pqcad_ao.utils.tracing import forgetting_sources, one_at_a_time
@@ -63,7 +64,7 @@ class PTEReport:
     bytes: int
     delegates: int
     portable: dict[str, int]
-    sqnr_db: dict[int, float] = field(default_factory=dict)
+    sqnr_db: dict[float, float] = field(default_factory=dict)
     rounding_db: float | None = None
     arithmetic: dict[str, str] = field(default_factory=dict)
     plan: EdgePlan = field(default_factory=lambda: EdgePlan([]))
@@ -75,7 +76,7 @@ class PTEReport:
         if self.sqnr_db:
             worst = min(self.sqnr_db, key=self.sqnr_db.__getitem__)
             middle = median(self.sqnr_db.values())
-            text = f"{self.sqnr_db[worst]:.1f} dB at worst (timestep {worst}), median {middle:.1f} dB"
+            text = f"{self.sqnr_db[worst]:.1f} dB at worst (timestep {worst:g}), median {middle:.1f} dB"
             rows.append(("against the network", text))
         if self.rounding_db is not None:
             rows.append(("float32 rounding alone", f"{self.rounding_db:.1f} dB at worst"))
@@ -103,10 +104,11 @@ def export_pte(
     """Write a quantized network as an ExecuTorch program for the stock XNNPACK runtime.
 
     The program's methods, on x_t (batch_size, C, H, W) float32, for the schedule that ``scheduler`` walks in
-    ``num_inference_steps`` deterministic DDIM steps:
+    ``num_inference_steps`` deterministic DDIM steps, of a flow Euler's:
 
     - ``step(x_t, i, *conditioning) -> x_{t-1}``, i a (1,) int64 index into the schedule: a whole sampling step;
-    - ``unet(x_t, t, *conditioning) -> prediction``, t a (1,) int64 timestep of the schedule, and no other;
+    - ``unet(x_t, t, *conditioning) -> prediction``, t a (1,) timestep of the schedule, and no other: int64, of a flow
+      float32;
     - ``image(x_0) -> (batch_size, H, W, C)`` uint8;
     - ``timesteps``, ``sample_shape``, ``batch_size``, ``value_range`` and more that a sampler needs, as constants.
 
@@ -117,11 +119,12 @@ def export_pte(
     Args:
         unet: a float32 network on the CPU that ``quantize_`` has quantized.
         path: of the .pte.
-        scheduler: of a DDPM noise process; for a distilled network the one that ``distill_`` returned.
+        scheduler: of the noise process it was quantized for; of a distilled network what ``distill_`` returned.
         num_inference_steps: of the schedule; None: as many as the network was distilled for, or else 20.
         objective: ``"speed"`` stores two weights a byte where that costs a layer little time, ``"size"`` wherever it
             can. max_bytes: of the file; then layers are chosen by the time that a saved byte costs.
-        conditioning: keyword arguments of ``unet.forward`` with a row for each sample; its tensors become inputs.
+        conditioning: keyword arguments of ``unet.forward`` with a row for each sample; its tensors become inputs. With
+            a ``guidance_scale`` and a ``negative`` in it, guidance with that scale is part of the program.
         sample_shape: (C, H, W), for networks whose config does not say it.
         min_sqnr_db: what the program must reach at every step on the median image of the trajectories; on all images
             together 10 dB, or this if it is less. Where rounding in float32 alone moves the network by more, what that
@@ -131,9 +134,10 @@ def export_pte(
 
     Raises:
         ImportError: executorch is not installed.
-        ValueError: the network is not quantized by pqcad_ao, of a flow, not float32 or not on the CPU; conditioning is
-            missing; the scheduler is foreign, of another number of training timesteps, or walks other timesteps than
-            the network was distilled for; the file cannot be made as small as ``max_bytes``.
+        ValueError: the network is not quantized by pqcad_ao, not float32 or not on the CPU; conditioning is missing;
+            the scheduler is foreign, of another process or number of training timesteps, or walks other timesteps than
+            the network was distilled for; the samples are packed tokens, no images; the file
+            cannot be made as small as ``max_bytes``.
         OSError: ``path`` cannot be written; said before the work begins.
         ParityError: the program departs from the network; says where and by how much, and nothing is written.
 
@@ -144,11 +148,11 @@ def export_pte(
     """
     require_executorch()
     timestep = required_state(unet, ", or export_fp32_pte for the baseline").timestep
-    check_whole(timestep)
     _check_float(unet)
-    scheduler = matching_ddim(scheduler, timestep.num_train_timesteps)
+    scheduler = matching_sampler(scheduler, timestep.num_train_timesteps, continuous=timestep.continuous)
     num_inference_steps = steps_to_bind(scheduler, num_inference_steps, timestep.schedule)
-    check_counts(batch_size=batch_size, trajectories=trajectories)
+    check_count("batch_size", batch_size, otherwise=": of one program; for several sizes write several files")
+    check_counts(trajectories=trajectories)
     check_objective(objective, max_bytes)
     conditioning = check_conditioning(unet, conditioning)
     shape = _image_shape(unet, sample_shape)
@@ -160,7 +164,7 @@ def export_pte(
         records = record(unet, scheduler, noise, num_inference_steps, conditioning, batch_size, progress)
         bar.update()
         bar.set_description("capturing")
-        captured, inputs, names = _capture(unet, shape, batch_size, conditioning)
+        captured, inputs, names = _capture(unet, shape, batch_size, conditioning, timestep.continuous)
         constants = _metadata(scheduler, num_inference_steps, batch_size, shape, names)
         timesteps = constants["timesteps"]
         bar.update()
@@ -191,13 +195,12 @@ def export_pte(
 
 @one_at_a_time
 def _lower(
-    graph: GraphModule, inputs: tuple[Any, ...], scheduler: DDIMScheduler, constants: dict[str, Any]
+    graph: GraphModule, inputs: tuple[Any, ...], scheduler: Sampler, constants: dict[str, Any]
 ) -> tuple[bytes, Counter[str]]:
     """The program of a rewritten network, and the calls of one step."""
     timesteps = constants["timesteps"]
-    clip = scheduler.config.clip_sample_range if scheduler.config.clip_sample else None
     stepping = copy.deepcopy(graph)
-    add_sampling_step(stepping, timesteps, ddim_table(scheduler, len(timesteps)), clip)
+    add_sampling_step(stepping, timesteps, step_table(scheduler, len(timesteps)), process_of(scheduler).clip)
     x_t, _, tensors = inputs
     exported = torch.export.export(stepping, (x_t, torch.tensor([0]), timesteps[:1].clone(), *tensors))
     program, calls = lower_sampler(exported, torch.export.export(_Image(), (x_t,)), constants)
@@ -253,7 +256,10 @@ def _image_shape(unet: nn.Module, given: tuple[int, ...] | None) -> tuple[int, .
     """(C, H, W). Raises ValueError: what the network denoises are no images."""
     shape = denoiser.sample_shape(unet, given)
     if len(shape) != 3:
-        raise ValueError(f"sample_shape={shape}: a .pte draws images, write (channels, height, width)")
+        raise ValueError(
+            f"sample_shape={shape}: a .pte draws images, write (channels, height, width); packed tokens take "
+            'torch.compile(network, backend="pqcad")'
+        )
     return shape
 
 
@@ -267,25 +273,26 @@ def _check_float(unet: nn.Module) -> None:
 
 
 def _step(
-    unet: nn.Module, shape: tuple[int, ...], batch_size: int, conditioning: dict[str, Any]
+    unet: nn.Module, shape: tuple[int, ...], batch_size: int, conditioning: dict[str, Any], continuous: bool = False
 ) -> tuple[Denoiser, tuple[Any, ...], list[str]]:
     """The network as a function of tensors, inputs to export it with, and its conditioning's names."""
     tensors, rebuild = tensors_of(conditioning)
     tensors = {name: value[torch.arange(batch_size) % len(value)] for name, value in tensors.items()}
-    inputs = (torch.zeros(batch_size, *shape), torch.ones(batch_size, dtype=torch.int64), tuple(tensors.values()))
+    timesteps = torch.ones(batch_size, dtype=torch.float32 if continuous else torch.int64)
+    inputs = (torch.zeros(batch_size, *shape), timesteps, tuple(tensors.values()))
     return Denoiser(unet, rebuild), inputs, list(tensors)
 
 
 @one_at_a_time
 def _capture(
-    unet: nn.Module, shape: tuple[int, ...], batch_size: int, conditioning: dict[str, Any]
+    unet: nn.Module, shape: tuple[int, ...], batch_size: int, conditioning: dict[str, Any], continuous: bool
 ) -> tuple[GraphModule, tuple[Any, ...], list[str]]:
     """The network's graph for one batch size, the inputs it was captured with, and its conditioning's names.
 
     Raises:
         RuntimeError: torch.export cannot capture it; the cause is chained.
     """
-    step, inputs, names = _step(unet, shape, batch_size, conditioning)
+    step, inputs, names = _step(unet, shape, batch_size, conditioning, continuous)
     try:
         return torch.export.export(step, inputs).module(check_guards=False), inputs, names
     except Exception as error:
@@ -296,13 +303,15 @@ def _capture(
 
 
 def _metadata(
-    scheduler: DDIMScheduler, steps: int, batch_size: int, shape: tuple[int, ...], names: list[str]
+    scheduler: Sampler, steps: int, batch_size: int, shape: tuple[int, ...], names: list[str]
 ) -> dict[str, Any]:
     """Constant methods of the program: all that a sampler needs, for one without Python as well.
 
-    ``alphas_cumprod_prev`` belongs to the timestep that a DDIM step leads to.
+    ``alphas``, ``sigmas`` are how much of image and noise is in x_t, ``alphas_prev``, ``sigmas_prev`` in what a step
+    leads to.
     """
-    alphas, led_to = signal_power(scheduler, steps)
+    (alphas, alphas_prev), (sigmas, sigmas_prev) = (values.float() for values in signal_and_noise(scheduler, steps))
+    process = process_of(scheduler)
     return {
         "pqcad_format": FORMAT,
         "checksum": UNSEALED,
@@ -312,12 +321,14 @@ def _metadata(
         "sample_shape": torch.tensor(shape),
         "value_range": torch.tensor(VALUE_RANGE),
         "conditioning": json.dumps(names),
-        "alphas_cumprod": alphas.float(),
-        "alphas_cumprod_prev": led_to.float(),
-        "init_noise_sigma": float(scheduler.init_noise_sigma),
-        "prediction_type": scheduler.config.prediction_type,
-        "clip_sample": bool(scheduler.config.clip_sample),
-        "clip_sample_range": float(scheduler.config.clip_sample_range),
+        "alphas": alphas,
+        "alphas_prev": alphas_prev,
+        "sigmas": sigmas,
+        "sigmas_prev": sigmas_prev,
+        "init_noise_sigma": 1.0,  # of both processes
+        "prediction_type": process.prediction_type,
+        "clip_sample": process.clip is not None,
+        "clip_sample_range": float(process.clip or 0.0),
         "scheduler_config": scheduler.to_json_string(),
     }
 
@@ -332,7 +343,9 @@ def _rewrite(
     fold_constants(graph)
     arithmetic = to_xnnpack(graph, packed)
     fold_timesteps(graph, timesteps, schedule)
+    decompose_pieces(graph)
     decompose_group_norm(graph)
+    decompose_layer_norm(graph)
     decompose_attention(graph)
     decompose_nearest(graph)
     left = set(graph.graph.nodes)

@@ -8,13 +8,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 
 from pqcad_ao.denoiser import predict, spread_rows, take_rows
-from pqcad_ao.diffusion.recording import record_calls
+from pqcad_ao.diffusion.noise import Sampler, process_of
+from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.edge.lower import lower
 from pqcad_ao.edge.sampler import rows_of, tensors_of
 from pqcad_ao.evaluate.sqnr import decibels, row_powers
@@ -43,7 +43,7 @@ class Record:
 
 def record(
     unet: nn.Module,
-    scheduler: DDIMScheduler,
+    scheduler: Sampler,
     noise: Tensor,
     steps: int,
     conditioning: dict[str, Any],
@@ -55,13 +55,19 @@ def record(
     Returns:
         calls of ``batch_size`` images, or what is left of them.
     """
-    chosen = spread_rows(conditioning, torch.arange(len(noise)), len(noise))
-    calls = record_calls(unet, scheduler, noise, steps, conditioning=chosen, batch_size=batch_size, progress=progress)
-    records = [Record(k % steps, call.x_t, call.conditioning, call.prediction) for k, call in enumerate(calls)]
-    outside = []
-    for index, call in enumerate(calls[:steps]):
-        x_t = OUTSIDE * call.x_t
-        outside.append(Record(index, x_t, call.conditioning, predict(unet, x_t, call.timesteps, call.conditioning)))
+    records: list[Record] = []
+    outside: list[Record] = []
+
+    def recorded(x_t: Tensor, timesteps: Tensor, *, whole: dict[str, Any]) -> Tensor:
+        """Guidance, where there is any, is the program's own: to ``sample`` it is no guidance."""
+        index, prediction = len(records) % steps, predict(unet, x_t, timesteps, whole)
+        if len(outside) < steps:
+            outside.append(Record(index, OUTSIDE * x_t, whole, predict(unet, OUTSIDE * x_t, timesteps, whole)))
+        records.append(Record(index, x_t.clone(), whole, prediction.clone()))
+        return prediction
+
+    chosen = {"whole": spread_rows(conditioning, torch.arange(len(noise)), len(noise))}
+    sample(recorded, scheduler, noise, steps, conditioning=chosen, batch_size=batch_size, progress=progress)
     return outside + records
 
 
@@ -69,12 +75,12 @@ def check_parity(
     program: bytes,
     unet: nn.Module,
     records: list[Record],
-    scheduler: DDIMScheduler,
+    scheduler: Sampler,
     steps: int,
     batch_size: int,
     min_sqnr_db: float,
     parted: Callable[[Record], str],
-) -> tuple[dict[int, float], float | None]:
+) -> tuple[dict[float, float], float | None]:
     """Compare the program with the recorded predictions, step by step.
 
     The two sum in another order, so that now and then a value on a threshold of the 4-bit grid falls to its other side;
@@ -98,13 +104,14 @@ def check_parity(
     loaded = Runtime.get().load_program(program)
     network, step = loaded.load_method("unet"), loaded.load_method("step")
     scheduler = type(scheduler).from_config(scheduler.config)
-    scheduler.set_timesteps(steps)
+    process_of(scheduler).set_timesteps(steps)
     timesteps = scheduler.timesteps
 
     def run(record: Record) -> Tensor:
         inputs = _inputs(record, batch_size)
         prediction = network.execute([inputs[0], timesteps[record.index].view(1), *inputs[1:]])[0].clone()
         stepped = step.execute([inputs[0], torch.tensor([record.index]), *inputs[1:]])[0]
+        process_of(scheduler).set_timesteps(steps)  # a flow's counts its steps
         expected = scheduler.step(prediction, timesteps[record.index], inputs[0]).prev_sample
         signal, noise = row_powers(expected[None], stepped[None])
         if not decibels(signal.item(), noise.item()) > STEP_DB:
@@ -134,7 +141,7 @@ def check_parity(
             f"{together:.1f} dB for all at timestep {timesteps[index]}, where {bounds[0]:.3g} and {bounds[1]:.3g} dB "
             f"are asked for; {len(failed)} of {steps} timesteps are below. They part {where}. Nothing was written"
         )
-    sqnr_db = {int(t): together for (_, together), t in zip(reached, timesteps, strict=True)}
+    sqnr_db = {t.item(): together for (_, together), t in zip(reached, timesteps, strict=True)}
     return sqnr_db, None if own is None else own[1]
 
 

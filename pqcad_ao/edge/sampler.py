@@ -7,25 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 
 from pqcad_ao.denoiser import take_rows
+from pqcad_ao.diffusion.process import sampler_of
 from pqcad_ao.edge.seal import is_sealed
 from pqcad_ao.utils.checks import is_whole
 from pqcad_ao.utils.progress import tqdm
 
-FORMAT = 2  # of the methods and constants that a .pte of ours has
+FORMAT = 3  # of the methods and constants that a .pte of ours has
 
 
 class PTESampler:
     """Samples from a .pte that :func:`export_pte` wrote, in ExecuTorch's Python runtime.
 
     Attributes:
-        timesteps: (S,) int64, the schedule. sample_shape: (C, H, W). batch_size: of one call.
+        timesteps: (S,), the schedule. sample_shape: (C, H, W). batch_size: of one call.
         conditioning: the names of the tensors that a call takes besides x_t, as ``keystr`` writes them.
-        scheduler: the DDIM sampler.
+        scheduler: the sampler, DDIM or a flow's Euler.
 
     Raises:
         ImportError: executorch is not installed. OSError: no such file.
@@ -70,7 +70,7 @@ class PTESampler:
         self.sample_shape = tuple(self._constant("sample_shape").tolist())
         self.batch_size = self._constant("batch_size")
         self.conditioning = json.loads(self._constant("conditioning"))
-        self.scheduler = DDIMScheduler.from_config(json.loads(self._constant("scheduler_config")))
+        self.scheduler = sampler_of(self._constant("scheduler_config"))
         counts = (self.batch_size, *self.sample_shape, len(self.timesteps))
         if len(counts) != 5 or not all(is_whole(count, most=2**20) for count in counts):
             raise ValueError(f"batch_size, sample_shape and timesteps say {counts}")
@@ -134,7 +134,7 @@ class PTESampler:
         with bar:
             for group in groups:
                 rows = group[rows_of(len(group), self.batch_size)]
-                x_t = noise[rows] * self.scheduler.init_noise_sigma
+                x_t = noise[rows]
                 chosen = take_rows(conditioning or {}, rows)
                 for index in range(len(self.timesteps)):
                     x_t = self.step(x_t, index, chosen)

@@ -28,17 +28,22 @@ class Capture:
 
 
 @one_at_a_time
-def capture(model: nn.Module, shape: tuple[int, ...], conditioning: dict[str, Any]) -> Capture:
+def capture(
+    model: nn.Module, shape: tuple[int, ...], conditioning: dict[str, Any], *, continuous: bool = False
+) -> Capture:
     """Export ``model`` in evaluation mode with a dynamic batch (1 to 63) and one timestep for each sample.
 
     The model's own training flags are left as they were.
+
+    Args:
+        continuous: timesteps are float32, and not int64.
 
     Raises:
         RuntimeError: torch.export cannot capture it; the cause is chained.
     """
     device, dtype = placement(model)
     x_t = torch.zeros(3, *shape, device=device, dtype=dtype)
-    timesteps = torch.tensor([1, 2, 3], device=device)
+    timesteps = torch.tensor([1, 2, 3], dtype=torch.float32 if continuous else torch.int64, device=device)
     conditioning = unguided(conditioning)  # a network's own call; guidance combines two
     example = take_rows(conditioning, torch.arange(3) % conditioning_rows(conditioning))
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)

@@ -102,15 +102,6 @@ def check_timesteps(
         )
 
 
-def check_whole(state: Timestep) -> None:
-    """Raises ValueError: a network takes fractions, which no exported program does."""
-    if state.continuous:
-        raise ValueError(
-            "the network was quantized for a rectified flow, and exported programs take whole timesteps and DDIM's "
-            'steps: write torch.compile(network, backend="pqcad")'
-        )
-
-
 def check_scale(state: Timestep, timesteps: Tensor) -> None:
     """Warn, once, where a network that counts its timesteps is called with a time from 0 to 1 from the start."""
     if state.looked_at >= LOOKED_AT:

@@ -13,7 +13,7 @@ from torch import nn
 
 from pqcad_ao.nn.state import QuantizedState, quantized_state
 from pqcad_ao.pages.environment import environment
-from pqcad_ao.utils.files import write_whole
+from pqcad_ao.utils.files import read_json, write_whole
 
 NAME = "README.md"
 MARK = "<!-- written by pqcad_ao, which replaces it with the model; without this line it stays -->"
@@ -44,8 +44,9 @@ def write_card(
             weights=weights,
             parameters=sum(parameter.numel() for parameter in unet.parameters()),
             quality=_checked(quality),
-            pipeline=isinstance(unet, UNet2DModel),
+            pipeline=isinstance(unet, UNet2DModel) and (folder / "model_index.json").exists(),
             kind=type(unet).__name__,
+            sampler=read_json(folder / "scheduler" / "scheduler_config.json")["_class_name"],
             **_compressed(state),
         )
     )
