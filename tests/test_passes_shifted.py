@@ -14,7 +14,7 @@ from pqcad_ao.denoiser import Denoiser
 from pqcad_ao.edge.storage import check_objective, plan_edge
 from pqcad_ao.passes.fold_constants import fold_constants
 from pqcad_ao.passes.nearest import TARGETS, decompose_nearest
-from pqcad_ao.passes.sampling_step import add_sampling_step, ddim_table
+from pqcad_ao.passes.sampling_step import add_sampling_step, step_table
 from pqcad_ao.passes.shifted_conv import ShiftedConv, to_image, to_tokens
 from pqcad_ao.passes.to_xnnpack import to_xnnpack
 
@@ -160,7 +160,7 @@ def test_a_sampling_step_behind_the_prediction(prediction_type, clip):
     x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     graph = torch.export.export(Folded(), (x, torch.tensor([0]))).module(check_guards=False)
     graph = torch.fx.GraphModule(graph, graph.graph)  # without the check of the inputs that it was exported with
-    add_sampling_step(graph, scheduler.timesteps, ddim_table(scheduler, 4), clip)
+    add_sampling_step(graph, scheduler.timesteps, step_table(scheduler, 4), clip)
     zero, first = torch.tensor([0]), scheduler.timesteps[:1]
     for index, t in enumerate(scheduler.timesteps):
         prediction = Folded()(x, torch.tensor([index]))
@@ -175,4 +175,4 @@ def test_a_sampling_step_behind_the_prediction(prediction_type, clip):
 
 def test_thresholding_is_refused():
     with pytest.raises(ValueError, match="thresholds x_0 dynamically"):
-        ddim_table(DDIMScheduler(thresholding=True), 4)
+        step_table(DDIMScheduler(thresholding=True), 4)
