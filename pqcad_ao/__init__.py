@@ -5,8 +5,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pqcad_ao.cache import cache_
+    from pqcad_ao.cached import CachedUNet
     from pqcad_ao.compile.package import export_pt2, load_pt2
-    from pqcad_ao.config import CADConfig, PQCADConfig
+    from pqcad_ao.config import CacheConfig, CADConfig, PQCADConfig
+    from pqcad_ao.diffusion.caching import CachePlan
     from pqcad_ao.distill import compress, distill_
     from pqcad_ao.edge.export import export_pte
     from pqcad_ao.edge.sampler import PTESampler
@@ -20,10 +23,14 @@ __version__ = "0.1.0"
 # Each name is imported when it is asked for: some bring what quantizing does not need, executorch among it.
 _HOMES = {
     "CADConfig": "pqcad_ao.config",
+    "CacheConfig": "pqcad_ao.config",
+    "CachePlan": "pqcad_ao.diffusion.caching",
+    "CachedUNet": "pqcad_ao.cached",
     "PQCADConfig": "pqcad_ao.config",
     "PTESampler": "pqcad_ao.edge.sampler",
     "Plan": "pqcad_ao.graph.plan",
     "PlanRow": "pqcad_ao.graph.plan",
+    "cache_": "pqcad_ao.cache",
     "compress": "pqcad_ao.distill",
     "distill_": "pqcad_ao.distill",
     "export_pt2": "pqcad_ao.compile.package",
@@ -37,10 +44,14 @@ _HOMES = {
 
 __all__ = [
     "CADConfig",
+    "CacheConfig",
+    "CachePlan",
+    "CachedUNet",
     "PQCADConfig",
     "PTESampler",
     "Plan",
     "PlanRow",
+    "cache_",
     "compress",
     "distill_",
     "export_pt2",

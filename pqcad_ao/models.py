@@ -25,6 +25,8 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from torch import nn
 
+from pqcad_ao.diffusion.caching import KEY as CACHE_PLAN
+from pqcad_ao.diffusion.caching import cache_plan
 from pqcad_ao.diffusion.noise import Sampler
 from pqcad_ao.diffusion.process import as_sampler, class_of, read_scheduler
 from pqcad_ao.diffusion.schedule import shown, timesteps_of
@@ -124,6 +126,7 @@ def _read_unet(folder: Path) -> nn.Module:
         unet, report = unet_class.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
+        cache_plan(unet)  # reads it
     except Exception as error:  # what a configuration says reaches every line of diffusers' constructors
         raise ValueError(f"{folder} cannot be read as a {unet_class.__name__}: {error}") from error
     for weights in sorted(folder.glob("*.safetensors")):
@@ -140,7 +143,7 @@ def _check_sizes(config: Path, values: Any, name: str = "") -> None:
     """Raises ValueError: a number of a configuration would make a network that no weights are for, and take hours."""
     entries = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
     for key, entry in entries:
-        if key != "quantization_config":
+        if key not in ("quantization_config", CACHE_PLAN):
             _check_sizes(config, entry, str(key) if isinstance(values, dict) else name)
     most = MOST_LAYERS if "layers" in name else LARGEST
     if isinstance(values, (int, float)) and not abs(values) <= most:

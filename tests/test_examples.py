@@ -12,8 +12,8 @@ import pqcad_ao
 from pqcad_ao.diffusion import trajectories
 from pqcad_ao.models import load_model, save_model
 
-# the compilers of Inductor and ExecuTorch take their time
-SLOW = {"export_pt2", "load_pt2", "export_pte", "PTESampler"}
+# the compilers of Inductor and ExecuTorch take their time, and so do captures of a whole network
+SLOW = {"cache_", "CachedUNet", "CachePlan", "export_pt2", "load_pt2", "export_pte", "PTESampler"}
 PUBLIC = {name: getattr(pqcad_ao, name) for name in pqcad_ao.__all__}
 PUBLIC |= {"load_model": load_model, "save_model": save_model}
 NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in PUBLIC]

@@ -27,6 +27,8 @@ ROOMS = [
     "pipeline",
     "quantize",
     "distill",
+    "cached",
+    "cache",
     "evaluate",
     "compile",
     "edge",

@@ -75,7 +75,8 @@ def sample(
     σ = 0) where it is one.
 
     Args:
-        unet: anything called as ``f(x_t, timesteps, **conditioning)`` with (B,) timesteps.
+        unet: anything called as ``f(x_t, timesteps, **conditioning)`` with (B,) timesteps. What keeps something from
+            step to step, as a :class:`~pqcad_ao.cache.CachedUNet` does, begins a walk of its own for every batch.
         scheduler: of diffusers; a fresh copy is stepped, the one given is not touched. A flow is walked as
             :func:`~pqcad_ao.diffusion.process.as_sampler` says.
         conditioning: keyword arguments with one row per image, sliced along with the batch.
@@ -108,6 +109,7 @@ def sample(
             _start(scheduler, num_inference_steps)
             x_t = noise[rows] * getattr(scheduler, "init_noise_sigma", 1.0)
             chosen = take_rows(conditioning, rows)
+            network = unet.begin_walk() if hasattr(unet, "begin_walk") else unet
             finite: list[Tensor] = []
             for index, timestep in enumerate(timesteps):
                 # oneDNN and cuDNN convolve in this layout, and a network keeps its input's from end to end
@@ -117,7 +119,7 @@ def sample(
                     callback(first, index, timestep, given)
                 inputs = (given, shown[index].repeat(len(x_t)), chosen)
                 try:
-                    prediction = predict(unet, *inputs)
+                    prediction = predict(network, *inputs)
                 except (ArithmeticError, ValueError, RuntimeError) as error:
                     if NOT_FINITE not in str(error) and not isinstance(error, FloatingPointError):
                         raise

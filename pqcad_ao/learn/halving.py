@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.denoiser import evaluation_mode, guided, placement, predict_float32, take_rows, time_scale
+from pqcad_ao.diffusion.caching import drop_cache_plan
 from pqcad_ao.diffusion.ddim import DDIMSchedule
 from pqcad_ao.diffusion.noise import Sampler
 from pqcad_ao.diffusion.process import settings_of
@@ -304,6 +305,7 @@ class _Halving:
     def give_back(self, network: nn.Module, schedule: list[int]) -> None:
         """Put what was learned into a network, the student or one alike, and let it remember its new timesteps."""
         state, before = quantized_state(network), quantized_state(self.student)
+        drop_cache_plan(network, "distill_")
         if state is None or before is None:
             adopt(network, self.graph, {})
             return

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pqcad_ao.diffusion.caching import CachePlan, attach_cache_plan, cache_plan
 from pqcad_ao.nn.diffusers_plugin import attach
 from pqcad_ao.nn.layers import QuantizedLayer, check_saved
 from pqcad_ao.nn.state import insert_layers, make_layers, quantized_state, required_state, state_from_dict
 from pqcad_ao.utils.tensor_files import read_tensors, write_tensors
 
 KIND = "pqcad"  # of the file, as its metadata names it
+CACHE = "cache"  # of that metadata: the network's cache plan
 
 
 def save_quantized(model: nn.Module, path: str | Path) -> None:
@@ -31,7 +33,9 @@ def save_quantized(model: nn.Module, path: str | Path) -> None:
     tensors = {
         name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in model.state_dict().items()
     }
-    write_tensors(path, tensors, {"format": "pt", KIND: json.dumps(state.to_dict())})
+    plan = cache_plan(model)
+    kept = state.to_dict() | ({} if plan is None else {CACHE: plan.to_dict()})
+    write_tensors(path, tensors, {"format": "pt", KIND: json.dumps(kept)})
 
 
 def load_quantized(model: nn.Module, path: str | Path) -> nn.Module:
@@ -55,6 +59,7 @@ def load_quantized(model: nn.Module, path: str | Path) -> nn.Module:
         )
     tensors, header = read_tensors(path, KIND)
     try:
+        plan = CachePlan.from_dict(header.pop(CACHE)) if isinstance(header, dict) and CACHE in header else None
         state = state_from_dict(header)
         layers = make_layers(model, state)
         _check_fit(model, layers, tensors)
@@ -65,6 +70,8 @@ def load_quantized(model: nn.Module, path: str | Path) -> nn.Module:
         own = {name: tensors[f"{fqn}.{name}"].to(weight.device) for name in layer.state_dict()}
         layer.load_state_dict(own, assign=True)
     attach(model, state)
+    if plan is not None:
+        attach_cache_plan(model, plan)
     insert_layers(model, layers, state.timestep)
     model.load_state_dict(tensors, strict=True)
     return model

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig, config_to_dict
 
-from pqcad_ao.config import ACTIVATION_BITS, WEIGHT_BITS, CADConfig, PQCADConfig, config_from_json
+from pqcad_ao.config import ACTIVATION_BITS, WEIGHT_BITS, CacheConfig, CADConfig, PQCADConfig, config_from_json
 from pqcad_ao.diffusion.process import MOST_TIMESTEPS
 from pqcad_ao.graph.operators import OPERATORS
 from pqcad_ao.graph.plan import Plan, PlanRow
@@ -25,7 +25,11 @@ OPTIONAL = {"schedule", "continuous", "time_scale", "clip"}
 WEIGHTS = "weights"  # field of a config.json, beside those of a state: the checksum of what was saved with it
 ATTRIBUTE = "_pqcad_state"  # of a quantized network
 
-for _kind in (PQCADConfig, CADConfig):  # as torchao knows its own; their module imports neither it nor PyTorch
+for _kind in (
+    PQCADConfig,
+    CADConfig,
+    CacheConfig,
+):  # as torchao knows its own; their module imports neither it nor PyTorch
     AOBaseConfig.register(_kind)
 # torchao rebuilds a config from JSON by calling whatever a module on this list has under the name that the JSON gives
 # (torchao 0.18, core/config.py). That module holds nothing but configurations and checks of numbers; the package, which

@@ -1,0 +1,135 @@
+"""The network that follows its cache plan while it samples."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from pqcad_ao.denoiser import placement, set_time_scale, time_scale
+from pqcad_ao.diffusion.caching import CachePlan, ThreadsWalk, Walk, cache_plan, corrected_feature
+from pqcad_ao.graph.capture import capture
+from pqcad_ao.passes.cache_split import CacheSplit, cache_split
+
+
+class ShallowStep(nn.Module):
+    """The shallow program of a cut, which corrects the feature first.
+
+    Called as ``f(x_t, timesteps, conditioning, feature, scale, shift) -> prediction``.
+    """
+
+    def __init__(self, cut: CacheSplit) -> None:
+        super().__init__()
+        self.program = cut.shallow
+
+    def forward(
+        self,
+        x_t: Tensor,
+        timesteps: Tensor,
+        conditioning: dict[str, Any],
+        feature: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+    ) -> Tensor:
+        return self.program(x_t, timesteps, conditioning, corrected_feature(feature, scale, shift))
+
+
+class CachedUNet(nn.Module):
+    """A network that follows its cache plan, called as the network itself is, by pipelines as well.
+
+    At the plan's timesteps it is computed in full and keeps its deep feature; at others it takes that feature, where it
+    is of the same pictures' walk (:class:`~pqcad_ao.diffusion.caching.Walk`). ``diffusion.sampling.sample`` begins a
+    walk for each batch. Where a pipeline calls it, each thread is on one walk at a time; one that was broken off is
+    forgotten with :meth:`forget`. The network must stay as it is: after layers or adapters were changed, or it was
+    taught, make another one.
+
+    Args:
+        unet: on which :func:`~pqcad_ao.cache.cache_` has measured a plan. plan: another one; None: the network's own.
+
+    Raises:
+        ValueError: the network has no plan.
+
+    Example:
+        >>> from pqcad_ao.diffusion.sampling import sample
+        >>> config = CacheConfig(points=4)  # of a length for an example
+        >>> kept = cache_(quantized, config, scheduler=scheduler, num_inference_steps=4, progress=False)
+        >>> images = sample(CachedUNet(quantized), scheduler, torch.randn(2, 1, 8, 8), 4)
+        >>> images.shape
+        torch.Size([2, 1, 8, 8])
+    """
+
+    def __init__(self, unet: nn.Module, plan: CachePlan | None = None) -> None:
+        super().__init__()
+        plan = cache_plan(unet) if plan is None else plan
+        if plan is None:
+            raise ValueError(f"this {type(unet).__name__} has no cache plan: call cache_(unet, scheduler=...) first")
+        self.unet, self.plan = unet, plan
+        self._options: dict[str, Any] | None = None  # of torch.compile
+        self._programs: dict[Any, tuple[Callable[..., Any], Callable[..., Any]]] = {}
+        self._calls = ThreadsWalk()
+        set_time_scale(self, time_scale(unet))
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor | float, *args: Any, return_dict: bool = True, **kwargs: Any
+    ) -> Any:
+        """As the network's own."""
+        names = [name for name in inspect.signature(self.unet.forward).parameters][2:]
+        conditioning = dict(zip(names, args, strict=False)) | kwargs
+        walk = self._calls.walk = self._calls.walk or self.begin_walk()
+        prediction = walk(sample, timestep, **conditioning)
+        if not isinstance(self.unet, ModelMixin):
+            return prediction
+        return UNet2DOutput(sample=prediction) if return_dict else (prediction,)
+
+    def begin_walk(self) -> Walk:
+        """The network for one walk through the schedule, beside others that are under way."""
+        walk = Walk(self.plan, self._full, self._shallow, time_scale(self))
+        set_time_scale(walk, time_scale(self))  # type: ignore[arg-type]
+        return walk
+
+    def forget(self) -> None:
+        """Drop the features that are kept in this thread: what is called next begins a walk."""
+        self._calls.walk = None
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile both programs, each by itself; arguments as for ``torch.compile``, such as ``backend="pqcad"``."""
+        if args:
+            raise TypeError("write compile's arguments by their names, such as backend='pqcad'")
+        self._options = options
+        self._programs.clear()
+
+    def _full(self, x_t: Tensor, timesteps: Tensor, conditioning: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        return self._run(0, x_t, timesteps, conditioning)
+
+    def _shallow(self, x_t: Tensor, timesteps: Tensor, conditioning: dict[str, Any], *feature: Tensor) -> Tensor:
+        return self._run(1, x_t, timesteps, conditioning, *feature)
+
+    def _run(self, which: int, x_t: Tensor, timesteps: Tensor, conditioning: dict[str, Any], *feature: Tensor) -> Any:
+        """One of both programs, made for inputs of this form, where the network is and in its type."""
+        given = {name: value for name, value in sorted(conditioning.items()) if value is not None}
+        values, spec = tree_flatten(given)
+        form = tuple((v.shape[1:], v.dtype) if isinstance(v, Tensor) else v for v in values)
+        place = placement(self.unet)
+        key = (place, tuple(x_t.shape[1:]), str(spec), form)
+        if key not in self._programs:
+            # those of another place hold weights that are no longer the network's
+            self._programs = {known: both for known, both in self._programs.items() if known[0] == place}
+            cut = cache_split(capture(self.unet, tuple(x_t.shape[1:]), given).graph, self.plan.branch)
+            programs: tuple[Any, Any] = cut.full, ShallowStep(cut)
+            if self._options is not None:
+                programs = torch.compile(programs[0], **self._options), torch.compile(programs[1], **self._options)
+            self._programs[key] = programs
+        return self._programs[key][which](x_t, timesteps, given, *feature)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("unet"), name)  # config, dtype and what else pipelines ask for
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_programs": {}}  # made anew, of the copy's network
