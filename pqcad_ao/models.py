@@ -312,15 +312,17 @@ def _write_model(unet: nn.Module, scheduler: Sampler, folder: Path) -> None:
         (folder / WITHOUT_INDEX).touch()
     config = read_json(folder / "unet" / "config.json")
     config.pop("_name_or_path", None)  # where on this machine it was read from
-    (folder / "unet" / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     state = quantized_state(unet)
     if state is None:
+        if (config.get("quantization_config") or {}).get("quant_method") == Method.PQCAD.value:
+            del config["quantization_config"]  # what from_config copied of a quantized network's
         (folder / WITHOUT_FACTS).touch()
         for weights in (folder / "unet").glob("*.safetensors"):
             seal_tensors(weights)
     else:
         contents = {"average_bits": state.plan.average_bits, "summary": state.plan.summary()}
         (folder / FACTS).write_text(json.dumps({**contents, "timesteps": state.timestep.schedule}, indent=2))
+    (folder / "unet" / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _finish_saving(folder: Path) -> None:

@@ -13,6 +13,8 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from diffusers.utils import is_peft_available
 from torch import Tensor, nn
 
+import pqcad_ao.nn.from_unet  # (ControlNets of a quantized UNet)
+from pqcad_ao.config import PQCADConfig
 from pqcad_ao.denoiser import placement
 from pqcad_ao.nn.layers import QuantizedLayer, check_saved
 from pqcad_ao.nn.state import ATTRIBUTE, WEIGHTS, Method, QuantizedState, insert_layers, make_layers, state_from_dict
@@ -223,5 +225,7 @@ class PQCADDiffusersQuantizer(DiffusersQuantizer):
 # diffusers 0.42 finds quantizers in these two dictionaries (quantizers/auto.py); packages add themselves on import.
 auto.AUTO_QUANTIZER_MAPPING[Method.PQCAD.value] = PQCADDiffusersQuantizer
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.PQCAD.value] = PQCADQuantizationConfig
+# PipelineQuantizationConfig takes instances of the classes there alone; the quantizer then says what to write instead
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING[PQCADConfig.__name__] = PQCADConfig
 if is_peft_available():  # diffusers has imported it by now
     import pqcad_ao.nn.adapters  # noqa: F401  (LoRA on quantized layers)
