@@ -5,7 +5,7 @@ import os
 import stat
 from pathlib import Path
 
-from pqcad_ao.utils.files import write_whole
+from pqcad_ao.utils.files import flush, settle
 
 VARIABLE = "PQCAD_CACHE"  # names another folder than ~/.cache/pqcad_ao
 
@@ -41,10 +41,15 @@ def find_code(folder: Path, name: str) -> Path | None:
     return None
 
 
-def keep_code(folder: Path, name: str, content: bytes) -> Path:
-    """Keep a library under ``name`` and the hash of its content; the file appears whole or not at all."""
-    path = folder / f"{name}-{_content_hash(content)}.so"
-    write_whole(path, content)
+def keep_code(folder: Path, name: str, built: Path) -> Path:
+    """Move a library from the folder where it was built to ``folder``, under ``name`` and the hash of its content.
+
+    The file appears whole or not at all.
+    """
+    path = folder / f"{name}-{_content_hash(built.read_bytes())}.so"
+    settle(built.parent)
+    built.replace(path)
+    flush(folder)
     return path
 
 

@@ -2,6 +2,8 @@
 
 import copy
 import hashlib
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
@@ -12,10 +14,14 @@ from networks import SHAPE, Small, cosine_scheduler, quick
 from omegaconf import OmegaConf
 
 from pqcad_ao import CADConfig, compress, distill_, export_pt2, export_pte, quantize_
+from pqcad_ao.bench.quality.measure import bench_quality
 from pqcad_ao.diffusion.calibration import calibration_set
 from pqcad_ao.diffusion.trajectories import draw_trajectories
+from pqcad_ao.evaluate.features import RealFeatures
 from pqcad_ao.models import load_model, save_model
+from pqcad_ao.ops.cpu import loader
 from pqcad_ao.recipes.train_teacher import train
+from pqcad_ao.utils.cache import VARIABLE
 from pqcad_ao.utils.files import bytes_of
 
 UNET = {
@@ -116,6 +122,35 @@ def save(folder: Path) -> str:
     return fingerprint(load_model(folder)[0].state_dict())
 
 
+def compile_kernels(folder: Path) -> str:
+    """A library that takes a second, through the compiler and the cache that the kernels go through."""
+    text = "".join(f'extern "C" int answer_{number}() {{ return {number}; }}\n' for number in range(2000))
+    with patch.dict(os.environ, {VARIABLE: str(folder)}), patch.object(loader, "source", lambda: text):
+        answer = str(loader._library().answer_1999())
+    for path in folder.glob("*.so"):  # named after its content, which the compiler makes another in another folder
+        path.replace(folder / "kernels.so")
+    return answer
+
+
+def bench(folder: Path) -> str:
+    """Two rows of the quality benchmark; how long each took is another number every time."""
+    with tempfile.TemporaryDirectory() as scratch:
+        torch.manual_seed(0)
+        save_model(UNet2DModel(**UNET), cosine_scheduler(), scratch)
+        real = RealFeatures.from_features(torch.randn(64, 4, generator=torch.Generator().manual_seed(0)))
+        found = bench_quality(
+            scratch,
+            rows=["fp_full", "ptq_full"],
+            steps=2,
+            n=6,
+            work=folder,
+            features=(torch.nn.Sequential(torch.nn.AvgPool2d(4), torch.nn.Flatten()), real),
+            options={"calibration_points": 16, "calibration_steps": 4, "calibration_batch_size": 8},
+            say=lambda line: None,
+        )
+    return str([row["fid"] for row in found["rows"]])
+
+
 def quantized() -> Small:
     model = Small()
     quantize_(model, quick(), scheduler=cosine_scheduler(), sample_shape=SHAPE, progress=False)
@@ -144,6 +179,8 @@ JOBS: dict[str, Callable[[Path], str]] = {
     "compress": both,
     "teacher training": teach,
     "save_model": save,
+    "kernel compile": compile_kernels,
+    "bench": bench,
 }
 EXPORTS: dict[str, Callable[[Path], str]] = {"export_pte": export, "export_pt2": package}
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from pqcad_ao.utils.cache import VARIABLE, cache_folder, find_code, keep_code
+from pqcad_ao.utils.files import unfinished_folder
 from pqcad_ao.utils.machine import cpu_identity
 
 SWITCH = "PQCAD_CPU_KERNELS"
@@ -98,21 +99,19 @@ def _library() -> ctypes.CDLL:
     # what this processor's machine code depends on: a home folder may be shared by machines of several kinds
     facts = (text, torch.__version__, torch.__file__, cpu_identity())
     name = f"kernels-{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}"
-    folder = path = None
-    with tempfile.TemporaryDirectory(prefix="pqcad-") as build:  # 0700; what is loaded stays when its name is gone
-        try:
-            folder = cache_folder()
-            path = find_code(folder, name)
-        except OSError as error:
-            _say_not_kept(error)
-        if path is None:
-            path = compiled(text, Path(build))
-            if folder is not None:
-                try:
-                    path = keep_code(folder, name, path.read_bytes())
-                except OSError as error:
-                    _say_not_kept(error)
-        return ctypes.CDLL(str(path))
+    try:
+        folder = cache_folder()
+        path = find_code(folder, name)
+    except OSError as error:
+        _say_not_kept(error)
+        with tempfile.TemporaryDirectory(prefix="pqcad-") as build:  # 0700; what is loaded stays when its name is gone
+            return ctypes.CDLL(str(compiled(text, Path(build))))
+    if path is None:
+        with unfinished_folder(
+            folder / name
+        ) as unfinished:  # in the cache, where what a kill leaves is found and deleted
+            path = keep_code(folder, name, compiled(text, unfinished))
+    return ctypes.CDLL(str(path))
 
 
 def _say_not_kept(error: OSError) -> None:
