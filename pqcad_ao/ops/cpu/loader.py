@@ -107,9 +107,7 @@ def _library() -> ctypes.CDLL:
         with tempfile.TemporaryDirectory(prefix="pqcad-") as build:  # 0700; what is loaded stays when its name is gone
             return ctypes.CDLL(str(compiled(text, Path(build))))
     if path is None:
-        with unfinished_folder(
-            folder / name
-        ) as unfinished:  # in the cache, where what a kill leaves is found and deleted
+        with unfinished_folder(folder / name) as unfinished:  # where what a kill leaves is found and deleted
             path = keep_code(folder, name, compiled(text, unfinished))
     return ctypes.CDLL(str(path))
 
