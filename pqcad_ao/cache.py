@@ -88,13 +88,14 @@ def cache_(
     if scheduler is None:
         raise ValueError("no scheduler was given, none is saved beside the network: pass the one it samples with")
     schedule = _schedule(unet, scheduler, num_inference_steps)
+    continuous = schedule.timesteps.is_floating_point()
     shape = denoiser.sample_shape(unet, sample_shape)
     conditioning = check_conditioning(unet, conditioning)
     if reference is not None:
         set_time_scale(reference, time_scale(unet))
-    own, target = _Network(unet, shape, conditioning, config.branch), None
+    own, target = _Network(unet, shape, conditioning, config.branch, continuous), None
     if reference is not None:
-        target = _Network(reference, shape, conditioning, config.branch)
+        target = _Network(reference, shape, conditioning, config.branch, continuous)
         if quantized_state(reference) is not None or target.cut.feature_shape != own.cut.feature_shape:
             raise ValueError(
                 f"the reference is quantized, or its feature of {target.cut.feature_shape} is not as the network's of "
@@ -172,10 +173,12 @@ class _Batch:
 class _Network:
     """A network that was cut, for inputs and outputs in float32. Guidance makes two calls, each with a feature."""
 
-    def __init__(self, unet: nn.Module, shape: tuple[int, ...], conditioning: dict[str, Any], branch: int) -> None:
+    def __init__(
+        self, unet: nn.Module, shape: tuple[int, ...], conditioning: dict[str, Any], branch: int, continuous: bool
+    ) -> None:
         self.device, self.dtype = placement(unet)
         conditioning = cast_floats(conditioning, self.dtype)
-        self.cut = cache_split(capture(unet, shape, conditioning).graph, branch)
+        self.cut = cache_split(capture(unet, shape, conditioning, continuous=continuous).graph, branch)
 
     def full(self, batch: _Batch, timestep: Any) -> tuple[Tensor, list[Tensor]]:
         """The prediction, and the feature of each call."""

@@ -118,7 +118,9 @@ class CachedUNet(nn.Module):
         if key not in self._programs:
             # those of another place hold weights that are no longer the network's
             self._programs = {known: both for known, both in self._programs.items() if known[0] == place}
-            cut = cache_split(capture(self.unet, tuple(x_t.shape[1:]), given).graph, self.plan.branch)
+            continuous = isinstance(self.plan.timesteps[0], float)
+            captured = capture(self.unet, tuple(x_t.shape[1:]), given, continuous=continuous)
+            cut = cache_split(captured.graph, self.plan.branch)
             programs: tuple[Any, Any] = cut.full, ShallowStep(cut)
             if self._options is not None:
                 programs = torch.compile(programs[0], **self._options), torch.compile(programs[1], **self._options)

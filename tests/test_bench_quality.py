@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pqcad_ao import CADConfig, cli
+from pqcad_ao import CacheConfig, CADConfig, cli
 from pqcad_ao.bench.quality import command, measure
 from pqcad_ao.bench.quality.rows import ABLATIONS, ROWS, SETS, SOLVED
 from pqcad_ao.cli.command import app
@@ -150,7 +150,8 @@ def test_every_row_has_a_valid_configuration():
         assert row.base is None or row.base in ROWS
         cad = None if row.cad is None else CADConfig(**row.cad)
         assert cad is None or row.part == 2**cad.halvings
-        assert config or cad or row.solver or name in ("fp_full", "fp_half", "pq_half")
+        cache = None if row.cache is None else CacheConfig(**row.cache)
+        assert config or cad or row.solver or cache or name in ("fp_full", "fp_half", "pq_half")
     learned = [row.cad.get("iterations") for name, row in ABLATIONS.items() if row.cad and name != "cad_joint"]
     assert set(learned) == {None}  # what is compared takes the same number of updates
 
@@ -259,3 +260,19 @@ def test_rows_sampled_through_the_compiler_are_those_of_eager(measured, tiny_dir
         # values on a threshold of the grid may go either way
         assert row["fid"] == pytest.approx(eager["fid"], rel=0.02)
         assert row["sqnr_db"] == eager["sqnr_db"]
+
+
+@pytest.mark.slow
+def test_rows_that_keep_features_cost_less_a_step(measured, tiny_dir):
+    """Of the teacher, which stays as it is, and of a quantized network, in eager and compiled form."""
+    work, before, _ = measured
+    rows = ["fp_full", "cache_fp", "cache_naive", "cache_qc"]
+    result, _ = run(tiny_dir, work, rows=rows, seeds=[0])
+    full, *cached = result["rows"]
+    assert full["fid"] == before["rows"][0]["fid"]
+    for row in cached:
+        assert 0.5 < row["gmacs_per_step"] / full["gmacs_per_step"] < 0.6
+        assert row["sqnr_db"] is None
+    assert "GMAC a step" in command.table(result)
+    compiled, _ = run(tiny_dir, work, rows=["cache_qc"], seeds=[0], compiled=True)
+    assert compiled["rows"][0]["fid"] == pytest.approx(cached[-1]["fid"], rel=0.05)

@@ -77,12 +77,13 @@ def table(result: dict[str, Any]) -> str:
             spread(of(rows, "seconds"), 0),
             spread([100 * share for share in of(rows, "trained_share")], 0),
             spread([size / 2**20 for size in of(rows, "adam_bytes")], 1),
+            spread(of(rows, "gmacs_per_step"), 3),
             len(rows),
         )
         for rows in alike.values()
     ]
     measures = ("FID", "over full precision", "KID", "precision", "recall", "a step, dB")
-    costs = ("seconds to make", "% learned", "Adam, MiB")
+    costs = ("seconds to make", "% learned", "Adam, MiB", "GMAC a step")
     headers = ("row", "steps", *measures, *costs, "seeds")
     return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
 

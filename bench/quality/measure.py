@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pqcad_ao.bench.quality.rows import DEFAULT_ROWS, ROWS
-from pqcad_ao.config import CADConfig, PQCADConfig
+from pqcad_ao.cache import cache_
+from pqcad_ao.cached import CachedUNet
+from pqcad_ao.config import CacheConfig, CADConfig, PQCADConfig
 from pqcad_ao.data import to_uint8
 from pqcad_ao.denoiser import placement, sample_shape
 from pqcad_ao.diffusion.process import settings_of
@@ -28,6 +30,8 @@ from pqcad_ao.distill import check_distillation, distill_
 from pqcad_ao.evaluate.features import RealFeatures, embedded_features
 from pqcad_ao.evaluate.fid import image_quality
 from pqcad_ao.evaluate.sqnr import trajectory_sqnr
+from pqcad_ao.graph.capture import capture
+from pqcad_ao.graph.work import multiply_adds
 from pqcad_ao.models import load_model, save_model
 from pqcad_ao.nn.state import quantized_state
 from pqcad_ao.plan import plan
@@ -146,7 +150,8 @@ class _Bench:
         base, settings = ROWS[name].base, self.settings(name, seed)
         key = digest(METHOD, settings[0], settings_of(self.scheduler), self.teacher.state_dict())
         if base is not None:
-            key = digest(settings, self.home(base, seed).name)
+            kept = [] if ROWS[name].cache is None else [ROWS[name].cache]
+            key = digest(settings, self.home(base, seed).name, *kept)
         return self.work / f"{name}-{key[:8]}-seed{seed}"
 
     def network(self, name: str, seed: int) -> tuple[nn.Module, Any, dict[str, Any]]:
@@ -187,6 +192,19 @@ class _Bench:
         save_model(unet, sampler, home / "model")
         write_json(made, facts)
         return unet, sampler, facts
+
+    @cached_property
+    def macs(self) -> int:
+        """Multiply-adds of a sample in a step of the teacher, which are those of every row's network."""
+        return multiply_adds(capture(self.teacher, sample_shape(self.teacher), {}).graph)
+
+    def cached(self, unet: nn.Module, scheduler: Any, steps: int, config: CacheConfig) -> CachedUNet:
+        """A row's network, which keeps features between steps from now on."""
+        reference = None if unet is self.teacher else self.teacher
+        unet = copy.deepcopy(unet)
+        given: dict[str, Any] = {"scheduler": scheduler, "num_inference_steps": steps, "reference": reference}
+        cache_(unet, config, progress=self.progress, **given)
+        return CachedUNet(unet)
 
 
 def _learned(state: Any, teacher: nn.Module) -> dict[str, Any]:
@@ -232,6 +250,10 @@ class _Sampling:
         unet, scheduler, made = bench.network(name, seed)
         if row.solver is not None:
             scheduler = getattr(diffusers, row.solver).from_config(scheduler.config)
+        macs = float(bench.macs)
+        if row.cache is not None:
+            unet = bench.cached(unet, scheduler, steps, CacheConfig(seed=seed, **row.cache))
+            macs = unet.plan.mean_macs
         images, sqnr = images_of(bench.teacher, unet, scheduler, steps, self.n, seed, self.compiled, self.progress)
         quality = image_quality(images, self.network, self.real, seed=seed, bootstrap=BOOTSTRAP)
         result = {
@@ -245,6 +267,7 @@ class _Sampling:
             "threads": torch.get_num_threads(),
             "device": str(placement(bench.teacher)[0]),
             "sqnr_db": sqnr if row.part == 1 else None,  # a distilled step is another function by design
+            "gmacs_per_step": macs / 1e9,
             **made,
         }
         return result, images
@@ -260,11 +283,17 @@ def images_of(
     runs: Any = unet
     if compiled:
         torch.compiler.reset()  # networks of one class share their code, and so its limit of recompilations
-        runs = torch.compile(unet, backend="pqcad" if quantized_state(unet) else "inductor", dynamic=False)
+        backend = "pqcad" if quantized_state(unet) else "inductor"
+        if isinstance(unet, CachedUNet):
+            unet.compile(backend=backend, dynamic=False)
+        else:
+            runs = torch.compile(unet, backend=backend, dynamic=False)
     batch = CPU_BATCH if device.type == "cpu" else GPU_BATCH
     images = sample(runs, scheduler, noise, steps, batch_size=batch, progress=progress).cpu()
     if unet is teacher:
         return images, None
     calls = record_calls(teacher, scheduler, noise[:TRAJECTORIES], steps)
     points = [(call.x_t, call.timesteps) for call in calls]
+    if isinstance(unet, CachedUNet):
+        return images, None  # what it answers hangs on the way, and not on a point alone
     return images, trajectory_sqnr(teacher, unet, points)["sqnr_db"]

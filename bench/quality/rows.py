@@ -16,6 +16,7 @@ class Row:
         base: the row whose network this one starts from, with that one's sampler; None: the teacher.
         part: the row is sampled in this part of the steps: 1, 2 (half) or 4.
         solver: name of diffusers' scheduler that samples it, with the teacher's noise process; None: the network's own.
+        cache: options of :class:`CacheConfig`, with which the network keeps features between steps; None: it does not.
     """
 
     title: str
@@ -25,6 +26,7 @@ class Row:
     base: str | None = None
     part: int = 1
     solver: str | None = None
+    cache: dict[str, Any] | None = None
 
     def config(self, seed: int, extra: dict[str, Any] | None = None) -> PQCADConfig | None:
         if self.options is None:
@@ -107,6 +109,20 @@ WEIGHTED = {
     "gac_w4a8": Row("progressive W4A8, a weight for each sample", {"activation_bits": 8, "sample_weights": "aligned"}),
 }
 ROWS |= WEIGHTED
+# Features are kept between steps. At two steps a full one, these cost little more than half the steps do.
+CACHED = {
+    "cache_fp": Row("full precision, features kept for a step", None, base="fp_full", cache={}),
+    "cache_naive": Row("W4A4, features kept as they are", None, base="pq_full", cache={"correction": "none"}),
+    "cache_qc": Row("W4A4, features kept, corrected", None, base="pq_full", cache={"schedule": "optimal"}),
+    "cache_half": Row(
+        "W4A4, distilled to half the steps, features kept",
+        None,
+        base="pqcad_half",
+        part=2,
+        cache={"schedule": "optimal"},
+    ),
+}
+ROWS |= CACHED
 DEFAULT_ROWS = ["fp_full", "ptq_full", "pq_full"]
 SETS = {
     "all": [*ROWS],
@@ -125,9 +141,9 @@ SETS = {
     ],
     "halving": [
         "fp_full",
-        *(name for name, row in ROWS.items() if row.part > 1 and name not in ABLATIONS | SOLVED),
+        *(name for name, row in ROWS.items() if row.part > 1 and name not in ABLATIONS | SOLVED | CACHED),
         *SOLVED,
     ],
-    "family": ["fp_full", "ptq_full", "fixed_full", "pq_full", *SELECTIVE, *WEIGHTED],
+    "family": ["fp_full", "ptq_full", "fixed_full", "pq_full", *SELECTIVE, *WEIGHTED, "pqcad_half", *CACHED],
     "ablations": ["fp_full", "pqcad_half", *ABLATIONS],
 }
