@@ -1,22 +1,40 @@
 // Sample one image from a .pte of export_pte with ExecuTorch's C++ runtime, and write it as a PGM or PPM file.
 //
-// Build: link against executorch (extension_module, extension_tensor, xnnpack_backend, portable_ops_lib).
+// Build: see CMakeLists.txt. It asks for nothing beyond the headers and the library that ExecuTorch's Python package has.
 // Run:   ./sample unet.pte out.ppm [seed]
+#include <cstddef>
 #include <cstdio>
 #include <cstdlib>
+#include <fstream>
 #include <random>
+#include <utility>
 #include <vector>
 
-#include <executorch/extension/module/module.h>
 #include <executorch/extension/tensor/tensor.h>
+#include <executorch/runtime/core/data_loader.h>
+#include <executorch/runtime/executor/method.h>
+#include <executorch/runtime/executor/platform_memory_allocator.h>
+#include <executorch/runtime/executor/program.h>
+#include <executorch/runtime/platform/runtime.h>
 
 using executorch::extension::from_blob;
-using executorch::extension::Module;
+using executorch::extension::TensorPtr;
+using executorch::runtime::DataLoader;
+using executorch::runtime::Error;
+using executorch::runtime::EValue;
+using executorch::runtime::FreeableBuffer;
+using executorch::runtime::HierarchicalAllocator;
+using executorch::runtime::MemoryManager;
+using executorch::runtime::Method;
+using executorch::runtime::Program;
+using executorch::runtime::Result;
+using executorch::runtime::Span;
+using executorch::runtime::internal::PlatformMemoryAllocator;
 
 namespace {
 
 template <typename T>
-T unwrap(executorch::runtime::Result<T> result, const char* what) {
+T unwrap(Result<T> result, const char* what) {
   if (!result.ok()) {
     std::fprintf(stderr, "%s failed: error 0x%x\n", what, static_cast<unsigned>(result.error()));
     std::exit(1);
@@ -24,9 +42,80 @@ T unwrap(executorch::runtime::Result<T> result, const char* what) {
   return std::move(*result);
 }
 
-int64_t constant(Module& program, const char* name) {
-  return unwrap(program.execute(name), name).at(0).toInt();
+void check(Error error, const char* what) {
+  if (error != Error::Ok) {
+    std::fprintf(stderr, "%s failed: error 0x%x\n", what, static_cast<unsigned>(error));
+    std::exit(1);
+  }
 }
+
+// A file in memory, which the program reads its weights from as long as it lives.
+class File final : public DataLoader {
+ public:
+  explicit File(const char* path) {
+    std::ifstream file(path, std::ios::binary | std::ios::ate);
+    if (!file) {
+      std::perror(path);
+      std::exit(1);
+    }
+    size_ = static_cast<size_t>(file.tellg());
+    bytes_.resize(size_ / sizeof(std::max_align_t) + 1);
+    file.seekg(0);
+    file.read(reinterpret_cast<char*>(bytes_.data()), static_cast<std::streamsize>(size_));
+  }
+  Result<FreeableBuffer> load(size_t offset, size_t size, const SegmentInfo&) const override {
+    if (offset > size_ || size > size_ - offset) return Error::InvalidArgument;
+    return FreeableBuffer(reinterpret_cast<const char*>(bytes_.data()) + offset, size, nullptr);
+  }
+  Result<size_t> size() const override { return size_; }
+
+ private:
+  std::vector<std::max_align_t> bytes_;  // aligned for every type
+  size_t size_ = 0;
+};
+
+// One method of a program, with the memory that the exporter planned for it.
+class Call {
+ public:
+  Call(const Program& program, const char* name)
+      : name_(name),
+        buffers_(planned(program, name)),
+        spans_(views(buffers_)),
+        planned_({spans_.data(), spans_.size()}),
+        manager_(&allocator_, &planned_, &temporary_),
+        method_(unwrap(program.load_method(name, &manager_), name)) {}
+
+  const EValue& operator()(const std::vector<TensorPtr>& inputs = {}) {
+    for (size_t index = 0; index < inputs.size(); ++index)
+      check(method_.set_input(EValue(*inputs[index]), index), name_);
+    check(method_.execute(), name_);
+    temporary_.reset();
+    return method_.get_output(0);
+  }
+
+ private:
+  static std::vector<std::vector<uint8_t>> planned(const Program& program, const char* name) {
+    const auto meta = unwrap(program.method_meta(name), name);
+    std::vector<std::vector<uint8_t>> buffers;
+    for (size_t index = 0; index < meta.num_memory_planned_buffers(); ++index)
+      buffers.emplace_back(static_cast<size_t>(unwrap(meta.memory_planned_buffer_size(index), name)));
+    return buffers;
+  }
+
+  static std::vector<Span<uint8_t>> views(std::vector<std::vector<uint8_t>>& buffers) {
+    std::vector<Span<uint8_t>> spans;
+    for (auto& buffer : buffers) spans.emplace_back(buffer.data(), buffer.size());
+    return spans;
+  }
+
+  const char* name_;
+  std::vector<std::vector<uint8_t>> buffers_;
+  std::vector<Span<uint8_t>> spans_;
+  HierarchicalAllocator planned_;
+  PlatformMemoryAllocator allocator_, temporary_;
+  MemoryManager manager_;
+  Method method_;
+};
 
 }  // namespace
 
@@ -35,38 +124,39 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "usage: %s unet.pte out.ppm [seed]\n", argv[0]);
     return 2;
   }
-  Module program(argv[1]);
-  const int64_t steps = constant(program, "steps"), batch = constant(program, "batch_size");
-  const auto shape_of = unwrap(program.execute("sample_shape"), "sample_shape");
-  const auto* chw = shape_of.at(0).toTensor().const_data_ptr<int64_t>();
+  executorch::runtime::runtime_init();
+  File file(argv[1]);
+  const Program program = unwrap(Program::load(&file), argv[1]);
+  const int64_t steps = Call(program, "steps")().toInt(), batch = Call(program, "batch_size")().toInt();
+  Call sample_shape(program, "sample_shape");
+  const int64_t* chw = sample_shape().toTensor().const_data_ptr<int64_t>();
   const std::vector<int> shape = {int(batch), int(chw[0]), int(chw[1]), int(chw[2])};
-  const double sigma = unwrap(program.execute("init_noise_sigma"), "init_noise_sigma").at(0).toDouble();
+  const double sigma = Call(program, "init_noise_sigma")().toDouble();
 
   std::mt19937 generator(argc > 3 ? std::atoi(argv[3]) : 0);
   std::normal_distribution<float> normal(0.0f, float(sigma));
   std::vector<float> x(size_t(shape[0]) * shape[1] * shape[2] * shape[3]);
   for (float& value : x) value = normal(generator);
 
+  Call step(program, "step"), image(program, "image");
   for (int64_t i = 0; i < steps; ++i) {  // the schedule, its constants and the scales are in the file
-    std::vector<int64_t> index = {i};
-    const auto output = unwrap(program.execute("step", {from_blob(x.data(), shape), from_blob(index.data(), {1}, executorch::aten::ScalarType::Long)}), "step");
-    const float* next = output.at(0).toTensor().const_data_ptr<float>();
+    const auto index = from_blob(&i, {1}, executorch::aten::ScalarType::Long);
+    const float* next = step({from_blob(x.data(), shape), index}).toTensor().const_data_ptr<float>();
     x.assign(next, next + x.size());
   }
-  const auto image = unwrap(program.execute("image", {from_blob(x.data(), shape)}), "image");
-  const uint8_t* pixels = image.at(0).toTensor().const_data_ptr<uint8_t>();
+  const uint8_t* pixels = image({from_blob(x.data(), shape)}).toTensor().const_data_ptr<uint8_t>();
 
   if (shape[1] != 1 && shape[1] != 3) {
     std::fprintf(stderr, "%d channels are neither grey nor RGB\n", shape[1]);
     return 1;
   }
-  std::FILE* file = std::fopen(argv[2], "wb");
-  if (file == nullptr) {
+  std::FILE* out = std::fopen(argv[2], "wb");
+  if (out == nullptr) {
     std::perror(argv[2]);
     return 1;
   }
-  std::fprintf(file, "P%d\n%d %d\n255\n", shape[1] == 3 ? 6 : 5, shape[3], shape[2]);
-  std::fwrite(pixels, 1, size_t(shape[1]) * shape[2] * shape[3], file);
-  std::fclose(file);
+  std::fprintf(out, "P%d\n%d %d\n255\n", shape[1] == 3 ? 6 : 5, shape[3], shape[2]);
+  std::fwrite(pixels, 1, size_t(shape[1]) * shape[2] * shape[3], out);
+  std::fclose(out);
   return 0;
 }
