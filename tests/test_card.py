@@ -107,6 +107,15 @@ def test_licence_and_base_model_are_handed_on(
     assert "| licence | cc-by-4.0 |" in read(Path("b"))[1]
 
 
+def test_a_model_without_a_card_gets_one_when_it_is_saved_again(
+    quantized_unet: UNet2DModel, scheduler: DDIMScheduler, tmp_path: Path
+):
+    save_model(quantized_unet, scheduler, tmp_path)
+    (tmp_path / "README.md").unlink()
+    save_model(*load_model(tmp_path), tmp_path / "again")
+    assert not {"license", "base_model"} & set(read(tmp_path / "again")[0])
+
+
 @pytest.mark.parametrize("name", ["demo", "demo-w4a6"])
 def test_the_licence_of_the_embedded_networks_is_known(name: str, tmp_path: Path):
     save_model(*load_model(name), tmp_path)
@@ -136,6 +145,7 @@ def test_whatever_stands_in_a_readme_the_card_is_written(tmp_path_factory: pytes
     (teacher / "README.md").write_text(f"---\n{text}\n---\n", encoding="utf-8", errors="replace")
     unet = UNet2DModel(**TINY_UNET)
     unet.register_to_config(_name_or_path=str(teacher))
+    cosine_scheduler().save_pretrained(folder / "scheduler")
     write_card(unet, folder)
     assert read(folder)[0]["library_name"] == "diffusers"
 

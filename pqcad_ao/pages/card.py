@@ -76,7 +76,7 @@ def front_matter(unet: nn.Module) -> ModelCardData:
 
 def _origin(unet: nn.Module) -> dict[str, str]:
     """``license`` and ``base_model``, as far as they are known where the network was read."""
-    read_from = getattr(unet, "config", {}).get("_name_or_path")
+    read_from = str(getattr(unet, "config", {}).get("_name_or_path") or "")  # of a folder diffusers keeps a Path
     if not read_from:
         return {}
     for folder in (Path(read_from), Path(read_from).parent):
