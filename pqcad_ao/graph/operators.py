@@ -171,6 +171,7 @@ BATCHED_PRODUCTS = (
     aten.matmul.default,
     aten.bmm.default,
     aten.baddbmm.default,
+    aten.einsum.default,
 )
 
 
