@@ -32,6 +32,7 @@ TransitionLaw = Literal["momentum", "schedule"]
 Solver = Literal["ddim", "dpmpp_2m"]
 TimestepLaw = Literal["normal", "uniform"]
 Space = Literal["v", "x"]
+Guidance = Literal["kept", "baked"]
 SampleWeighting = Literal["uniform", "groups", "aligned", "reach"]
 StepWeighting = Literal["uniform", "groups"]
 Refreshes = Literal["uniform", "optimal"]
@@ -353,6 +354,9 @@ class CADConfig(AOBaseConfig):
         weight_rate: at which the logits of the learned weights move, 0 to 1000.
         weight_temperature: by which the logits are divided, above 0.
         weight_pairs: part of their alignment that asks to help both steps of every pair, 0 to 1.
+        guidance: where the conditioning holds guidance: ``"kept"``, the student is guided as the reference is, in two
+            calls a step; or ``"baked"``, it learns to land there in one call without guidance (Meng et al. 2023, for
+            one scale). Draw with it without guidance then, in a pipeline with ``guidance_scale=1``.
 
     Raises:
         ValueError: a value outside its range; the message says which and what is allowed.
@@ -392,6 +396,7 @@ class CADConfig(AOBaseConfig):
     weight_rate: float = later(0.5)
     weight_temperature: float = later(1.0)
     weight_pairs: float = later(0.5)
+    guidance: Guidance = later("kept")
 
     def __post_init__(self) -> None:
         for name in ("check_betas", "direct", "renoised"):
@@ -405,6 +410,7 @@ class CADConfig(AOBaseConfig):
         if self.reference_weight + self.teacher_weight == 0:
             raise ValueError("reference_weight=0 and teacher_weight=0 leave nothing to learn from")
         check_word("space", self.space, Space)
+        check_word("guidance", self.guidance, Guidance)
         if self.steps % 2**self.halvings:
             raise ValueError(
                 f"steps={self.steps} cannot be halved {self.halvings} times: give a multiple of {2**self.halvings}"

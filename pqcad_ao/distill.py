@@ -50,6 +50,11 @@ def check_distillation(
         raise ValueError(f"batch_size={config.batch_size} cannot be shared by {world} processes: give a multiple")
     ddim = teachable(scheduler, config.steps, config.halvings)
     check_substeps(ddim, config.steps, config.reference_substeps)
+    if config.guidance == "baked" and denoiser.GUIDANCE_SCALE not in (conditioning or {}):
+        raise ValueError(
+            "guidance='baked' without guidance in the conditioning: write conditioning={..., 'guidance_scale': number, "
+            "'negative': {...}}, or leave guidance='kept'"
+        )
     shape = denoiser.sample_shape(reference, sample_shape)
     if images is None:
         return ddim, shape
@@ -97,7 +102,8 @@ def distill_(
         images: (N, C, H, W) real pictures in [-1, 1], mixed into C_DC, each as often as a drawn one (so give about
             ``config.points`` of them for half); none are needed. Unconditional networks only.
         conditioning: keyword arguments of ``forward`` with rows to draw from, for conditional networks. With
-            ``{"guidance_scale": 5.0, "negative": {...}}`` in it, targets and student are guided, two calls each.
+            ``{"guidance_scale": 5.0, "negative": {...}}`` in it, targets and student are guided, two calls each; the
+            student in one where ``config.guidance`` is ``"baked"``.
         sample_shape: (C, H, W), for networks whose config does not say it.
         time_scale: as for :func:`~pqcad_ao.quantize.quantize_`; a quantized student knows its own.
         folder: keeps C_DC, checkpoints and ``log.jsonl``: the same call with the same folder goes on after a kill, to

@@ -9,10 +9,12 @@ from pipelines import CALLS, PROMPTS, TEXT, dit
 from torch import Tensor
 
 from pqcad_ao import CADConfig, distill_, quantize_
-from pqcad_ao.denoiser import check_conditioning, predict
+from pqcad_ao.denoiser import check_conditioning, predict, unguided
 from pqcad_ao.diffusion.calibration import calibration_set
 from pqcad_ao.diffusion.sampling import sample
+from pqcad_ao.diffusion.solvers import ddim
 from pqcad_ao.diffusion.trajectories import checked_trajectories
+from pqcad_ao.learn.halving import _Halving
 from pqcad_ao.pipeline import conditioning_of
 
 SCALE = 3.0
@@ -103,6 +105,53 @@ def test_distillation_walks_and_teaches_guided_steps():
         return float((sample(network, sampler, noise, 2, conditioning=guidance(32)) - finely).square().mean())
 
     assert error(student) < 0.8 * error(reference)
+
+
+@pytest.mark.parametrize("mode", ["kept", "baked"])
+def test_guidance_is_kept_or_baked_into_one_call(mode):
+    reference, options = Labelled(), {"steps": 4, "iterations": 1, "batch_size": 8, "points": 8, "renoised": True}
+    config = CADConfig(**options, reference_solver="ddim", reference_substeps=1, teacher_weight=1.0, guidance=mode)
+    keeps = {"folder": None, "callback": None, "progress": False}
+    pictures = checked_trajectories(reference, cosine_scheduler(), SHAPE, config, guidance(), images=None, **keeps)
+    run = _Halving(copy.deepcopy(reference), reference, cosine_scheduler(), pictures, config, 0, SHAPE)
+    x_t, step, end, rows = run._batch(0)
+    with torch.no_grad():
+        walked = ddim(lambda x, t: predict(reference, x, t, rows), run.schedule, x_t, step, 2)
+    torch.testing.assert_close(end, walked, rtol=1e-4, atol=1e-4)
+    forward, seen = run.forward, []
+
+    def counted(x: Tensor, t: Tensor, given: dict) -> Tensor:
+        seen.append(given["labels"])
+        return forward(x, t, given)
+
+    run.forward = counted
+    update = run.update()
+    assert update.teacher == pytest.approx(update.reference, rel=1e-3), "the student as it was is guided, too"
+    assert [bool((labels == 0).all()) for labels in seen] == {"kept": [False, True], "baked": [False]}[mode]
+
+
+@pytest.mark.slow
+def test_a_student_lands_in_one_call_where_guidance_does():
+    reference, scheduler = Labelled(), cosine_scheduler()
+    options = {"steps": 4, "halvings": 2, "iterations": 200, "batch_size": 16, "points": 64, "teacher_weight": 0.5}
+    config = CADConfig(**options, reference_solver="ddim", reference_substeps=1, learning_rate=2e-3, guidance="baked")
+    student, given = copy.deepcopy(reference), guidance(32)
+    distill_(student, reference, scheduler, config, conditioning=guidance(), sample_shape=SHAPE, progress=False)
+    noise = torch.randn(32, *SHAPE, generator=torch.Generator().manual_seed(9))
+    expected = sample(reference, scheduler, noise, 4, conditioning=given)
+
+    def error(network, conditioning: dict) -> float:
+        return float((sample(network, scheduler, noise, 1, conditioning=conditioning) - expected).square().mean())
+
+    own = unguided(given)
+    assert error(student, own) < 0.5 * min(error(reference, own), error(reference, given))
+
+
+def test_baking_wants_guidance():
+    with pytest.raises(ValueError, match=r"guidance='baked' without guidance in the conditioning"):
+        distill_(Small(), Small(), cosine_scheduler(), CADConfig(guidance="baked"), sample_shape=SHAPE)
+    with pytest.raises(ValueError, match=r"guidance='both': allowed are 'kept', 'baked'"):
+        CADConfig(guidance="both")
 
 
 def test_half_of_it_is_an_error():

@@ -13,7 +13,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from pqcad_ao.config import CADConfig, PQCADConfig
-from pqcad_ao.denoiser import evaluation_mode, guided, placement, predict_float32, take_rows, time_scale
+from pqcad_ao.denoiser import evaluation_mode, guided, placement, predict_float32, take_rows, time_scale, unguided
 from pqcad_ao.diffusion.caching import drop_cache_plan
 from pqcad_ao.diffusion.ddim import DDIMSchedule
 from pqcad_ao.diffusion.noise import Sampler
@@ -240,13 +240,16 @@ class _Halving:
         """One training update."""
         number, config = len(self.log), self.config
         x_t, step, end, conditioning = self._batch(number)
+        own = unguided(conditioning) if config.guidance == "baked" else conditioning
         targets: dict[str, Tensor] = {}
         if end is not None:
             targets["reference"] = self._target(end, x_t, step)
         if self.teacher is not None:
-            targets["teacher"] = self._target(self._walked(self.teacher, x_t, step, conditioning), x_t, step)
+            # as it was before this run: one that no run has taught is guided
+            taught = own if self.number else conditioning
+            targets["teacher"] = self._target(self._walked(self.teacher, x_t, step, taught), x_t, step)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            prediction = guided(self.forward, x_t, self.schedule.timesteps[step], conditioning)
+            prediction = guided(self.forward, x_t, self.schedule.timesteps[step], own)
         x_0, _ = self.schedule.x_0_and_noise(prediction.float(), x_t, step)
         v = self.schedule.velocity(x_0, x_t, step)
         weight = torch.ones(len(v), *[1] * (v.dim() - 1), device=v.device)
