@@ -10,6 +10,7 @@ import torch
 from diffusers import DDIMScheduler
 from networks import SHAPE, Plain, Small, cosine_scheduler, quick, sqnr
 from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
 from torch.nn import functional as F
 
 from pqcad_ao import quantize_
@@ -19,6 +20,7 @@ from pqcad_ao.compile.package import export_pt2, load_pt2
 from pqcad_ao.denoiser import Denoiser
 from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.graph.capture import capture
+from pqcad_ao.passes.attention_kernel import attention_kernel
 from pqcad_ao.passes.fold_timesteps import fold_timesteps
 from pqcad_ao.passes.fuse_addends import ADD, fuse_addends
 from pqcad_ao.passes.fuse_quantize import QUANTIZE, fuse_quantize
@@ -177,6 +179,35 @@ def test_the_passes_take_exported_graphs_too():
     assert fuse_addends(captured.graph) == 2
     assert sqnr(before, captured.graph(*call)) > 60
     assert sqnr(Denoiser(model)(*call), before) > 60
+
+
+class Attention(nn.Module):
+    """Attention that the kernel can compute, and attention that it cannot."""
+
+    def forward(self, query: Tensor, key: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        plain = F.scaled_dot_product_attention(query, key, key)
+        scaled = F.scaled_dot_product_attention(query, key, key, scale=0.1)
+        masked = F.scaled_dot_product_attention(query, key, key, mask)
+        return plain, scaled, masked, F.scaled_dot_product_attention(query, key, key, is_causal=True)
+
+
+@torch.no_grad()
+def test_attention_on_its_own_kernel_multiplies_bfloat16():
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(2, 3, count, 8, generator=generator) for count in (5, 4))
+    inputs = (query, key, torch.ones(5, 4, dtype=torch.bool))
+    graph = torch.export.export(Attention(), inputs).module(check_guards=False)
+    before = graph(*inputs)
+    assert attention_kernel(graph) == 2
+    for expected, found in zip(before, graph(*inputs), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=2**-6)
+
+
+def test_another_attention_is_refused(tmp_path, quantized_unet):
+    with pytest.raises(ValueError, match="attention='int8': allowed are 'float32', 'bfloat16'"):
+        export_pt2(quantized_unet, tmp_path / "unet.pt2", attention="int8")
+    with pytest.raises(ValueError, match="attention='int8'"):
+        pqcad(GraphModule({}, Graph()), [], options={"attention": "int8"})
 
 
 SCHEDULE = torch.tensor([700, 300])

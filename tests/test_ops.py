@@ -204,6 +204,11 @@ def test_opcheck_norm_silu_quantize(groups, silu, upsample, channels):
     torch.library.opcheck(torch.ops.pqcad.norm_silu_quantize.default, arguments)
 
 
+def test_opcheck_attention():
+    query, key, value = (torch.randn(2, count, 3, 8).transpose(1, 2) for count in (5, 4, 4))
+    torch.library.opcheck(torch.ops.pqcad.attention.default, (query, key, value, 0.5))
+
+
 @pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
 def test_conv2d_is_the_convolution_of_dequantized_values(options):
     x, packed, weight_scale, scale, bias, bits, segments, kernel, *geometry, groups, dtype = arguments = (

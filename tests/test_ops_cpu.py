@@ -183,6 +183,53 @@ def test_silu_is_exact_far_below_a_step_of_any_grid():
 
 
 @needs_kernels
+@settings(max_examples=30)
+@given(
+    st.tuples(st.integers(0, 3), st.integers(1, 3)),
+    st.sampled_from([1, 5, 6, 17, 70]),
+    st.sampled_from([1, 15, 16, 64, 130]),
+    st.sampled_from([1, 9, 32, 40, 70]),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+def test_attention_equals_the_reference_of_rounded_factors(batch_and_heads, length, keys, channels, tokens_first, seed):
+    """What is left is the rounding of the softmax to 8 bits."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, heads = batch_and_heads
+
+    def rows(count):
+        if tokens_first:  # as projections leave them
+            return torch.randn(batch, count, heads, channels, generator=generator).transpose(1, 2)
+        return torch.randn(batch, heads, count, channels, generator=generator)
+
+    query, key, value = rows(length), rows(keys), rows(keys)
+    found = torch.ops.pqcad.attention(query, key, value, 0.3)
+    assert found.stride() == reference.attention(query, key, value, 0.3).stride()
+    query, key, value = (x.bfloat16().double() for x in (query * 0.3, key, value))
+    expected = (query @ key.transpose(2, 3)).softmax(-1) @ value
+    error = (found - expected).abs()
+    assert not error.numel() or error.max() <= 2**-9 * value.abs().max() + 1e-5
+
+
+@needs_kernels
+@pytest.mark.parametrize("position", range(3))
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
+def test_attention_does_not_hide_what_is_not_finite(position, broken):
+    tensors = [torch.ones(1, 1, 3, 8) for _ in range(3)]
+    tensors[position][0, 0, 1, 2] = broken
+    hidden = position == 1 and broken < 0  # to a key of minus infinity nobody attends
+    assert torch.ops.pqcad.attention(*tensors, 1.0).isfinite().all() == hidden
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(1, 2, 4), (1, 2, 4, 9), (1, 3, 4, 8), (1, 2, 0, 8)])
+def test_attention_of_shapes_that_do_not_go_together_is_refused(shape):
+    query, key = torch.ones(1, 2, 4, 8), torch.ones(shape)
+    with pytest.raises(ValueError, match=r"expected \(B, heads, L, D\)|attention to no key"):
+        torch.ops.pqcad.attention(query, key, key, 1.0)
+
+
+@needs_kernels
 @settings(max_examples=10)
 @given(convolutions(winograd=True), images())
 def test_threads_do_not_change_a_bit(convolution, image):

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,12 +11,15 @@ from torch.fx import GraphModule
 from pqcad_ao.graph.operators import OPERATORS
 from pqcad_ao.ops import reference
 from pqcad_ao.ops.dispatch import gpu_kernels, has_gpu_kernels
+from pqcad_ao.passes.attention_kernel import attention_kernel
 from pqcad_ao.passes.fuse_addends import fuse_addends
 from pqcad_ao.passes.fuse_quantize import QUANTIZE, fuse_quantize
 from pqcad_ao.passes.identities import drop_identities
 from pqcad_ao.passes.inline import traced
 from pqcad_ao.passes.to_triton import to_triton
+from pqcad_ao.utils.checks import check_word
 
+Attention = Literal["float32", "bfloat16"]  # what a float32 network's attention multiplies, on the CPU
 PRODUCTS = {function for row in OPERATORS.values() if row.quantized for function in row.functionals}
 
 
@@ -27,10 +30,17 @@ def pqcad(graph: GraphModule, example_inputs: list[Any], *, options: dict[str, A
     not quantized pass through to Inductor as they are.
 
     Args:
-        options: Inductor's configuration for this call alone, as ``torch.compile(..., options=...)`` takes it.
+        options: Inductor's configuration for this call alone, as ``torch.compile(..., options=...)`` takes it; and
+            ``attention``, as :func:`~pqcad_ao.compile.package.export_pt2` has it.
+
+    Raises:
+        ValueError: another ``attention``.
     """
     from torch._inductor.compile_fx import compile_fx
 
+    options = dict(options or {})
+    attention = options.pop("attention", "float32")
+    check_word("attention", attention, Attention)
     differentiable = any(isinstance(value, Tensor) and value.requires_grad for value in example_inputs)
     if differentiable and torch.is_grad_enabled() and any(node.target in QUANTIZE for node in graph.graph.nodes):
         # the fused operators have no gradient, the layers have
@@ -40,7 +50,7 @@ def pqcad(graph: GraphModule, example_inputs: list[Any], *, options: dict[str, A
         )
         unfused: Any = compile_fx(graph, example_inputs, config_patches=options)
         return unfused
-    quantizers, decompositions = fuse(graph), None
+    quantizers, decompositions = fuse(graph, attention), None
     if quantizers and any(has_gpu_kernels(device) for device in devices(graph)):
         decompositions = for_gpu(graph)
     if not quantizers:
@@ -55,12 +65,14 @@ def pqcad(graph: GraphModule, example_inputs: list[Any], *, options: dict[str, A
     return compiled
 
 
-def fuse(graph: GraphModule) -> int:
+def fuse(graph: GraphModule, attention: Attention = "float32") -> int:
     """Run the passes over a graph of torch.compile or torch.export, in place; returns how many quantizers there are."""
     drop_identities(graph)
     quantizers = fuse_quantize(graph)
     if quantizers:
         fuse_addends(graph)
+        if attention == "bfloat16":
+            attention_kernel(graph)
     return quantizers
 
 

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_map
 
 from pqcad_ao import denoiser
-from pqcad_ao.compile.backend import fuse
+from pqcad_ao.compile.backend import Attention, fuse
 from pqcad_ao.config import MAX_BATCH
 from pqcad_ao.denoiser import (
     Denoiser,
@@ -36,7 +36,7 @@ from pqcad_ao.ops.cpu import loader
 from pqcad_ao.passes.fold_timesteps import fold_timesteps
 from pqcad_ao.passes.identities import drop_identities
 from pqcad_ao.passes.join_linears import join_linears
-from pqcad_ao.utils.checks import check_count
+from pqcad_ao.utils.checks import check_count, check_word
 from pqcad_ao.utils.files import check_writable, write_whole
 from pqcad_ao.utils.tracing import one_at_a_time
 
@@ -52,6 +52,7 @@ def export_pt2(
     batch_size: int | None = None,
     conditioning: dict[str, Any] | None = None,
     sample_shape: tuple[int, int, int] | None = None,
+    attention: Attention = "float32",
     min_sqnr_db: float = 25.0,
     seed: int = 0,
 ) -> Path:
@@ -74,6 +75,9 @@ def export_pt2(
         conditioning: keyword arguments of ``unet.forward`` with a row for each sample; they become inputs. Guidance in
             it is not part of the package, which ``sample`` calls twice a step under it.
         sample_shape: (C, H, W), for networks whose config does not say it.
+        attention: "bfloat16" lets attention in a float32 network multiply numbers of 8 bits, which is faster. A 4-bit
+            quantizer behind it rounds some values to the other side, so that results depart from the network's as far
+            as ``min_sqnr_db`` allows.
         min_sqnr_db: what the package must reach against the network, on the median image of a few noisy inputs.
         seed: of those.
 
@@ -88,6 +92,7 @@ def export_pt2(
         >>> export_pt2(quantized, "unet.pt2", scheduler=scheduler, num_inference_steps=4, batch_size=2).name
         'unet.pt2'
     """
+    check_word("attention", attention, Attention)
     state = required_state(unet)
     device, dtype = placement(unet)
     if device.type != "cpu":
@@ -112,10 +117,10 @@ def export_pt2(
     }
     with torch.no_grad(), evaluation_mode(unet), tempfile.TemporaryDirectory() as folder:
         if num_inference_steps is None:
-            program = _any_schedule(unet, x_t, rows, continuous)
+            program = _any_schedule(unet, x_t, rows, continuous, attention)
             checked = torch.tensor([0, trained // 3, 2 * trained // 3, trained - 1])
         else:
-            program = _one_schedule(unet, x_t, rows, scheduler.timesteps)
+            program = _one_schedule(unet, x_t, rows, scheduler.timesteps, attention)
             # upwards: a distilled network warns of a walk that leaves out timesteps
             checked = scheduler.timesteps[:: max(1, num_inference_steps // 4)].flip(0)
         built = one_at_a_time(torch._inductor.aoti_compile_and_package)(
@@ -167,10 +172,12 @@ def _check_parity(
 
 
 @one_at_a_time
-def _any_schedule(unet: nn.Module, x_t: Tensor, rows: dict[str, Any], continuous: bool) -> torch.export.ExportedProgram:
+def _any_schedule(
+    unet: nn.Module, x_t: Tensor, rows: dict[str, Any], continuous: bool, attention: Attention
+) -> torch.export.ExportedProgram:
     """The fused network as ``f(x_t, timesteps, conditioning)`` with a dynamic batch."""
     graph = capture(unet, tuple(x_t.shape[1:]), rows, continuous=continuous).graph
-    fuse(graph)
+    fuse(graph, attention)
     timesteps = torch.arange(len(x_t), dtype=torch.float32 if continuous else torch.int64)
     inputs = (x_t, timesteps, rows)
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
@@ -180,7 +187,7 @@ def _any_schedule(unet: nn.Module, x_t: Tensor, rows: dict[str, Any], continuous
 
 @one_at_a_time
 def _one_schedule(
-    unet: nn.Module, x_t: Tensor, rows: dict[str, Any], timesteps: Tensor
+    unet: nn.Module, x_t: Tensor, rows: dict[str, Any], timesteps: Tensor, attention: Attention
 ) -> torch.export.ExportedProgram:
     """The fused network as ``f(x_t, step, conditioning)`` for one batch size; step is a (1,) index of ``timesteps``."""
     inputs = (x_t, torch.zeros(len(x_t), dtype=timesteps.dtype), rows)
@@ -188,7 +195,7 @@ def _one_schedule(
     drop_identities(graph)
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     fold_timesteps(graph, placeholders[1], timesteps)
-    fuse(graph)
+    fuse(graph, attention)
     join_linears(graph)
     graph = GraphModule(graph, graph.graph)  # with the parameters that are still read, and no others
     return torch.export.export(graph, (x_t, torch.zeros(1, dtype=torch.int64), rows))

@@ -20,6 +20,10 @@ ones.
 ``pqcad::norm_silu_quantize``
     The same of the inputs side by side along dimension 1 (B, Cᵢ, H, W), after GroupNorm where norm_groups is not 0,
     SiLU where silu is set, and nearest upsampling by a whole factor; channels last.
+``pqcad::attention``
+    softmax(query keyᵀ · scale) value of (B, heads, L, D), (B, heads, S, D) and (B, heads, S, D); the result's memory is
+    (B, L, heads, D). The CPU's kernel rounds the factors of both products (query · scale and key; softmax and value) to
+    bfloat16; the rest is float32.
 """
 
 import functools
@@ -57,6 +61,11 @@ torch.library.define(
     "pqcad::norm_silu_quantize",
     "(Tensor[] inputs, Tensor? weight, Tensor? bias, int norm_groups, float eps, bool silu, Tensor scale, Tensor low, "
     "int[] segments, int bits, int upsample) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.define(
+    "pqcad::attention",
+    "(Tensor query, Tensor key, Tensor value, float scale) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -123,7 +132,7 @@ def _default(name: str):
         return getattr(reference, name)(input, *args, **kwargs)
 
 
-for _name in ("conv2d", "linear", "quantize", "norm_silu_quantize"):
+for _name in ("conv2d", "linear", "quantize", "norm_silu_quantize", "attention"):
     _default(_name)
 
 
@@ -169,3 +178,9 @@ def _(inputs, weight, bias, norm_groups, eps, silu, scale, low, segments, bits, 
     batch, _, height, width = inputs[0].shape
     shape = [batch, sum(input.shape[1] for input in inputs), height * upsample, width * upsample]
     return torch.empty(shape, dtype=torch.int8, device=inputs[0].device, memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("pqcad::attention")
+def _(query, key, value, scale):
+    batch, heads, length, channels = query.shape
+    return query.new_empty(batch, length, heads, channels).transpose(1, 2)

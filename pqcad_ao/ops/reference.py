@@ -181,6 +181,13 @@ def norm_silu_quantize(
     return x.repeat_interleave(upsample, 2).repeat_interleave(upsample, 3).contiguous(memory_format=torch.channels_last)
 
 
+def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """``pqcad::attention`` on any device."""
+    batch, heads, length, channels = query.shape
+    output = query.new_empty(batch, length, heads, channels).transpose(1, 2)
+    return output.copy_(torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scale))
+
+
 def _check_finite(values: Tensor) -> None:
     # on a GPU nobody waits for what a look at the values would say
     if values.device.type == "cpu" and not values.isfinite().all():

@@ -93,6 +93,34 @@ inline void transpose(Bytes (&rows)[LANES]) {
   }
 }
 
+// ------------------------------------------------------------------------------------------------------- pairs
+
+#ifdef __AVX512BF16__
+inline Bytes pairs(Floats a, Floats b) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                         23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return (Bytes)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
+}
+inline Floats dot_pairs(Floats sums, Bytes a, Bytes b) {
+  return (Floats)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
+}
+#else
+inline Bytes pairs(Floats a, Floats b) {
+  const auto rounded = [](Floats v) {  // in the upper half of each lane
+    const __m512i bits = (__m512i)v, odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+    return _mm512_mask_mov_epi32(_mm512_and_si512(sum, _mm512_set1_epi32(-65536)), nan, _mm512_set1_epi32(0x7fc00000));
+  };
+  return (Bytes)_mm512_or_si512(_mm512_srli_epi32(rounded(a), 16), rounded(b));
+}
+inline Floats dot_pairs(Floats sums, Bytes a, Bytes b) {
+  const auto low = [](Bytes v) { return (__m512)_mm512_slli_epi32((__m512i)v, 16); };
+  const auto high = [](Bytes v) { return (__m512)_mm512_and_si512((__m512i)v, _mm512_set1_epi32(-65536)); };
+  return (Floats)_mm512_fmadd_ps(high(a), high(b), _mm512_fmadd_ps(low(a), low(b), (__m512)sums));
+}
+#endif
+
 // ------------------------------------------------------------------------------------------------------ floats
 
 inline Floats to_floats(Ints v) { return (Floats)_mm512_cvtepi32_ps((__m512i)v); }

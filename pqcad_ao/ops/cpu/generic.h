@@ -121,6 +121,31 @@ inline void transpose(Bytes (&rows)[LANES]) {
     for (int l = 0; l < k; l++) std::swap_ranges(rows[k].lane + 4 * l, rows[k].lane + 4 * l + 4, rows[l].lane + 4 * k);
 }
 
+// ------------------------------------------------------------------------------------------------------- pairs
+
+// A register of bfloat16, two in each lane: of a and of b, rounded to the nearest, halves to the even one.
+inline Bytes pairs(const Floats& a, const Floats& b) {
+  const auto rounded = [](float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return std::isnan(value) ? 0x7fc0u : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  };
+  return Bytes::each([&](int i) { return rounded((i % 4 < 2 ? a : b).lane[i / 4]) >> i % 2 * 8; });
+}
+
+// Every lane plus its two products.
+inline Floats dot_pairs(const Floats& sums, const Bytes& a, const Bytes& b) {
+  const auto value = [](const Bytes& v, int first) {
+    const uint32_t bits = (uint32_t)v.lane[first] << 16 | (uint32_t)v.lane[first + 1] << 24;
+    float of;
+    std::memcpy(&of, &bits, 4);
+    return of;
+  };
+  return Floats::each([&](int l) {
+    return sums.lane[l] + value(a, 4 * l) * value(b, 4 * l) + value(a, 4 * l + 2) * value(b, 4 * l + 2);
+  });
+}
+
 // ------------------------------------------------------------------------------------------------------ floats
 
 inline Floats to_floats(const Ints& v) {

@@ -11,6 +11,7 @@
 #include "primitives.h"
 
 #ifndef PQCAD_NO_PRIMITIVES
+#include "attention.h"
 #include "direct.h"
 #include "quantize.h"
 #include "winograd.h"
@@ -183,6 +184,30 @@ Tensor quantize_op(const Tensor& input, const Tensor& scale, const Tensor& low, 
   return norm_silu_quantize({flat}, {}, {}, 0, 0, false, scale, low, segments, bits, 1).permute({0, 2, 3, 1}).reshape(x.sizes());
 }
 
+Tensor attention_op(const Tensor& query, const Tensor& key, const Tensor& value, double scale) {
+  TORCH_CHECK_VALUE(query.dim() == 4 && key.dim() == 4 && key.sizes() == value.sizes() &&
+                        key.size(0) == query.size(0) && key.size(1) == query.size(1) && key.size(3) == query.size(3),
+                    "query, key and value of shapes ", query.sizes(), ", ", key.sizes(), " and ", value.sizes(),
+                    ": expected (B, heads, L, D), and twice (B, heads, S, D)");
+  Attention p{};
+  p.B = query.size(0), p.heads = query.size(1), p.L = query.size(2), p.D = query.size(3), p.S = key.size(2);
+  TORCH_CHECK_VALUE(p.S > 0 || query.numel() == 0, "attention to no key");
+  p.scale = (float)scale;
+  std::vector<Tensor> held;
+  const auto rows = [&](const Tensor& tensor) {
+    const Tensor floats = tensor.to(at::kFloat);
+    held.push_back(floats.stride(3) == 1 ? floats : floats.contiguous());
+    const Tensor& t = held.back();
+    return Tokens{t.const_data_ptr<float>(), t.stride(0), t.stride(1), t.stride(2)};
+  };
+  Tensor output = at::empty({p.B, p.L, p.heads, p.D}, query.options().dtype(at::kFloat));
+  if (output.numel() > 0) {
+    p.query = rows(query), p.key = rows(key), p.value = rows(value), p.output = output.mutable_data_ptr<float>();
+    attention(p);
+  }
+  return output.to(query.scalar_type()).transpose(1, 2);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(pqcad, CPU, m) {
@@ -190,6 +215,7 @@ TORCH_LIBRARY_IMPL(pqcad, CPU, m) {
   m.impl("linear", linear);
   m.impl("quantize", quantize_op);
   m.impl("norm_silu_quantize", norm_silu_quantize);
+  m.impl("attention", attention_op);
 }
 extern "C" const char* pqcad_cpu_kernels() { return INSTRUCTIONS; }
 #else

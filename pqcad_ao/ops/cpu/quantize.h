@@ -10,6 +10,7 @@
 #include <cstring>
 #include <vector>
 
+#include "exponential.h"
 #include "problem.h"
 
 namespace {
@@ -41,17 +42,6 @@ void cut_into_rows(Quantize& p) {
   p.W = std::min(pixels, ROW);
   while (pixels % p.W) p.W--;
   p.H = pixels / p.W;
-}
-
-// x / (1 + e^-x), to 4 units in the last place where its size matters and to 1.5e-6 everywhere: e^-x is a power of two
-// times a polynomial in what remains of the exponent. Ends of +-87 keep the power a normal number.
-inline Floats silu_of(Floats x) {
-  const Floats minus_log2e = all_floats(-1.44269504f), ended = min(max(x, all_floats(-87.f)), all_floats(87.f));
-  const Floats n = round(ended * minus_log2e), r = fma(ended, minus_log2e, -n);
-  Floats y = all_floats(1.546144485e-4f);  // 2^r on [-1/2, 1/2], interpolated at Chebyshev's points
-  for (float c : {1.3400428e-3f, 9.618056938e-3f, 5.550327152e-2f, 2.402265072e-1f, 6.931471825e-1f, 1.f})
-    y = fma(y, r, all_floats(c));
-  return x * reciprocal(all_floats(1.f) + times_power_of_two(y, n));
 }
 
 // Adds the sums and the sums of squares of rows [from, to) to sums[2][C], for N registers of channels from c on.
