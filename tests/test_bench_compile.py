@@ -92,6 +92,8 @@ SQNR_FLOOR = {
     "openvino_bf16": 15,
     "openvino_int8": 10,
     "pqcad_w4a4": 0,
+    "pqcad_w4a4_cache_full": 0,
+    "pqcad_w4a4_cache_shallow": 0,
     "pqcad_w4a4_pt2": 0,
     "pqcad_w4a5_pt2": 0,
     "pqcad_w4a6_pt2": 0,

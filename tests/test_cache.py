@@ -19,7 +19,7 @@ from diffusers import (
 from networks import SHAPE, TINY_TEXT_UNET, TINY_UNET, Plain, Small, cosine_scheduler, quick, sqnr
 from torch import Tensor, nn
 
-from pqcad_ao import CacheConfig, CachedUNet, CachePlan, CADConfig, cache_, distill_, quantize_
+from pqcad_ao import CacheConfig, CachedUNet, CachePlan, CADConfig, cache_, distill_, export_pt2, export_pte, quantize_
 from pqcad_ao.denoiser import predict
 from pqcad_ao.diffusion import trajectories
 from pqcad_ao.diffusion.caching import attach_cache_plan, cache_plan
@@ -146,6 +146,15 @@ def test_what_cannot_be_cached_is_refused(small: Small, scheduler: DDIMScheduler
     measured(small, sample_shape=SHAPE)
     with pytest.raises(TypeError, match="arguments by their names"):
         CachedUNet(small).compile("pqcad")
+
+
+def test_programs_that_do_not_follow_a_plan_say_so(cached: CachedUNet, tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.warns(UserWarning, match="cache plan is not part of a .pt2"), pytest.raises(OSError):  # noqa: PT011
+        export_pt2(cached.unet, tmp_path / "file" / "unet.pt2", sample_shape=SHAPE)
+    pytest.importorskip("executorch")
+    with pytest.warns(UserWarning, match="cache plan is not part of a .pte"), pytest.raises(OSError):  # noqa: PT011
+        export_pte(cached.unet, tmp_path / "file" / "unet.pte", scheduler=cosine_scheduler(), sample_shape=SHAPE)
 
 
 @pytest.mark.parametrize(

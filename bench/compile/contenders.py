@@ -210,6 +210,36 @@ def build_pqcad_w4a4(work: Workload) -> Contender:
     return Contender(call, module_bytes(work.unet), ops.arithmetic(), "pqcad")
 
 
+def build_pqcad_cached(work: Workload, shallow: bool) -> Contender:
+    """One of both kinds of step where features are kept: in full, or with the feature of the same inputs at hand."""
+    from pqcad_ao import ops
+    from pqcad_ao.cached import ShallowStep
+    from pqcad_ao.graph.capture import capture
+    from pqcad_ao.passes.cache_split import cache_split
+
+    rows = dict(zip(work.names, work.example[2:], strict=True))
+    quantize_fixed(work.unet, work.scheduler, rows)
+    cut = cache_split(capture(work.unet, tuple(work.example[0].shape[1:]), rows).graph)
+    full: Any = torch.compile(cut.full, backend="pqcad")
+    after: Any = torch.compile(ShallowStep(cut), backend="pqcad")
+
+    def call_full(x_t: Tensor, timesteps: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
+        both: tuple[Tensor, Tensor] = full(x_t, timesteps, dict(zip(work.names, values, strict=True)))
+        return both
+
+    if not shallow:
+        return Contender(lambda *inputs: call_full(*inputs)[0], module_bytes(cut.full), ops.arithmetic(), "pqcad")
+    kept = {batch[0].data_ptr(): call_full(*batch)[1].clone() for batch in work.check}
+    line = torch.ones(1, cut.feature_shape[0], 1, 1), torch.zeros(1, cut.feature_shape[0], 1, 1)
+
+    def call(x_t: Tensor, timesteps: Tensor, *values: Tensor) -> Tensor:
+        given = dict(zip(work.names, values, strict=True))
+        prediction: Tensor = after(x_t, timesteps, given, kept[x_t.data_ptr()], *line)
+        return prediction
+
+    return Contender(call, module_bytes(cut.shallow), ops.arithmetic(), "pqcad")
+
+
 def build_pqcad_pt2(work: Workload, bits: int) -> Contender:
     """The same network compiled ahead of time for the schedule, by a process that is gone when the steps are timed."""
     from pqcad_ao import ops
@@ -260,6 +290,8 @@ ROWS = {
     "openvino_bf16": Row(build_openvino_bf16, ("openvino",)),
     "openvino_int8": Row(build_openvino_int8, ("openvino", "nncf")),
     "pqcad_w4a4": Row(build_pqcad_w4a4),
+    "pqcad_w4a4_cache_full": Row(partial(build_pqcad_cached, shallow=False)),
+    "pqcad_w4a4_cache_shallow": Row(partial(build_pqcad_cached, shallow=True)),
     "pqcad_w4a4_pt2": Row(partial(build_pqcad_pt2, bits=4)),
     # Winograd stays exact: two more bits of the activations cost next to no time
     "pqcad_w4a5_pt2": Row(partial(build_pqcad_pt2, bits=5)),

@@ -24,6 +24,7 @@ from pqcad_ao.denoiser import (
     spread_rows,
     unguided,
 )
+from pqcad_ao.diffusion.caching import warn_unused
 from pqcad_ao.diffusion.noise import process_of
 from pqcad_ao.diffusion.process import matching_sampler, sampler_of
 from pqcad_ao.diffusion.sampling import sample
@@ -94,6 +95,7 @@ def export_pt2(
     """
     check_word("attention", attention, Attention)
     state = required_state(unet)
+    warn_unused(unet, "a .pt2")
     device, dtype = placement(unet)
     if device.type != "cpu":
         raise ValueError(f"the network is on {device}: export_pt2 compiles for the CPU, write unet.to('cpu')")

@@ -170,6 +170,16 @@ def drop_cache_plan(model: nn.Module, doing: str) -> None:
         delattr(model, KEY)
 
 
+def warn_unused(model: nn.Module, program: str) -> None:
+    """Say that a program computes every step in full, of a network with a plan."""
+    if cache_plan(model) is not None:
+        warnings.warn(
+            f"the network's cache plan is not part of {program}, which computes every step in full: CachedUNet follows "
+            "it, eager or compiled",
+            stacklevel=3,
+        )
+
+
 def uniform_starts(steps: int, interval: int) -> list[int]:
     """The steps that are computed in full, every ``interval``-th from the first on."""
     return list(range(0, steps, interval))

@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 
 from pqcad_ao import denoiser
 from pqcad_ao.denoiser import Denoiser, check_conditioning, evaluation_mode
+from pqcad_ao.diffusion.caching import warn_unused
 from pqcad_ao.diffusion.noise import Sampler, process_of
 from pqcad_ao.diffusion.process import matching_sampler
 from pqcad_ao.diffusion.schedule import signal_and_noise, steps_to_bind, timesteps_of
@@ -148,6 +149,7 @@ def export_pte(
     """
     require_executorch()
     timestep = required_state(unet, ", or export_fp32_pte for the baseline").timestep
+    warn_unused(unet, "a .pte")
     _check_float(unet)
     scheduler = matching_sampler(scheduler, timestep.num_train_timesteps, continuous=timestep.continuous)
     num_inference_steps = steps_to_bind(scheduler, num_inference_steps, timestep.schedule)
