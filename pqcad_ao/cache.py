@@ -1,5 +1,6 @@
 """``cache_``: measures at which sampling steps a network may take the deep feature of a step before, and how."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -131,7 +132,7 @@ def _schedule(unet: nn.Module, scheduler: Any, asked: int | None) -> DDIMSchedul
     schedule = DDIMSchedule.of(sampler, steps, device)
     if not isinstance(sampler, DDIMScheduler):
         return schedule
-    walked = type(scheduler).from_config(scheduler.config)
+    walked = copy.deepcopy(scheduler)
     walked.set_timesteps(steps)
     own = torch.as_tensor(walked.timesteps).double()
     if not own.equal(own.round()):

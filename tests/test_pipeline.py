@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DiffusionPipeline, PNDMScheduler, StableDiffusionInpaintPipeline
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    StableDiffusionInpaintPipeline,
+)
 from networks import cosine_scheduler, quick, sqnr
 from pipelines import CALLS, PROMPTS, TEXT, dit, vae
 from safetensors.torch import load_file, save_file
@@ -142,6 +151,52 @@ save_file(found, folder + "/found.safetensors")
     for key, picture in pictures.items():
         assert torch.equal(found[key], picture), key
     torch.testing.assert_close(found["compiled"], found["eager"], rtol=1e-3, atol=1e-3)
+
+
+SCHEDULERS = (DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler, LCMScheduler)
+VARIATIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"guidance_scale": 1.0},
+    {"prompt": PROMPTS[:3], "num_inference_steps": 5},
+    {"negative_prompt": "snow", "num_inference_steps": 7},
+    {"num_images_per_prompt": 3},
+)
+
+
+@pytest.mark.slow
+def test_a_loaded_pipeline_draws_the_same_pictures_whatever_it_is_called_with(tmp_path):
+    pytest.importorskip("transformers")
+    pipeline = TEXT["sd"](tmp_path / "text")
+    quantize_(pipeline, quick(), prompts=PROMPTS, progress=False)
+
+    def pictures(drawing: Any, **call: Any) -> Tensor:
+        options = {"prompt": PROMPTS[0], "num_inference_steps": 4, "height": 8, "width": 8, "output_type": "np", **call}
+        return torch.from_numpy(drawing(**options, generator=torch.Generator().manual_seed(5)).images)
+
+    def loaded(**options: Any) -> Any:
+        return DiffusionPipeline.from_pretrained(tmp_path / "saved", **options)
+
+    given = pipeline.scheduler.config
+    for kind in SCHEDULERS:
+        pipeline.scheduler = kind.from_config(given)
+        pipeline.save_pretrained(tmp_path / "saved")
+        again = loaded()
+        for call in VARIATIONS:
+            assert torch.equal(pictures(pipeline, **call), pictures(again, **call)), (kind, call)
+    narrow = loaded().to(torch.bfloat16)
+    expected = pictures(narrow)
+    assert torch.equal(expected, pictures(loaded(torch_dtype=torch.bfloat16)))
+    narrow.save_pretrained(tmp_path / "saved")
+    assert torch.equal(expected, pictures(loaded(torch_dtype=torch.bfloat16)))
+
+
+def test_another_scheduler_of_a_loaded_ones_configuration_has_other_options(tmp_path):
+    """Of diffusers 0.42: its defaults go to another class once a configuration was saved, and not before."""
+    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler.save_pretrained(tmp_path)
+    again = DDIMScheduler.from_pretrained(tmp_path)
+    spacings = [EulerDiscreteScheduler.from_config(each.config).config.timestep_spacing for each in (scheduler, again)]
+    assert spacings == ["linspace", "leading"]
 
 
 def lora() -> Any:

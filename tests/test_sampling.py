@@ -17,6 +17,15 @@ def _noise(count: int) -> torch.Tensor:
     return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(0))
 
 
+def test_a_scheduler_is_walked_as_it_was_given(tiny_unet):
+    """diffusers' from_config leaves out what was given without its name."""
+    betas = (1000, 0.00085, 0.012, "scaled_linear")
+    named = dict(zip(("num_train_timesteps", "beta_start", "beta_end", "beta_schedule"), betas, strict=True))
+    ways = [sample(tiny_unet, each, _noise(2), 4) for each in (DDIMScheduler(*betas), DDIMScheduler(**named))]
+    assert torch.equal(*ways)
+    assert not torch.allclose(ways[0], sample(tiny_unet, DDIMScheduler(), _noise(2), 4))
+
+
 @pytest.mark.parametrize("steps", [1, 4, 7])
 @pytest.mark.parametrize("prediction", ["v_prediction", "epsilon", "sample"])
 def test_equals_diffusers_pipeline_on_the_same_noise(tiny_unet, prediction, steps):

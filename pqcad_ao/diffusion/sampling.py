@@ -1,5 +1,6 @@
 """The one DDIM sampler that calibration, distillation, evaluation and the demo share."""
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -94,7 +95,8 @@ def sample(
     """
     if not noise.isfinite().all():
         raise FloatingPointError("the noise that sampling starts from holds NaN or infinity")
-    scheduler = as_sampler(scheduler) if isinstance(scheduler, FLOWS) else type(scheduler).from_config(scheduler.config)
+    # not from_config, to which a value that was given without its name is a default
+    scheduler = as_sampler(scheduler) if isinstance(scheduler, FLOWS) else copy.deepcopy(scheduler)
     _start(scheduler, num_inference_steps)
     # the scheduler looks its constants up on the CPU: a timestep from a GPU would have to be waited for at every step
     timesteps = scheduler.timesteps
