@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 
+from pqcad_ao.diffusion.correction import CorrectionTable
 from pqcad_ao.diffusion.noise import Sampler, process_of
 from pqcad_ao.diffusion.schedule import signal_and_noise
 from pqcad_ao.passes.inline import buffer, finish, inline
@@ -35,7 +36,9 @@ def step_table(scheduler: Sampler, steps: int) -> Tensor:
     return torch.stack([*factors, next_alpha, next_sigma], 1).float()
 
 
-def add_sampling_step(graph: GraphModule, timesteps: Tensor, table: Tensor, clip: float | None) -> GraphModule:
+def add_sampling_step(
+    graph: GraphModule, timesteps: Tensor, table: Tensor, clip: float | None, correction: CorrectionTable | None = None
+) -> GraphModule:
     """Let a folded network return ``(x_{t-1}, prediction)``, in place.
 
     Args:
@@ -44,6 +47,7 @@ def add_sampling_step(graph: GraphModule, timesteps: Tensor, table: Tensor, clip
             index, which is len(timesteps), and thus refused by the look-up, where it is none of them. All inputs, and
             both outputs, are passed as they come, not in containers.
         table: as :func:`step_table` writes it. clip: x_0 is clamped to ±clip; None: it is not.
+        correction: of the prediction that the step takes, or of x_{t-1}; the prediction that is returned is as it was.
 
     Returns:
         the same GraphModule.
@@ -70,13 +74,34 @@ def add_sampling_step(graph: GraphModule, timesteps: Tensor, table: Tensor, clip
     with graph.graph.inserting_before(output):
         stand_in = _call(graph, aten.add.Tensor, x_t, prediction)
         output.args = ((stand_in, prediction),)
-    inline(graph, stand_in, _take_step, x_t, prediction, factors, chosen, clip)
+    if correction is None:
+        inline(graph, stand_in, _take_step, x_t, prediction, factors, chosen, clip)
+    else:
+        filters = buffer(graph, stand_in, "filters", correction.filters.contiguous())
+        bias = buffer(graph, stand_in, "filters_bias", correction.bias[:, :, None, None].contiguous())
+        size, after = correction.filters.shape[1:], correction.where == "sample"
+        inline(graph, stand_in, _corrected_step, x_t, prediction, factors, chosen, clip, filters, bias, size, after)
     graph.graph.set_codegen(CodeGen())  # export's own knows the inputs and outputs that there were
     return finish(graph)
 
 
 def _call(graph: GraphModule, target, *args) -> Node:
     return graph.graph.call_function(target, args)
+
+
+def _corrected_step(x_t, prediction, table, index, clip, filters, bias, size, after):
+    if after:
+        return _filtered(_take_step(x_t, prediction, table, index, clip), filters, bias, index, size)
+    return _take_step(x_t, _filtered(prediction, filters, bias, index, size), table, index, clip)
+
+
+def _filtered(value, filters, bias, index, size):
+    channels, width, _ = size
+    kernel = aten.view.default(aten.index_select.default(filters, 0, index), [channels, 1, width, width])
+    padded = aten.replication_pad2d.default(value, [width // 2] * 4) if width > 1 else value
+    return aten.conv2d.default(padded, kernel, None, [1, 1], [0, 0], [1, 1], channels) + aten.index_select.default(
+        bias, 0, index
+    )
 
 
 def _take_step(x_t, prediction, table, index, clip):

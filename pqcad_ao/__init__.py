@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from pqcad_ao.cached import CachedUNet
     from pqcad_ao.compile.package import export_pt2, load_pt2
     from pqcad_ao.config import CacheConfig, CADConfig, PQCADConfig
+    from pqcad_ao.correct import correct_
     from pqcad_ao.diffusion.caching import CachePlan
+    from pqcad_ao.diffusion.correction import Correction
     from pqcad_ao.distill import compress, distill_
     from pqcad_ao.edge.export import export_pte
     from pqcad_ao.edge.sampler import PTESampler
@@ -26,12 +28,14 @@ _HOMES = {
     "CacheConfig": "pqcad_ao.config",
     "CachePlan": "pqcad_ao.diffusion.caching",
     "CachedUNet": "pqcad_ao.cached",
+    "Correction": "pqcad_ao.diffusion.correction",
     "PQCADConfig": "pqcad_ao.config",
     "PTESampler": "pqcad_ao.edge.sampler",
     "Plan": "pqcad_ao.graph.plan",
     "PlanRow": "pqcad_ao.graph.plan",
     "cache_": "pqcad_ao.cache",
     "compress": "pqcad_ao.distill",
+    "correct_": "pqcad_ao.correct",
     "distill_": "pqcad_ao.distill",
     "export_pt2": "pqcad_ao.compile.package",
     "export_pte": "pqcad_ao.edge.export",
@@ -47,12 +51,14 @@ __all__ = [
     "CacheConfig",
     "CachePlan",
     "CachedUNet",
+    "Correction",
     "PQCADConfig",
     "PTESampler",
     "Plan",
     "PlanRow",
     "cache_",
     "compress",
+    "correct_",
     "distill_",
     "export_pt2",
     "export_pte",

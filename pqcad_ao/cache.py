@@ -31,6 +31,7 @@ from pqcad_ao.diffusion.caching import (
     sources_of,
     uniform_starts,
 )
+from pqcad_ao.diffusion.correction import drop_correction
 from pqcad_ao.diffusion.ddim import DDIMSchedule
 from pqcad_ao.diffusion.noise import process_of
 from pqcad_ao.diffusion.process import as_sampler, find_scheduler
@@ -121,6 +122,7 @@ def cache_(
     if not all(batch.x_t.isfinite().all() for batch in batches):
         raise overflow("measuring a cache plan", placement(unet)[1], scheduler)
     attach_cache_plan(unet, plan)
+    drop_correction(unet, "cache_")
     return plan
 
 

@@ -29,6 +29,7 @@ ROOMS = [
     "distill",
     "cached",
     "cache",
+    "correct",
     "evaluate",
     "compile",
     "edge",

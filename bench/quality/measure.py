@@ -21,8 +21,10 @@ from pqcad_ao.bench.quality.rows import DEFAULT_ROWS, ROWS
 from pqcad_ao.cache import cache_
 from pqcad_ao.cached import CachedUNet
 from pqcad_ao.config import CacheConfig, CADConfig, PQCADConfig
+from pqcad_ao.correct import correct_
 from pqcad_ao.data import to_uint8
 from pqcad_ao.denoiser import placement, sample_shape
+from pqcad_ao.diffusion.correction import Correction
 from pqcad_ao.diffusion.process import settings_of
 from pqcad_ao.diffusion.recording import record_calls
 from pqcad_ao.diffusion.sampling import sample
@@ -150,8 +152,8 @@ class _Bench:
         base, settings = ROWS[name].base, self.settings(name, seed)
         key = digest(METHOD, settings[0], settings_of(self.scheduler), self.teacher.state_dict())
         if base is not None:
-            kept = [] if ROWS[name].cache is None else [ROWS[name].cache]
-            key = digest(settings, self.home(base, seed).name, *kept)
+            row = ROWS[name]
+            key = digest(settings, self.home(base, seed).name, *(o for o in (row.cache, row.correct) if o is not None))
         return self.work / f"{name}-{key[:8]}-seed{seed}"
 
     def network(self, name: str, seed: int) -> tuple[nn.Module, Any, dict[str, Any]]:
@@ -162,7 +164,7 @@ class _Bench:
         facts: dict[str, Any] = {}
         if row.base is not None:
             unet, sampler, facts = self.network(row.base, seed)
-        if config is None and cad is None:
+        if config is None and cad is None and row.correct is None:
             return unet, sampler, facts
         device, made = placement(self.teacher)[0], home / "made.json"
         if made.is_file():
@@ -176,6 +178,15 @@ class _Bench:
             quantize_(unet, config, scheduler=sampler, **keeps)
         if cad is not None:
             sampler = distill_(unet, self.teacher, sampler, cad, **keeps)
+        if row.correct is not None:
+            correct_(
+                unet,
+                Correction(seed=seed, **row.correct),
+                reference=self.teacher,
+                scheduler=sampler,
+                num_inference_steps=self.steps // row.part,
+                progress=self.progress,
+            )
         state = quantized_state(unet)
         updates = (config.iterations if config is not None and config.learns else 0) + (
             cad.iterations * len(cad.runs) if cad is not None else 0

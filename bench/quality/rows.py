@@ -13,6 +13,7 @@ class Row:
     Attributes:
         options: of :class:`PQCADConfig`; None: nothing is quantized in this row. preset: of its presets, the one meant.
         cad: options of :class:`CADConfig`, the distillation that follows; None: none.
+        correct: options of :class:`Correction`, what is fitted to its sampling afterwards; None: none.
         base: the row whose network this one starts from, with that one's sampler; None: the teacher.
         part: the row is sampled in this part of the steps: 1, 2 (half) or 4.
         solver: name of diffusers' scheduler that samples it, with the teacher's noise process; None: the network's own.
@@ -23,6 +24,7 @@ class Row:
     options: dict[str, Any] | None = field(default_factory=dict)
     preset: str | None = None
     cad: dict[str, Any] | None = None
+    correct: dict[str, Any] | None = None
     base: str | None = None
     part: int = 1
     solver: str | None = None
@@ -123,6 +125,17 @@ CACHED = {
     ),
 }
 ROWS |= CACHED
+# A filter, or a published factor, for each step.
+CORRECTED = {
+    f"correct_{kind}{suffix}": Row(f"{title}, {kind}", None, correct={"kind": kind}, base=base, part=part)
+    for base, suffix, title, part in (
+        ("pq_full", "", "progressive W4A4 corrected", 1),
+        ("pqcad_half", "_half", "W4A4 distilled to half the steps, corrected", 2),
+    )
+    for kind in ("debias", "regression", "variance", "ptqd", "tac", "vc")
+}
+ROWS |= CORRECTED
+APART = {*ABLATIONS, *SOLVED, *CACHED, *CORRECTED}  # whose rows of fewer steps are of sets of their own
 DEFAULT_ROWS = ["fp_full", "ptq_full", "pq_full"]
 SETS = {
     "all": [*ROWS],
@@ -141,9 +154,12 @@ SETS = {
     ],
     "halving": [
         "fp_full",
-        *(name for name, row in ROWS.items() if row.part > 1 and name not in ABLATIONS | SOLVED | CACHED),
+        *(name for name, row in ROWS.items() if row.part > 1 and name not in APART),
         *SOLVED,
     ],
-    "family": ["fp_full", "ptq_full", "fixed_full", "pq_full", *SELECTIVE, *WEIGHTED, "pqcad_half", *CACHED],
+    "family": [
+        *("fp_full", "ptq_full", "fixed_full", "pq_full", "pqcad_half"),
+        *(*SELECTIVE, *WEIGHTED, *CACHED, *CORRECTED),
+    ],
     "ablations": ["fp_full", "pqcad_half", *ABLATIONS],
 }

@@ -25,6 +25,7 @@ from pqcad_ao.denoiser import (
     unguided,
 )
 from pqcad_ao.diffusion.caching import warn_unused
+from pqcad_ao.diffusion.correction import CorrectionTable
 from pqcad_ao.diffusion.noise import process_of
 from pqcad_ao.diffusion.process import matching_sampler, sampler_of
 from pqcad_ao.diffusion.sampling import sample
@@ -117,6 +118,8 @@ def export_pt2(
         "timesteps": None if num_inference_steps is None else scheduler.timesteps.tolist(),
         "batch_size": None if num_inference_steps is None else count,
     }
+    if state.correction is not None:
+        facts["correction"] = state.correction.to_dict()
     with torch.no_grad(), evaluation_mode(unet), tempfile.TemporaryDirectory() as folder:
         if num_inference_steps is None:
             program = _any_schedule(unet, x_t, rows, continuous, attention)
@@ -226,6 +229,7 @@ class PT2UNet:
     Attributes:
         sample_shape: (C, H, W). dtype: of x_t. scheduler: the sampler that was exported along, or None.
         num_train_timesteps: that the network was trained with. continuous: whether timesteps are fractions of a flow.
+        correction: that :meth:`sample` applies, or None.
         timesteps: the schedule that the package is bound to, or None. batch_size: of every call, or None: 1 to 63.
     """
 
@@ -238,6 +242,8 @@ class PT2UNet:
             self.sample_shape, self.dtype = tuple(facts["sample_shape"]), DTYPES[facts["dtype"]]
             self.num_train_timesteps, self.continuous = facts["num_train_timesteps"], facts["continuous"]
             self.timesteps, self.batch_size, config = facts["timesteps"], facts["batch_size"], facts["scheduler_config"]
+            given = facts.get("correction")
+            self.correction = None if given is None else CorrectionTable.from_dict(given)
             self.scheduler = None if config is None else sampler_of(config)
             loader.load()
             self._package = torch._inductor.aoti_load_package(str(path))
@@ -290,6 +296,7 @@ class PT2UNet:
         if self.batch_size is not None and len(noise) % self.batch_size:
             raise ValueError(f"{len(noise)} images: this package takes {self.batch_size} a call, give a multiple of it")
         options.setdefault("batch_size", self.batch_size or MAX_BATCH)
+        options.setdefault("correction", self.correction)
         return sample(self, self.scheduler, noise, steps, **options)
 
 

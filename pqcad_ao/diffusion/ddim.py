@@ -68,6 +68,13 @@ class DDIMSchedule:
         alpha_t, sigma_t = self.alpha_sigma(step, x_t)
         return ((x_t if self.prediction_type == "flow" else alpha_t * x_t) - x_0) / sigma_t
 
+    def prediction(self, x_0: Tensor, x_t: Tensor, step: Tensor) -> Tensor:
+        """The network's output for an x_t in which x_0 is the image: what :meth:`x_0_and_noise` inverts."""
+        alpha_t, sigma_t = self.alpha_sigma(step, x_t)
+        if self.prediction_type == "epsilon":
+            return (x_t - alpha_t * x_0) / sigma_t
+        return x_0 if self.prediction_type == "sample" else self.velocity(x_0, x_t, step)
+
     def error_gain(self, step: Tensor, stride: int) -> Tensor:
         """How far an error of v carries over a step, (B,): where variance is preserved, the sine of the angle between
         both ends."""

@@ -3,13 +3,14 @@
 import copy
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from pqcad_ao.denoiser import predict, take_rows
+from pqcad_ao.diffusion.correction import CorrectionTable, correction_of
 from pqcad_ao.diffusion.noise import RectifiedFlow
 from pqcad_ao.diffusion.process import FLOWS, as_sampler, clip_of, is_flow
 from pqcad_ao.utils.checks import NOT_FINITE
@@ -69,6 +70,7 @@ def sample(
     *,
     conditioning: dict[str, Any] | None = None,
     batch_size: int = 100,
+    correction: CorrectionTable | Literal["own"] | None = "own",
     callback: Callable[[int, int, Tensor, Tensor], None] | None = None,
     progress: bool = False,
 ) -> Tensor:
@@ -82,6 +84,8 @@ def sample(
             :func:`~pqcad_ao.diffusion.process.as_sampler` says.
         conditioning: keyword arguments with one row per image, sliced along with the batch.
         batch_size: images per forward call.
+        correction: of predictions or samples, at each step: ``"own"``, what :func:`~pqcad_ao.correct.correct_` attached
+            to the network, if anything; None: none.
         callback: called as ``callback(first_row, step_index, timestep, x_t)`` before each forward call, with the x_t
             that the network is given.
         progress: show a bar.
@@ -90,6 +94,7 @@ def sample(
         (N, C, H, W) float tensor, on the noise's device.
 
     Raises:
+        ValueError: the correction was fitted to another walk.
         FloatingPointError: NaN or infinity in the noise or after a step; names the step and, where the network can be
             looked into, the layer. On a GPU a batch is looked at when its last step is done.
     """
@@ -103,6 +108,9 @@ def sample(
     shown = timesteps.to(noise.device)
     conditioning = conditioning or {}
     _check_walk(getattr(unet, "_pqcad_timestep", None), scheduler)
+    table = correction_of(unet) if correction == "own" else correction
+    if table is not None:
+        table.check(timesteps.tolist(), conditioning, cached=hasattr(unet, "begin_walk"))
     images = torch.empty_like(noise)
     total = -(-noise.shape[0] // batch_size) * len(timesteps)
     with tqdm(total=total, desc="sampling", disable=not progress, leave=False) as bar:
@@ -126,7 +134,11 @@ def sample(
                     if NOT_FINITE not in str(error) and not isinstance(error, FloatingPointError):
                         raise
                     raise _left(unet, inputs, scheduler, index) from error
-                x_t = scheduler.step(prediction, timestep, x_t).prev_sample
+                if table is None:
+                    x_t = scheduler.step(prediction, timestep, x_t).prev_sample
+                else:
+                    prediction = table.predicted(prediction, index)
+                    x_t = table.sampled(scheduler.step(prediction, timestep, x_t).prev_sample, index)
                 finite.append(x_t.isfinite().all())
                 if x_t.device.type == "cpu" and not finite[-1]:
                     raise _left(unet, inputs, scheduler, index)

@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 from pqcad_ao import denoiser
 from pqcad_ao.denoiser import Denoiser, check_conditioning, evaluation_mode
 from pqcad_ao.diffusion.caching import warn_unused
+from pqcad_ao.diffusion.correction import CorrectionTable, correction_of
 from pqcad_ao.diffusion.noise import Sampler, process_of
 from pqcad_ao.diffusion.process import matching_sampler
 from pqcad_ao.diffusion.schedule import signal_and_noise, steps_to_bind, timesteps_of
@@ -107,7 +108,8 @@ def export_pte(
     The program's methods, on x_t (batch_size, C, H, W) float32, for the schedule that ``scheduler`` walks in
     ``num_inference_steps`` deterministic DDIM steps, of a flow Euler's:
 
-    - ``step(x_t, i, *conditioning) -> x_{t-1}``, i a (1,) int64 index into the schedule: a whole sampling step;
+    - ``step(x_t, i, *conditioning) -> x_{t-1}``, i a (1,) int64 index into the schedule: a whole sampling step, with
+      the correction that the network carries;
     - ``unet(x_t, t, *conditioning) -> prediction``, t a (1,) timestep of the schedule, and no other: int64, of a flow
       float32;
     - ``image(x_0) -> (batch_size, H, W, C)`` uint8;
@@ -153,6 +155,9 @@ def export_pte(
     _check_float(unet)
     scheduler = matching_sampler(scheduler, timestep.num_train_timesteps, continuous=timestep.continuous)
     num_inference_steps = steps_to_bind(scheduler, num_inference_steps, timestep.schedule)
+    correction = correction_of(unet)
+    if correction is not None:
+        correction.check(timesteps_of(scheduler, num_inference_steps), conditioning or {}, cached=False)
     check_count("batch_size", batch_size, otherwise=": of one program; for several sizes write several files")
     check_counts(trajectories=trajectories)
     check_objective(objective, max_bytes)
@@ -167,7 +172,7 @@ def export_pte(
         bar.update()
         bar.set_description("capturing")
         captured, inputs, names = _capture(unet, shape, batch_size, conditioning, timestep.continuous)
-        constants = _metadata(scheduler, num_inference_steps, batch_size, shape, names)
+        constants = _metadata(scheduler, num_inference_steps, batch_size, shape, names, correction)
         timesteps = constants["timesteps"]
         bar.update()
         bar.set_description("lowering")
@@ -175,7 +180,7 @@ def export_pte(
         while True:
             plan = plan_edge(captured, objective, to_save)
             graph, arithmetic = _rewrite(copy.deepcopy(captured), unet, timesteps, plan.packed)
-            program, calls = _lower(graph, inputs, scheduler, constants)
+            program, calls = _lower(graph, inputs, scheduler, constants, correction)
             if max_bytes is None or len(program) <= max_bytes:
                 break
             # the plan knows the weights' bytes, the file holds more: what it is too large by has to go as well
@@ -187,7 +192,7 @@ def export_pte(
             return first_departure(graph, unet, record, timesteps[record.index], inputs, min_sqnr_db)
 
         sqnr_db, rounding_db = check_parity(
-            program, unet, records, scheduler, num_inference_steps, batch_size, min_sqnr_db, parted
+            program, unet, records, scheduler, num_inference_steps, batch_size, min_sqnr_db, parted, correction
         )
         bar.update()
     write_whole(path, program)
@@ -197,12 +202,17 @@ def export_pte(
 
 @one_at_a_time
 def _lower(
-    graph: GraphModule, inputs: tuple[Any, ...], scheduler: Sampler, constants: dict[str, Any]
+    graph: GraphModule,
+    inputs: tuple[Any, ...],
+    scheduler: Sampler,
+    constants: dict[str, Any],
+    correction: CorrectionTable | None,
 ) -> tuple[bytes, Counter[str]]:
     """The program of a rewritten network, and the calls of one step."""
     timesteps = constants["timesteps"]
     stepping = copy.deepcopy(graph)
-    add_sampling_step(stepping, timesteps, step_table(scheduler, len(timesteps)), process_of(scheduler).clip)
+    factors = step_table(scheduler, len(timesteps))
+    add_sampling_step(stepping, timesteps, factors, process_of(scheduler).clip, correction)
     x_t, _, tensors = inputs
     exported = torch.export.export(stepping, (x_t, torch.tensor([0]), timesteps[:1].clone(), *tensors))
     program, calls = lower_sampler(exported, torch.export.export(_Image(), (x_t,)), constants)
@@ -305,7 +315,12 @@ def _capture(
 
 
 def _metadata(
-    scheduler: Sampler, steps: int, batch_size: int, shape: tuple[int, ...], names: list[str]
+    scheduler: Sampler,
+    steps: int,
+    batch_size: int,
+    shape: tuple[int, ...],
+    names: list[str],
+    correction: CorrectionTable | None,
 ) -> dict[str, Any]:
     """Constant methods of the program: all that a sampler needs, for one without Python as well.
 
@@ -332,6 +347,7 @@ def _metadata(
         "clip_sample": process.clip is not None,
         "clip_sample_range": float(process.clip or 0.0),
         "scheduler_config": scheduler.to_json_string(),
+        **({} if correction is None else {"correction": json.dumps(correction.to_dict())}),
     }
 
 

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 
 from pqcad_ao.denoiser import predict, spread_rows, take_rows
+from pqcad_ao.diffusion.correction import CorrectionTable
 from pqcad_ao.diffusion.noise import Sampler, process_of
 from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.edge.lower import lower
@@ -80,6 +81,7 @@ def check_parity(
     batch_size: int,
     min_sqnr_db: float,
     parted: Callable[[Record], str],
+    correction: CorrectionTable | None = None,
 ) -> tuple[dict[float, float], float | None]:
     """Compare the program with the recorded predictions, step by step.
 
@@ -91,7 +93,7 @@ def check_parity(
 
     Args:
         program: of :func:`pqcad_ao.edge.lower.lower_sampler`. scheduler, steps: that it was made for.
-        parted: says where the two part on a record; asked only if they do.
+        parted: says where the two part on a record; asked only if they do. correction: what the program's step applies.
 
     Returns:
         timestep to the program's SQNR on all images together, and the network's own at its worst step, if measured.
@@ -111,8 +113,10 @@ def check_parity(
         inputs = _inputs(record, batch_size)
         prediction = network.execute([inputs[0], timesteps[record.index].view(1), *inputs[1:]])[0].clone()
         stepped = step.execute([inputs[0], torch.tensor([record.index]), *inputs[1:]])[0]
+        taken = prediction if correction is None else correction.predicted(prediction, record.index)
         process_of(scheduler).set_timesteps(steps)  # a flow's counts its steps
-        expected = scheduler.step(prediction, timesteps[record.index], inputs[0]).prev_sample
+        expected = scheduler.step(taken, timesteps[record.index], inputs[0]).prev_sample
+        expected = expected if correction is None else correction.sampled(expected, record.index)
         signal, noise = row_powers(expected[None], stepped[None])
         if not decibels(signal.item(), noise.item()) > STEP_DB:
             raise ParityError(

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.denoiser import evaluation_mode, guided, placement, predict_float32, take_rows, time_scale, unguided
 from pqcad_ao.diffusion.caching import drop_cache_plan
+from pqcad_ao.diffusion.correction import drop_correction
 from pqcad_ao.diffusion.ddim import DDIMSchedule
 from pqcad_ao.diffusion.noise import Sampler
 from pqcad_ao.diffusion.process import settings_of
@@ -309,6 +310,7 @@ class _Halving:
         """Put what was learned into a network, the student or one alike, and let it remember its new timesteps."""
         state, before = quantized_state(network), quantized_state(self.student)
         drop_cache_plan(network, "distill_")
+        drop_correction(network, "distill_")
         if state is None or before is None:
             adopt(network, self.graph, {})
             return

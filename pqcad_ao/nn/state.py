@@ -12,16 +12,18 @@ from torch import nn
 from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig, config_to_dict
 
 from pqcad_ao.config import ACTIVATION_BITS, WEIGHT_BITS, CacheConfig, CADConfig, PQCADConfig, config_from_json
+from pqcad_ao.diffusion.correction import CorrectionTable
 from pqcad_ao.diffusion.process import MOST_TIMESTEPS
 from pqcad_ao.graph.operators import OPERATORS
 from pqcad_ao.graph.plan import Plan, PlanRow
 from pqcad_ao.nn.layers import QuantizedLayer, quantized_class
 from pqcad_ao.nn.timestep import Timestep, install_timestep
 from pqcad_ao.utils.checks import is_whole
+from pqcad_ao.utils.fields import at_default
 
 FORMAT = 1
 FIELDS = {"quant_method", "format", "config", "plan", "timestep_groups", "num_train_timesteps", "transitions"}
-OPTIONAL = {"schedule", "continuous", "time_scale", "clip"}
+OPTIONAL = {"schedule", "continuous", "time_scale", "clip", "correction"}
 WEIGHTS = "weights"  # field of a config.json, beside those of a state: the checksum of what was saved with it
 ATTRIBUTE = "_pqcad_state"  # of a quantized network
 
@@ -53,6 +55,7 @@ class QuantizedState:
     transitions: list[dict[str, Any]] = field(default_factory=list)
     log: list[Any] = field(default_factory=list)  # updates of the run that learned it; not saved
     distilled: list[Any] = field(default_factory=list)  # updates of the run that distilled it; not saved
+    correction: CorrectionTable | None = None  # of its sampling
     facts: dict[str, Any] = field(default_factory=dict)  # of the run that learned it, as Learned has them; not saved
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,11 +63,12 @@ class QuantizedState:
             **_of_time(self.timestep),
             "quant_method": Method.PQCAD.value,
             "format": FORMAT,
-            "config": config_to_dict(self.config),
+            "config": _of_config(self.config),
             "plan": self.plan.to_list(),
             "timestep_groups": self.timestep.groups,
             "num_train_timesteps": self.timestep.num_train_timesteps,
             "transitions": self.transitions,
+            **({} if self.correction is None else {"correction": self.correction.to_dict()}),
         }
 
 
@@ -92,10 +96,18 @@ def state_from_dict(values: dict[str, Any]) -> QuantizedState:
         timestep = _time_from(values)
         if not all(isinstance(entry, dict) for entry in values["transitions"]):
             raise ValueError(f"transitions is {values['transitions']!r}")
-        return QuantizedState(config, plan, timestep, values["transitions"])
+        correction = CorrectionTable.from_dict(values["correction"]) if "correction" in values else None
+        return QuantizedState(config, plan, timestep, values["transitions"], correction=correction)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         detail = error if isinstance(error, ValueError) else repr(error)
         raise ValueError(f"the checkpoint's quantization config is damaged: {detail}") from error
+
+
+def _of_config(config: PQCADConfig) -> dict[str, Any]:
+    """As torchao writes it, without later fields that are at their defaults: releases without them read it, too."""
+    values = config_to_dict(config)
+    hidden = at_default(config)
+    return {**values, "_data": {name: value for name, value in values["_data"].items() if name not in hidden}}
 
 
 def _of_time(timestep: Timestep) -> dict[str, Any]:

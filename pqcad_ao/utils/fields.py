@@ -16,18 +16,19 @@ def later(default: Any, **options: Any) -> Any:
 
 def repr_of(value: Any) -> str:
     """A dataclass's repr as Python writes it, and of its later fields those that are not at their defaults."""
-    hidden = _at_default(value)
+    hidden = at_default(value)
     shown = [f"{f.name}={getattr(value, f.name)!r}" for f in fields(value) if f.repr or f.metadata.get(LATER)]
     return f"{type(value).__qualname__}({', '.join(text for text in shown if text.partition('=')[0] not in hidden)})"
 
 
 def entries(value: Any) -> dict[str, Any]:
     """A dataclass as a dictionary, without later fields that are at their defaults."""
-    hidden = _at_default(value)
+    hidden = at_default(value)
     return {name: entry for name, entry in asdict(value).items() if name not in hidden}
 
 
-def _at_default(value: Any) -> set[str]:
+def at_default(value: Any) -> set[str]:
+    """The names of a dataclass's later fields that are at their defaults."""
     return {
         f.name
         for f in fields(value)
