@@ -51,7 +51,7 @@ def insert_probes(graph: GraphModule) -> GraphModule:
     return probed
 
 
-def take_gradients(graph: GraphModule) -> list[Tensor]:
+def take_gradients(graph: nn.Module) -> list[Tensor]:
     """What the probes of a graph kept since they were asked last, layer by layer, of those that had a gradient."""
     probes = [module for module in graph.modules() if isinstance(module, Probe)]
     found = [probe.gradient for probe in probes if probe.gradient is not None]

@@ -12,16 +12,17 @@ from pqcad_ao import denoiser
 from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.denoiser import check_conditioning, set_time_scale
 from pqcad_ao.diffusion.noise import Sampler
-from pqcad_ao.diffusion.process import find_scheduler, is_flow
+from pqcad_ao.diffusion.process import find_scheduler, is_flow, settings_of
 from pqcad_ao.diffusion.schedule import check_substeps, teachable
 from pqcad_ao.diffusion.trajectories import checked_trajectories
+from pqcad_ao.graph.suitable import check_whole
 from pqcad_ao.learn.halving import teach
 from pqcad_ao.learn.unfold import check_structure, dequantized_state
 from pqcad_ao.nn.state import quantized_state
 from pqcad_ao.plan import planned
 from pqcad_ao.quantize import quantize_
-from pqcad_ao.utils.processes import rank_and_world
-from pqcad_ao.utils.runs import only_run_in
+from pqcad_ao.utils.processes import check_share
+from pqcad_ao.utils.runs import shared_run
 
 OUTERMOST = 1.001  # value of a real picture
 
@@ -45,9 +46,7 @@ def check_distillation(
         raise ValueError("no scheduler was given, none is saved beside the network: pass the one it was trained with")
     if quantized_state(reference) is not None:
         raise ValueError("the reference is quantized: give the full-precision network that the student was made from")
-    _, world = rank_and_world()
-    if config.batch_size % world:
-        raise ValueError(f"batch_size={config.batch_size} cannot be shared by {world} processes: give a multiple")
+    check_share(config.batch_size)
     ddim = teachable(scheduler, config.steps, config.halvings)
     check_substeps(ddim, config.steps, config.reference_substeps)
     if config.guidance == "baked" and denoiser.GUIDANCE_SCALE not in (conditioning or {}):
@@ -94,6 +93,8 @@ def distill_(
     knows its timesteps. What sets the targets: the probability flow of the full-precision ``reference``, walked more
     finely than the sampler does (``config.reference_substeps``), and the student as it was, at two of its own steps.
 
+    Under torchrun all processes make this call alike, share the work, and have the same student afterwards.
+
     Args:
         student: a network that ``quantize_`` has quantized, or a full-precision one.
         reference: the full-precision network it was made from.
@@ -107,7 +108,7 @@ def distill_(
         sample_shape: (C, H, W), for networks whose config does not say it.
         time_scale: as for :func:`~pqcad_ao.quantize.quantize_`; a quantized student knows its own.
         folder: keeps C_DC, checkpoints and ``log.jsonl``: the same call with the same folder goes on after a kill, to
-            the same result.
+            the same result. Of several processes one that all of them see.
         callback: called as ``callback(stage, done, total)``. progress: show bars.
 
     Returns:
@@ -134,7 +135,8 @@ def distill_(
         set_time_scale(network, time_scale)
     _check_student(student, reference, ddim)
     keeps: dict[str, Any] = {"folder": folder, "callback": callback, "progress": progress}
-    with only_run_in(folder):
+    alike = (student.state_dict(), reference.state_dict(), settings_of(ddim), config, images, conditioning)
+    with shared_run(folder, *alike):
         pictures = checked_trajectories(reference, ddim, shape, config, conditioning, images=images, **keeps)
         return teach(student, reference, ddim, shape, config, pictures, **keeps)
 
@@ -181,7 +183,7 @@ def compress(
     planned(student, pq, filter_fn, shape, check_conditioning(student, conditioning))
     pq = replace(pq, calibration_steps=cad.steps)
     given = {"conditioning": conditioning, "sample_shape": sample_shape, **keeps}
-    with only_run_in(folder):
+    with shared_run(folder, unet.state_dict(), settings_of(ddim), pq, cad, images, conditioning):
         pictures = checked_trajectories(unet, ddim, shape, cad, conditioning, images=images, **keeps)
         quantize_(student, pq, filter_fn, scheduler=ddim, **given)
         return student, teach(student, unet, ddim, shape, cad, pictures, **keeps)
@@ -191,6 +193,8 @@ def _check_student(student: nn.Module, reference: nn.Module, ddim: Sampler) -> N
     """Raises ValueError: the student is not one of this reference's and this sampler's."""
     if student is reference:
         raise ValueError("student and reference are one network: hand over copy.deepcopy(reference) to be taught")
+    for network in (student, reference):
+        check_whole(network)
     state = quantized_state(student)
     if state is not None:
         set_time_scale(reference, state.timestep.time_scale)

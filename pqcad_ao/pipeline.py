@@ -34,6 +34,7 @@ from pqcad_ao.denoiser import (
 from pqcad_ao.diffusion.calibration import CalibrationSet, assign_trajectories, draw_steps
 from pqcad_ao.utils.checks import is_whole
 from pqcad_ao.utils.files import digest
+from pqcad_ao.utils.processes import in_turn, of_all, rank_and_world
 from pqcad_ao.utils.progress import tqdm
 from pqcad_ao.utils.tensor_files import read_tensors, write_tensors
 
@@ -120,7 +121,8 @@ class PipelineWalk:
     ) -> CalibrationSet:
         """C_QC as :func:`~pqcad_ao.diffusion.calibration.calibration_set` draws it, from the pipeline's own walks.
 
-        What the network is given for one picture under guidance are two trajectories, of either prompt.
+        What the network is given for one picture under guidance are two trajectories, of either prompt. Of several
+        processes each draws some batches of pictures, and all get all points.
 
         Args:
             folder: keeps the points of each batch of pictures, and a batch that is there is not walked again.
@@ -129,30 +131,43 @@ class PipelineWalk:
         Raises:
             FloatingPointError: a trajectory leaves the finite numbers. ValueError: a file in ``folder`` is damaged.
         """
-        walked, draw, kept = 0, None, []
+        walked, draw, kept, (rank, world) = 0, None, [], rank_and_world()
         with tqdm(desc="trajectories", disable=not progress, leave=False) as bar:
             while draw is None or walked < draw.pictures:
                 end = min(walked + self.batch, self.batch if draw is None else draw.pictures)
-                file = None if folder is None else self._file(Path(folder), walked, end)
-                if file is not None and file.is_file():
-                    found, visited, rows = self._read(file)
-                    draw = draw or self._draw(visited, rows, end)
-                    if len(found) > draw.most(walked * rows, end * rows):
-                        raise ValueError(f"{file} is damaged (it holds {len(found)} points): delete it")
-                else:
-                    calls = list(self._calls(range(walked, end)))
-                    visited, rows = [float(call.timesteps[0]) for call in calls], len(calls[0]) // (end - walked)
-                    draw = draw or self._draw(visited, rows, end)
-                    found = draw.kept(calls, walked * rows)
-                    if file is not None:
-                        self._write(file, found, visited, rows)
-                kept.append(found)
+                if walked // self.batch % world == rank:
+                    found, draw = self._batch(walked, end, draw, folder)
+                    kept.append(found)
+                if not walked:
+                    draw = of_all(draw)[0]
                 bar.total, walked = draw.pictures, end
                 bar.update(end - bar.n)
                 if callback is not None:
                     callback("trajectories", end, draw.pictures)
+        if world > 1:
+            brought = in_turn(of_all([part.on(torch.device("cpu")) for part in kept]))
+            kept = [part.on(placement(self.network)[0]) for part in brought]
         points = _joined(kept)  # in the order of the walks, of which the first ones would stand for all
         return points[torch.randperm(len(points), generator=torch.Generator().manual_seed(self.config.seed))]
+
+    def _batch(
+        self, first: int, end: int, draw: "_Draw | None", folder: str | Path | None
+    ) -> tuple[CalibrationSet, "_Draw"]:
+        """The points of the pictures from ``first`` to ``end``; and the draw, where it is not known yet."""
+        file = None if folder is None else self._file(Path(folder), first, end)
+        if file is not None and file.is_file():
+            found, visited, rows = self._read(file)
+            draw = draw or self._draw(visited, rows, end)
+            if len(found) > draw.most(first * rows, end * rows):
+                raise ValueError(f"{file} is damaged (it holds {len(found)} points): delete it")
+            return found, draw
+        calls = list(self._calls(range(first, end)))
+        visited, rows = [float(call.timesteps[0]) for call in calls], len(calls[0]) // (end - first)
+        draw = draw or self._draw(visited, rows, end)
+        found = draw.kept(calls, first * rows)
+        if file is not None:
+            self._write(file, found, visited, rows)
+        return found, draw
 
     def _draw(self, visited: list[float], rows: int, least: int) -> "_Draw":
         """Which point is taken at which visited timestep, from which trajectory of at least so many pictures."""

@@ -18,7 +18,7 @@ from pqcad_ao.diffusion.caching import drop_cache_plan
 from pqcad_ao.diffusion.calibration import CalibrationSet, calibration_set
 from pqcad_ao.diffusion.ddim import reach_of
 from pqcad_ao.diffusion.noise import Sampler
-from pqcad_ao.diffusion.process import as_sampler, clip_of, find_scheduler, is_flow
+from pqcad_ao.diffusion.process import as_sampler, clip_of, find_scheduler, is_flow, settings_of
 from pqcad_ao.graph.capture import Capture
 from pqcad_ao.graph.plan import Plan
 from pqcad_ao.graph.suitable import check_suitable
@@ -33,7 +33,8 @@ from pqcad_ao.pipeline import PipelineWalk, network_of
 from pqcad_ao.plan import planned
 from pqcad_ao.prepare.annotate import PQCADQuantizer, insert_fake_quantizers
 from pqcad_ao.prepare.fold import adopt, fold
-from pqcad_ao.utils.runs import only_run_in
+from pqcad_ao.utils.processes import check_share, rank_and_world
+from pqcad_ao.utils.runs import shared_run
 
 
 def is_root(module: nn.Module, fqn: str) -> bool:
@@ -68,7 +69,8 @@ def quantize_(
     """Quantize a diffusion network's convolutions and linears in place, without data.
 
     The network stays what it was, a diffusers model that its pipelines accept, with the layers of the plan replaced by
-    their :class:`~pqcad_ao.nn.layers.QuantizedLayer`. A call that fails leaves it as it was.
+    their :class:`~pqcad_ao.nn.layers.QuantizedLayer`. A call that fails leaves it as it was. Under torchrun all
+    processes make this call alike, share the work, and have the same network afterwards.
 
     Args:
         model: a diffusers ``UNet2DModel`` or ``UNet2DConditionModel``, or a module called as ``f(x_t, timesteps)``. Or
@@ -92,6 +94,7 @@ def quantize_(
             to 1; it remembers that. None: as diffusers' pipelines call it (Flux with 1 / 1000), or 1.
         folder: where a long run keeps what it needs to go on after it was killed: the calibration set, checkpoints, and
             ``log.jsonl`` with a line for each update. The same call with the same folder goes on, to the same result.
+            Of several processes one that all of them see.
         callback: called as ``callback(stage, done, total)``.
         progress: show bars.
 
@@ -100,7 +103,8 @@ def quantize_(
             ``time_scale``, too few iterations for the ladders, another run's folder. BlockingIOError: a run is at work
             in ``folder``.
         FloatingPointError: NaN or infinity in the weights or during calibration, or learning that diverged; says where.
-        RuntimeError: ``torch.export`` cannot capture the network.
+        RuntimeError: ``torch.export`` cannot capture the network. ConnectionError: another process ended, or did not
+            make this call.
 
     Example:
         >>> config = PQCADConfig(mode="ptq", calibration_points=32, calibration_steps=4)  # of a length for an example
@@ -112,8 +116,10 @@ def quantize_(
     _check_config(config)
     network = network_of(model) if isinstance(model, DiffusionPipeline) else model
     _check_model(network)
+    if config.learns:
+        check_share(config.batch_size)
     denoiser.set_time_scale(network, time_scale)
-    keeps: dict[str, Any] = {"folder": folder, "callback": callback, "progress": progress}
+    keeps: dict[str, Any] = {"folder": folder, "callback": callback, "progress": progress and rank_and_world()[0] == 0}
     with _moved(model, network, device):
         source: _Trajectories | PipelineWalk
         if isinstance(model, DiffusionPipeline):
@@ -124,7 +130,8 @@ def quantize_(
             source = _Trajectories(model, config, scheduler, sample_shape, conditioning)
         num_train_timesteps = source.num_train_timesteps
         captured, resolved = planned(network, config, filter_fn, source.shape, source.conditioning)
-        with only_run_in(folder):
+        given = (source.shape, source.conditioning, settings_of(source.scheduler), prompts)
+        with shared_run(folder, network.state_dict(), config, *given):
             points = source.points(**keeps)
             reach = None
             if config.sample_weights == "reach":
@@ -164,7 +171,8 @@ class _Trajectories:
         self.conditioning = check_conditioning(network, conditioning)
 
     def points(self, **keeps: Any) -> CalibrationSet:
-        return calibration_set(self.network, self.scheduler, self.shape, self.config, self.conditioning, **keeps)
+        given = (self.network, self.scheduler, self.shape, self.config, self.conditioning)
+        return calibration_set(*given, share=rank_and_world(), **keeps)
 
 
 def _learn(

@@ -295,8 +295,8 @@ def test_several_processes_walk_what_one_does(tmp_path, monkeypatch):
     counted = _count_walks(monkeypatch)
     expected, parts = _points(None), []
     alone = sorted(counted)
-    monkeypatch.setattr(calibration.dist, "all_reduce", lambda x_t: parts.append(x_t.clone()))
-    monkeypatch.setattr(calibration.dist, "barrier", lambda: None)
+    monkeypatch.setattr(calibration, "fill_in", lambda x_t: parts.append(x_t.clone()))
+    monkeypatch.setattr(calibration, "wait_for_all", lambda: None)
     config = quick(mode="fixed", learning_points=64, calibration_batch_size=4)
     counted.clear()
     for rank in (2, 1, 0):
@@ -311,8 +311,8 @@ def test_several_processes_walk_what_one_does(tmp_path, monkeypatch):
 
 def test_a_process_that_was_killed_goes_on_with_its_share(tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "SAVE_EVERY_S", -1.0)
-    monkeypatch.setattr(calibration.dist, "all_reduce", lambda x_t: None)
-    monkeypatch.setattr(calibration.dist, "barrier", lambda: None)
+    monkeypatch.setattr(calibration, "fill_in", lambda x_t: None)
+    monkeypatch.setattr(calibration, "wait_for_all", lambda: None)
     config = quick(mode="fixed", learning_points=64, calibration_batch_size=2)
     given = (Small(), cosine_scheduler(), SHAPE, config)
     expected = calibration_set(*given, share=(1, 2))

@@ -11,9 +11,12 @@ from diffusers import (
 )
 from networks import SHAPE, TINY_TEXT_UNET, Small, cosine_scheduler, quick
 from pipelines import vae
+from torch import distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from pqcad_ao import plan, quantize_
+from pqcad_ao import CADConfig, distill_, plan, quantize_
 from pqcad_ao.models import save_model
 
 TEXT = {"encoder_hidden_states": torch.zeros(3, 4, 12)}
@@ -125,3 +128,19 @@ def test_save_model_writes_diffusers_models_only(tmp_path):
     with pytest.raises(TypeError, match=r"a Small is none: write save_quantized\(model, path\)"):
         save_model(Small(), cosine_scheduler(), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_that_is_sharded_over_processes_is_refused(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    try:
+        sharded = fully_shard(Small(), mesh=init_device_mesh("cpu", (1,)))
+        for call in (
+            lambda: quantize_(sharded, quick(), scheduler=cosine_scheduler(), sample_shape=SHAPE),
+            lambda: distill_(Small(), sharded, cosine_scheduler(), CADConfig(steps=4), sample_shape=SHAPE),
+        ):
+            with pytest.raises(
+                ValueError, match=r"first\.weight is a DTensor, .*: hand over the whole network in each"
+            ):
+                call()
+    finally:
+        dist.destroy_process_group()

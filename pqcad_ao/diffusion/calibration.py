@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
+from torch.utils._pytree import tree_map
 
 from pqcad_ao.config import PQCADConfig
 from pqcad_ao.denoiser import (
@@ -25,6 +25,7 @@ from pqcad_ao.diffusion.process import as_sampler, check_signal, settings_of
 from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.utils.checks import is_whole
 from pqcad_ao.utils.files import digest
+from pqcad_ao.utils.processes import fill_in, wait_for_all
 from pqcad_ao.utils.progress import tqdm
 from pqcad_ao.utils.runs import only_run_in
 from pqcad_ao.utils.tensor_files import read_tensors, write_tensors
@@ -50,6 +51,12 @@ class CalibrationSet:
 
     def __getitem__(self, rows: Any) -> "CalibrationSet":
         return CalibrationSet(self.x_t[rows], self.timesteps[rows], take_rows(self.conditioning, rows))
+
+    def on(self, device: torch.device) -> "CalibrationSet":
+        conditioning = tree_map(
+            lambda value: value.to(device) if isinstance(value, Tensor) else value, self.conditioning
+        )
+        return CalibrationSet(self.x_t.to(device), self.timesteps.to(device), conditioning)
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
         for first in range(0, len(self), size):
@@ -282,12 +289,12 @@ def _walk(
 
 def _gather(points: CalibrationSet, whole: Path | None, rank: int, trajectories: int) -> None:
     """Give every process all points, and put the whole set in the place of the files of its parts."""
-    dist.all_reduce(points.x_t)  # each point is one process's, and zero in the others
+    fill_in(points.x_t)  # each point is one process's, and zero in the others
     if whole is None:
         return
     if rank == 0:
         _write(whole, points, trajectories)
-    dist.barrier()
+    wait_for_all()
     if rank == 0:
         for left in whole.parent.glob(f"{whole.stem}.*-*-*.safetensors"):  # of another number of processes, too
             left.unlink()

@@ -14,6 +14,7 @@ from pqcad_ao.diffusion.correction import CorrectionTable, correction_of
 from pqcad_ao.diffusion.noise import RectifiedFlow
 from pqcad_ao.diffusion.process import FLOWS, as_sampler, clip_of, is_flow
 from pqcad_ao.utils.checks import NOT_FINITE
+from pqcad_ao.utils.processes import fill_in
 from pqcad_ao.utils.progress import tqdm
 
 
@@ -71,6 +72,7 @@ def sample(
     conditioning: dict[str, Any] | None = None,
     batch_size: int = 100,
     correction: CorrectionTable | Literal["own"] | None = "own",
+    share: tuple[int, int] = (0, 1),
     callback: Callable[[int, int, Tensor, Tensor], None] | None = None,
     progress: bool = False,
 ) -> Tensor:
@@ -86,6 +88,8 @@ def sample(
         batch_size: images per forward call.
         correction: of predictions or samples, at each step: ``"own"``, what :func:`~pqcad_ao.correct.correct_` attached
             to the network, if anything; None: none.
+        share: (rank, world) of this process where several draw a part each, in the same batches as one alone, and call
+            this alike: all of them get all images. ``pqcad_ao.utils.processes.rank_and_world()`` under torchrun.
         callback: called as ``callback(first_row, step_index, timestep, x_t)`` before each forward call, with the x_t
             that the network is given.
         progress: show a bar.
@@ -111,10 +115,12 @@ def sample(
     table = correction_of(unet) if correction == "own" else correction
     if table is not None:
         table.check(timesteps.tolist(), conditioning, cached=hasattr(unet, "begin_walk"))
-    images = torch.empty_like(noise)
-    total = -(-noise.shape[0] // batch_size) * len(timesteps)
+    rank, world = share
+    images = torch.zeros_like(noise)
+    starts = range(0, noise.shape[0], batch_size)[rank::world]
+    total = len(starts) * len(timesteps)
     with tqdm(total=total, desc="sampling", disable=not progress, leave=False) as bar:
-        for first in range(0, noise.shape[0], batch_size):
+        for first in starts:
             rows = slice(first, first + batch_size)
             _start(scheduler, num_inference_steps)
             x_t = noise[rows] * getattr(scheduler, "init_noise_sigma", 1.0)
@@ -146,7 +152,7 @@ def sample(
             if not torch.stack(finite).all():  # on a GPU, where nothing waits for a single step
                 raise _left(None, inputs, scheduler, torch.stack(finite).tolist().index(False))
             images[rows] = x_t
-    return images
+    return fill_in(images) if world > 1 else images
 
 
 def _check_walk(known: Any, scheduler) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pqcad_ao.data import to_uint8, to_unit
 from pqcad_ao.utils.assets import asset_path
 from pqcad_ao.utils.checks import is_whole
+from pqcad_ao.utils.processes import rows_of_all
 from pqcad_ao.utils.tensor_files import read_tensors, write_tensors
 
 CLASSIFIER_FORMAT = "pqcad_ao.FeatureClassifier"
@@ -217,7 +218,9 @@ def _check_images(images: Tensor) -> None:
 
 
 @torch.no_grad()
-def extract_features(images: Tensor, network: nn.Module, batch_size: int = 500) -> Tensor:
+def extract_features(
+    images: Tensor, network: nn.Module, batch_size: int = 500, *, share: tuple[int, int] = (0, 1)
+) -> Tensor:
     """Features of images, in one pass.
 
     Floating-point images are clipped and rounded to 256 levels first, as a saved picture would be: the same pictures
@@ -227,6 +230,8 @@ def extract_features(images: Tensor, network: nn.Module, batch_size: int = 500) 
         images: (N, C, H, W), uint8 in [0, 255] or floating point in [-1, 1]; C is 1 or 3; N at least 2.
         network: a ``FeatureClassifier``, or anything called as ``f(float images in [-1, 1])`` that returns (N, d). Put
             in ``eval`` mode for the call.
+        share: (rank, world) of this process where several, that have all images, look at a part each and call this
+            alike: all of them get all features.
 
     Returns:
         (N, d) on the CPU.
@@ -241,13 +246,13 @@ def extract_features(images: Tensor, network: nn.Module, batch_size: int = 500) 
     network.eval()
     try:
         chunks = []
-        for chunk in images.split(batch_size):
+        for chunk in images.split(batch_size)[share[0] :: share[1]]:
             pixels = chunk if chunk.dtype == torch.uint8 else to_uint8(chunk)
             chunks.append(call(to_unit(pixels.to(device))).cpu())
     finally:
         for module, mode in modes:
             module.training = mode
-    features = torch.cat(chunks)
+    features = torch.cat(chunks) if share[1] == 1 else rows_of_all(chunks, torch.device("cpu"))
     if features.ndim != 2 or len(features) != len(images):
         raise ValueError(
             f"the feature network made {tuple(features.shape)} of {len(images)} images; it must return (N, d)"

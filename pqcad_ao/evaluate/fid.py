@@ -47,7 +47,13 @@ def _frechet_interval(features: Tensor, real: RealFeatures, fid: float, seed: in
 
 
 def fid_kid(
-    images: Tensor, network: nn.Module, real: RealFeatures, *, seed: int = 0, bootstrap: int = 0
+    images: Tensor,
+    network: nn.Module,
+    real: RealFeatures,
+    *,
+    seed: int = 0,
+    bootstrap: int = 0,
+    share: tuple[int, int] = (0, 1),
 ) -> dict[str, Any]:
     """FID (Heusel et al. 2017) and KID (Bińkowski et al. 2018) of generated images by torchmetrics.
 
@@ -60,6 +66,7 @@ def fid_kid(
         real: statistics of the real images under the same network.
         seed: of KID's subsets and of the bootstrap; the global random numbers are left as they are.
         bootstrap: number of resamples of the generated images behind ``fid_ci``; 0 for none.
+        share: of several processes, as for :func:`~pqcad_ao.evaluate.features.extract_features`.
 
     Returns:
         ``fid``; ``kid`` and ``kid_std``, mean and standard deviation over 100 subsets of up to 1,000 images (None where
@@ -70,7 +77,7 @@ def fid_kid(
         ImportError: no torchmetrics.
         ValueError: images or statistics that do not fit.
     """
-    return _fid_kid(extract_features(images, network), real, seed, bootstrap)
+    return _fid_kid(extract_features(images, network, share=share), real, seed, bootstrap)
 
 
 def _fid_kid(features: Tensor, real: RealFeatures, seed: int, bootstrap: int) -> dict[str, Any]:
@@ -150,13 +157,19 @@ def precision_recall(real_features: Tensor, fake_features: Tensor, k: int = NEIG
 
 
 def image_quality(
-    images: Tensor, network: nn.Module, real: RealFeatures, *, seed: int = 0, bootstrap: int = 0
+    images: Tensor,
+    network: nn.Module,
+    real: RealFeatures,
+    *,
+    seed: int = 0,
+    bootstrap: int = 0,
+    share: tuple[int, int] = (0, 1),
 ) -> dict[str, Any]:
     """Everything that is said of generated images: :func:`fid_kid` and :func:`precision_recall`, in one dictionary.
 
     ``precision`` and ``recall`` are None where ``real`` holds no features, as ``kid`` is, or there are too few images.
     """
-    features = extract_features(images, network)
+    features = extract_features(images, network, share=share)
     quality = _fid_kid(features, real, seed, bootstrap)
     if real.features is None or min(len(features), len(real.features)) <= NEIGHBOURS:
         return {**quality, "precision": None, "recall": None}

@@ -55,8 +55,19 @@ def _check_kind(model: nn.Module) -> None:
         raise ValueError(f"{kind} denoises no images: networks of samples (B, C, H, W) are quantized")
 
 
+def check_whole(model: nn.Module) -> None:
+    """Raises ValueError: the network is sharded over processes, and this one has a part of it."""
+    for name, parameter in model.named_parameters():
+        if type(parameter).__name__ == "DTensor":
+            raise ValueError(
+                f"{name} is a DTensor, a part of it in each process, as fully_shard leaves it: hand over the whole "
+                "network in each, the processes share the work"
+            )
+
+
 def _check_parameters(model: nn.Module) -> None:
-    """Raises ValueError: the network holds no values, or stores them in eight bits."""
+    """Raises ValueError: the network holds no values or a part of them, or stores them in eight bits."""
+    check_whole(model)
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise ValueError(f"{name} has no shape yet, its layer is lazy: call the network once before")

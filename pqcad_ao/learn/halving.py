@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.denoiser import evaluation_mode, guided, placement, predict_float32, take_rows, time_scale, unguided
@@ -27,7 +25,7 @@ from pqcad_ao.graph.capture import capture
 from pqcad_ao.graph.plan import PlanRow, resolve
 from pqcad_ao.learn.reweighing import shown
 from pqcad_ao.learn.selective import choose, learner_of
-from pqcad_ao.learn.training import more_of, read_checkpoint, to_learn, train_loop
+from pqcad_ao.learn.training import data_parallel, more_of, read_checkpoint, to_learn, train_loop
 from pqcad_ao.learn.unfold import unfold
 from pqcad_ao.learn.weights import SampleWeights
 from pqcad_ao.nn.diffusers_plugin import attach
@@ -37,7 +35,7 @@ from pqcad_ao.prepare.fold import adopt, fold
 from pqcad_ao.prepare.observe import activation_quantizers
 from pqcad_ao.utils.fields import entries, later
 from pqcad_ao.utils.files import digest
-from pqcad_ao.utils.processes import rank_and_world
+from pqcad_ao.utils.processes import mean_of_all, rank_and_world, rows_by_rank
 
 DECAY = 0.9  # of a step's gradient, from batch to batch: a batch holds a handful of each
 LOOK_EVERY = 20  # updates between two cosines in the log
@@ -180,10 +178,7 @@ class _Halving:
         self.learner = learner_of(self.graph, self.learns, trained, self.config)
         self.learner.add_scales(activation_quantizers(self.graph).values())
         self.probed = self.graph if self.weights is None else insert_probes(self.graph)
-        # some parameters (the next width's scales) take no part in a forward
-        self.forward: Callable[..., Tensor] = (
-            DistributedDataParallel(self.probed, find_unused_parameters=True) if self.world > 1 else self.probed
-        )
+        self.forward = data_parallel(self.probed)
 
     def _batch(self, number: int) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]:
         """This process's share of an update's x_t, the step of each in ``schedule``, where the reference's flow leads
@@ -264,11 +259,7 @@ class _Halving:
         parts = {name: error.mean() for name, error in errors.items()}
         weights = {"reference": config.reference_weight, "teacher": config.teacher_weight}
         loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
-        values = torch.stack([loss, *parts.values()]).detach()
-        if self.world > 1:
-            dist.all_reduce(values)
-            values /= self.world
-        value, *part_values = values.tolist()
+        value, *part_values = mean_of_all(torch.stack([loss, *parts.values()]).detach()).tolist()
         self.first = value if self.first is None else self.first
         if not math.isfinite(value) or value > DIVERGED * max(self.first, 1e-6):
             if "reference" in targets and not targets["reference"].isfinite().all():
@@ -296,8 +287,8 @@ class _Halving:
         per_sample = weights.omega[taken][:, None]  # which the gradients are multiplied with
         found = [gradient / per_sample for gradient in take_gradients(self.probed)]
         if self.world > 1:
-            sizes, taken = [gradient.shape[1] for gradient in found], _gathered(taken)
-            found = list(_gathered(torch.cat(found, 1)).split(sizes, 1))
+            sizes, taken = [gradient.shape[1] for gradient in found], rows_by_rank(taken)
+            found = list(rows_by_rank(torch.cat(found, 1)).split(sizes, 1))
         P = weights.joined(found, follow=True)
         weights.move(taken, P)
         for step in taken.unique().tolist():
@@ -337,10 +328,3 @@ class _Halving:
         if self.weights is not None:
             self.weights.load(more_of(tensors))
         self.log, self.first = [DistillUpdate(**update) for update in header["log"]], header["first"]
-
-
-def _gathered(value: Tensor) -> Tensor:
-    """Every process's rows, in the order of ranks."""
-    parts = [torch.empty_like(value) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, value.contiguous())
-    return torch.cat(parts)

@@ -4,8 +4,10 @@ Everything is learned against the full-precision network's own predictions on C_
 """
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from pqcad_ao.learn.reweighing import Reweighing, shown
 from pqcad_ao.learn.selective import choose, learner_of, local_loss, time_projections
 from pqcad_ao.learn.sensitivity import perturbation_loss
 from pqcad_ao.learn.time_projections import fit_time_projections
-from pqcad_ao.learn.training import more_of, read_checkpoint, train_loop
+from pqcad_ao.learn.training import data_parallel, more_of, read_checkpoint, train_loop
 from pqcad_ao.learn.transition import MomentumTransition
 from pqcad_ao.passes.expose import expose
 from pqcad_ao.passes.insert_activations import insert_activations
@@ -36,6 +38,7 @@ from pqcad_ao.prepare.observe import (
 )
 from pqcad_ao.utils.fields import entries, later
 from pqcad_ao.utils.files import digest
+from pqcad_ao.utils.processes import mean_of_all, rank_and_world, rows_of_all
 
 DIVERGED = 10.0  # perturbation loss: ten times the power of what the network predicts
 
@@ -152,6 +155,7 @@ def learn(
             checkpoint that an update succeeded with stays.
         ValueError: too few iterations for the ladders, or ``folder`` holds another run's checkpoint.
     """
+    rank, _ = rank_and_world()
     run = _Run(graph, resolved, points, config, num_train_timesteps, reach)
 
     def describe(update: Update) -> dict[str, Any]:
@@ -165,7 +169,8 @@ def learn(
         describe=describe,
         title=config.mode,
         callback=callback,
-        progress=progress,
+        progress=progress and rank == 0,
+        write=rank == 0,
     )
     cosines = [update.cosine for update in run.log if update.cosine is not None]
     facts = {**run.learner.facts, **({"task_cosine": [cosines[0], cosines[-1]]} if cosines else {})}
@@ -185,7 +190,7 @@ class _Run:
         reach: Tensor | None = None,
     ) -> None:
         self.graph, self.points, self.config = graph, points, config
-        self.num_train_timesteps = num_train_timesteps
+        self.num_train_timesteps, (self.rank, self.world) = num_train_timesteps, rank_and_world()
         self.plan = resolved
         self.bits = {
             "weights": {row.fqn: row.weight_bits or 0 for row in resolved.quantized},
@@ -198,8 +203,7 @@ class _Run:
         # number of threads, which may change while a run is interrupted
         rows = [replace(row, sensitivity=None) for row in resolved.rows]
         self.key = digest(graph.state_dict(), points.x_t, points.timesteps, points.conditioning, config, rows)
-        with weights_in_full_precision(graph), torch.no_grad():
-            self.targets = torch.cat([graph(*batch) for batch in points.batches(config.batch_size)])
+        self.targets = self._predictions()
         if not self.targets.any():
             raise ValueError(
                 "the network's output is zero on the whole calibration set: there is nothing to learn from"
@@ -229,6 +233,13 @@ class _Run:
         if self.stage == "activations":
             self._insert_activations(fit=True)
 
+    @torch.no_grad()
+    def _predictions(self) -> Tensor:
+        """What full precision predicts on all points (N, C, H, W); of several processes each works some batches out."""
+        batches = islice(self.points.batches(self.config.batch_size), self.rank, None, self.world)
+        with weights_in_full_precision(self.graph):
+            return rows_of_all([self.graph(*batch) for batch in batches], self.points.x_t.device)
+
     def _frozen(self) -> GraphModule:
         """A copy that stays full precision's, for the local loss."""
         frozen = copy.deepcopy(self.graph).requires_grad_(False)
@@ -244,11 +255,12 @@ class _Run:
 
     def _show(self) -> None:
         """Make the graphs that an update calls, of the graph that learns and of full precision's."""
-        self.forward = self.graph if self.reweighing is None else insert_probes(self.graph)
+        called = self.graph if self.reweighing is None else insert_probes(self.graph)
         self.expected = None
         if self.reference is not None:
             layers = list(self.bits["weights"] if self.trained is None else self.trained)
-            self.forward, self.expected = expose(self.forward, layers), expose(self.reference, layers)
+            called, self.expected = expose(called, layers), expose(self.reference, layers)
+        self.forward: Any = data_parallel(called)
 
     @property
     def omega(self) -> Tensor | None:
@@ -272,18 +284,22 @@ class _Run:
         rows = torch.randint(len(self.points), (config.batch_size,), generator=generator)
         weights = self.reweighing
         cosine = weights.look(self.forward, self._loss_of) if weights and weights.due(number) else None
-        overall, weighted, local = self._losses(self.points[rows], self.targets[rows], rows)
-        loss, value = weighted, overall.item()
+        mine = rows[self.rank :: self.world]
+        overall, weighted, local = self._losses(self.points[mine], self.targets[mine], mine, self.targets[rows])
+        loss = weighted
         if local is not None:
             loss = config.global_weight * weighted + config.local_weight * local
-        if not (value < DIVERGED and loss.isfinite()):
+        value, learned, local_value = mean_of_all(
+            torch.stack([overall, loss, overall if local is None else local]).detach()
+        ).tolist()
+        if not (value < DIVERGED and math.isfinite(learned)):
             raise FloatingPointError(
                 f"learning diverged in stage {self.stage!r}, update {number}, at {self.policy.bits} bits: the "
                 f"perturbation loss is {value:.3g}. Lower learning_rate ({config.learning_rate:g}) or "
                 f"scale_learning_rate ({config.scale_learning_rate:g}), with another folder if you gave one"
             )
         bits = self.policy.bits
-        progress = value if local is None else config.global_weight * value + config.local_weight * local.item()
+        progress = value if local is None else config.global_weight * value + config.local_weight * local_value
         started = self.policy.update(progress)
         # what there is to move by shrinks with the grid's step: at the final rate a wide grid only gathers Adam's noise
         self.learner.step(loss, number, 2.0 ** (self.policy.ladder[-1] - bits))
@@ -292,7 +308,7 @@ class _Run:
             self._begin(started.to_bits)
         self._blend()
         if weights is not None:
-            weights.follow(self.forward, rows)
+            weights.follow(self.forward, mine)
             if number == config.iterations - 1:
                 cosine = weights.look(self.forward, self._loss_of)
         momentum = self.policy.momentum
@@ -303,7 +319,7 @@ class _Run:
             self.policy.alpha,
             value,
             None if momentum != momentum else momentum,
-            local=None if local is None else local.item(),
+            local=None if local is None else local_value,
             weights=None if self.omega is None else shown(self.omega),
             cosine=cosine,
         )
@@ -311,9 +327,13 @@ class _Run:
         return entry
 
     def _losses(
-        self, batch: CalibrationSet, targets: Tensor, rows: Tensor | None = None
+        self, batch: CalibrationSet, targets: Tensor, rows: Tensor | None = None, whole: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The perturbation loss of a batch, the same with the weights of ``rows``, and its local loss, if any."""
+        """The perturbation loss of a batch, the same with the weights of ``rows``, and its local loss, if any.
+
+        Args:
+            whole: the targets of all processes' batches, where this is one of them.
+        """
         inputs, device = (batch.x_t, batch.timesteps, batch.conditioning), batch.x_t.device.type
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             prediction, local = self.forward(*inputs), None
@@ -322,9 +342,9 @@ class _Run:
                 with torch.no_grad():
                     _, references = self.expected(*inputs)
                 local = local_loss(outputs, references)
-        overall = weighted = perturbation_loss(prediction, targets)
+        overall = weighted = perturbation_loss(prediction, targets, whole=whole)
         if self.omega is not None and rows is not None:
-            weighted = perturbation_loss(prediction, targets, self.omega[rows])
+            weighted = perturbation_loss(prediction, targets, self.omega[rows], whole)
         return overall, weighted, local
 
     def _widths(self, stage: str, bits: int) -> dict[str, int]:
@@ -353,9 +373,7 @@ class _Run:
         """Let a width begin to blend in; the next grids' moments are those of a width long gone."""
         widths = self._widths(self.stage, bits)
         if self.stage == "weights":
-            for fqn, (module, weight) in weight_quantizers(self.graph).items():
-                if widths[fqn] != module.bits:
-                    module.begin(weight.detach(), widths[fqn])
+            fit_weights(self.graph, widths, blend=True)
         else:
             self._observe()
             fit_activations(self.graph, widths, blend=True)
@@ -402,6 +420,7 @@ class _Run:
             self._select(header["trained"])
             if self.stage == "activations":
                 self.learner.add_scales(self.quantizers)
+                self._show()
         if header["stage"] != self.stage:
             self.stage = header["stage"]
             self._insert_activations(fit=False)

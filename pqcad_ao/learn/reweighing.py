@@ -3,14 +3,14 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
-from torch.fx import GraphModule
+from torch import Tensor, nn
 
 from pqcad_ao.config import MAX_BATCH, PQCADConfig
 from pqcad_ao.denoiser import timestep_group
 from pqcad_ao.diffusion.calibration import CalibrationSet
 from pqcad_ao.learn.weights import SampleWeights
 from pqcad_ao.passes.probes import take_gradients
+from pqcad_ao.utils.processes import rank_and_world, rows_by_rank
 
 DECAY = 0.5  # of a task's gradient, from one look at the held-out points to the next
 
@@ -47,7 +47,7 @@ class Reweighing:
         """Whether to look at the held-out points before an update."""
         return update % self.every == 0 or not self.weights.known.any()
 
-    def look(self, graph: GraphModule, loss_of: Callable[[CalibrationSet, Tensor], Tensor]) -> float | None:
+    def look(self, graph: nn.Module, loss_of: Callable[[CalibrationSet, Tensor], Tensor]) -> float | None:
         """Measure each task's gradient on what is held out of it; the mean cosine between two of them.
 
         Args:
@@ -62,10 +62,15 @@ class Reweighing:
             parameter.grad = None
         return self.weights.agreement
 
-    def follow(self, graph: GraphModule, rows: Tensor) -> None:
-        """Let the weights follow a batch of these rows, whose gradients the probes kept."""
-        per_sample = self.omega[rows][:, None]  # which the gradients are multiplied with
-        P = self.weights.joined([gradient / per_sample for gradient in take_gradients(graph)], follow=True)
+    def follow(self, graph: nn.Module, rows: Tensor) -> None:
+        """Let the weights follow a batch of these rows, whose gradients the probes kept.
+
+        Of several processes each has an equal part of the batch, whose loss is a mean over fewer samples.
+        """
+        _, world = rank_and_world()
+        per_sample = self.omega[rows][:, None] * world  # which the gradients are multiplied with
+        found = [rows_by_rank(gradient / per_sample) for gradient in take_gradients(graph)]
+        P, rows = self.weights.joined(found, follow=True), rows_by_rank(rows)
         self.weights.move(rows, _finite(P, self.points[rows]))
         self.omega = self.weights.omega
 

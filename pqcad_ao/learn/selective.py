@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from pqcad_ao.graph.operators import layer_fqn, operator_of, quantizable
 from pqcad_ao.graph.plan import Plan, PlanRow
 from pqcad_ao.learn.training import Learner
 from pqcad_ao.prepare.observe import weight_quantizers
+from pqcad_ao.utils.processes import mean_of_all
 
 TIME = ("time_embedding", "time_projection")
 WORDS = ("time", "sensitive", "norms")  # beside roles and globs
@@ -133,10 +133,10 @@ def learner_of(
 
 
 def local_loss(outputs: Sequence[Tensor], references: Sequence[Tensor]) -> Tensor:
-    """The mean over layers of ‖y − y_fp‖² / ‖y_fp‖², over a batch; of a silent layer, of ‖y‖²."""
-    errors: list[Any] = []
-    for y, reference in zip(outputs, references, strict=True):
-        power = reference.float().square().mean()
-        error = (y.float() - reference.float()).square().mean()
-        errors.append(error / torch.where(power > 0, power, torch.ones_like(power)))
-    return torch.stack(errors).mean()
+    """The mean over layers of ‖y − y_fp‖² / ‖y_fp‖², over a batch; of a silent layer, of ‖y‖².
+
+    Of several processes, that have an equal part of the batch each, the mean over them is the loss.
+    """
+    errors = [(y.float() - r.float()).square().mean() for y, r in zip(outputs, references, strict=True)]
+    power = mean_of_all(torch.stack([reference.float().square().mean() for reference in references]))
+    return (torch.stack(errors) / torch.where(power > 0, power, torch.ones_like(power))).mean()

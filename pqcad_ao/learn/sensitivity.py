@@ -14,22 +14,26 @@ from pqcad_ao.graph.capture import Capture
 from pqcad_ao.graph.plan import Plan, PlanRow
 from pqcad_ao.learn.ptq import prepare
 from pqcad_ao.prepare.observe import activation_quantizers, observe, weight_quantizers, weights_in_full_precision
+from pqcad_ao.utils.processes import of_all, rank_and_world
 from pqcad_ao.utils.progress import tqdm
 
 RUNGS = (6, 8)  # widths that a layer may be raised to
 POINTS = 16  # of the calibration set, behind each sensitivity
 
 
-def perturbation_loss(prediction: Tensor, reference: Tensor, omega: Tensor | None = None) -> Tensor:
+def perturbation_loss(
+    prediction: Tensor, reference: Tensor, omega: Tensor | None = None, whole: Tensor | None = None
+) -> Tensor:
     """Mean squared difference over the reference's power; 0 for a perfect copy, 1 for a network that is silent.
 
     Args:
         omega: (B,) weights of the samples' differences; the power is never weighted.
+        whole: the reference of a whole batch, of whose equal parts one is given: the mean of their losses is its loss.
     """
     errors = (prediction.float() - reference.float()).square()
     if omega is not None:
         errors = errors * omega.view(-1, *[1] * (errors.dim() - 1))
-    return errors.mean() / reference.float().square().mean()
+    return errors.mean() / (reference if whole is None else whole).float().square().mean()
 
 
 def raised(row: PlanRow, bits: int) -> PlanRow:
@@ -50,10 +54,13 @@ def layer_sensitivity(
 ) -> dict[str, dict[int, float]]:
     """The perturbation loss when one layer alone is quantized, weights and input: for each layer, by weight bits.
 
+    Of several processes each measures some of the layers, and all get all.
+
     Args:
         graph: prepared on both sides, whose activation quantizers have observed the calibration set.
         rungs: measure the widths that the layer may be raised to as well, not only the plan's own.
-        callback: called as ``callback("sensitivity", done, total)``, total being the layers. progress: show a bar.
+        callback: called as ``callback("sensitivity", done, total)``, total being this process's layers.
+        progress: show a bar.
     """
     count = min(POINTS, len(points))
     batch = next(points.batches(count))
@@ -63,7 +70,8 @@ def layer_sensitivity(
         module.disable_fake_quant()
     reference = graph(*batch)
     losses: dict[str, dict[int, float]] = {}
-    layers = resolved.quantized
+    rank, world = rank_and_world()
+    layers = resolved.quantized[rank::world]
     for done, row in enumerate(tqdm(layers, desc="sensitivity", disable=not progress, leave=False), start=1):
         losses[row.fqn] = {}
         planned = row.weight_bits or 0
@@ -83,7 +91,8 @@ def layer_sensitivity(
             callback("sensitivity", done, len(layers))
     for module in quantizers:
         module.enable_fake_quant()
-    return losses
+    measured = {fqn: found for part in of_all(losses) for fqn, found in part.items()}
+    return {row.fqn: measured[row.fqn] for row in resolved.quantized}
 
 
 def spare_bits(resolved: Plan, target_bits: float) -> float:

@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.fx import GraphModule
+from torch.nn.parallel import DistributedDataParallel
 
 from pqcad_ao.utils.fields import entries
 from pqcad_ao.utils.files import whole_file
+from pqcad_ao.utils.processes import of_all, rank_and_world, to_first
 from pqcad_ao.utils.progress import tqdm
 from pqcad_ao.utils.runs import only_run_in
 from pqcad_ao.utils.tensor_files import read_tensors, write_tensors
@@ -38,11 +41,22 @@ def to_learn(network: nn.Module) -> nn.Module:
     return copied
 
 
+def data_parallel(graph: GraphModule) -> Callable[..., Any]:
+    """A graph to call; of several processes, each with a part of the batch, gradients become the mean over all."""
+    if rank_and_world()[1] == 1:
+        return graph
+    # some parameters (the next width's scales) take no part in a forward; as views, gradients are there once
+    return DistributedDataParallel(graph, find_unused_parameters=True, gradient_as_bucket_view=True)
+
+
 class Learner:
     """Adam on a graph's parameters, with rates that rise shortly and fall to zero.
 
     Parameters that do not learn require no gradient from here on: nothing would clear it, and it would count in the
     norm that is clipped.
+
+    Of several processes, whose gradients are the same, each keeps the moments of some parameters and moves them; the
+    scales, of which there are few, all move.
 
     Args:
         graph: the fake-quantized graph, whose parameters must be its own. parameters: of it, that learn at
@@ -62,16 +76,23 @@ class Learner:
         self.graph, self.iterations = graph, iterations
         self.learning_rate, self.scale_learning_rate = learning_rate, scale_learning_rate
         learning = {parameter: parameter.requires_grad for parameter in parameters}
-        self.optimizer = torch.optim.Adam(learning, lr=0.0)
+        self.rank, self.world = rank_and_world()
+        by_size = sorted(learning, key=lambda parameter: parameter.numel(), reverse=True)
+        self.mover = {parameter: number % self.world for number, parameter in enumerate(by_size)}
+        self.optimizer = torch.optim.Adam([p for p in learning if self.mover[p] == self.rank], lr=0.0)
         graph.requires_grad_(False)
         for parameter, learns in learning.items():
             parameter.requires_grad_(learns)
 
     @property
     def facts(self) -> dict[str, int]:
-        """How many of the network's parameters learn, and the bytes of Adam's moments for them and all scales."""
+        """How many of the network's parameters learn, and the bytes of Adam's moments for them and all scales.
+
+        Of several processes, of all moments together.
+        """
         network = [p for name, p in self.graph.named_parameters() if name.startswith("unet.") and p.requires_grad]
-        learning = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        scales = [group["scale"] for group in self.optimizer.param_groups if "scale" in group]
+        learning = [parameter for parameter in (*self.mover, *scales) if parameter.requires_grad]
         return {"trained_parameters": sum(map(torch.numel, network)), "adam_bytes": 8 * sum(map(torch.numel, learning))}
 
     def add_scales(self, quantizers: Iterable[Any]) -> None:
@@ -100,21 +121,44 @@ class Learner:
         # in the order of names, which a resumed run shares: the norm of all depends on the order in its last bit
         torch.nn.utils.clip_grad_norm_([p for p in self.graph.parameters() if p.grad is not None], LARGEST_GRADIENT)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.graph.zero_grad()
+        if self.world > 1:
+            self._exchange()
         with torch.no_grad():
             for group in scales:
                 group["scale"].clamp_(min=SMALLEST_SCALE)
 
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        """Every process takes over the parameters that another one has moved."""
+        for rank in range(self.world):
+            moved = [p for p, mover in self.mover.items() if mover == rank and p.requires_grad]
+            if not moved:
+                continue
+            values = torch.cat([parameter.reshape(-1) for parameter in moved])
+            dist.broadcast(values, rank)
+            for parameter, value in zip(moved, values.split([p.numel() for p in moved]), strict=True):
+                parameter.copy_(value.view(parameter.shape))
+
     def save(self, path: Path, header: dict[str, Any], more: dict[str, Tensor] | None = None) -> None:
-        """Write graph, moments, ``more`` tensors of the run and the header, whole or not at all."""
+        """Write graph, moments, ``more`` tensors of the run and the header, whole or not at all.
+
+        Of several processes, which all call this, the first one does, with everyone's moments.
+        """
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.graph.named_parameters()}
+        moments = {
+            f"adam.{entry}.{names[parameter]}": value.contiguous()
+            for parameter, state in self.optimizer.state.items()
+            for entry, value in state.items()
+        }
+        if self.world > 1:
+            moments = to_first(moments)
+        if self.rank != 0:
+            return
         tensors: dict[str, Tensor] = {f"run.{name}": value.contiguous() for name, value in (more or {}).items()}
         for name, value in self.graph.state_dict().items():  # cloned: a module may be there under two names
             tensors[f"graph.{name}"] = value.detach().clone(memory_format=torch.contiguous_format)
-        names: dict[Tensor, str] = {parameter: name for name, parameter in self.graph.named_parameters()}
-        for parameter, state in self.optimizer.state.items():
-            for entry, value in state.items():
-                tensors[f"adam.{entry}.{names[parameter]}"] = value.contiguous()
-        write_tensors(path, tensors, {KIND: json.dumps(header)})
+        write_tensors(path, {**tensors, **moments}, {KIND: json.dumps(header)})
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over what :func:`read_checkpoint` found."""
@@ -124,8 +168,10 @@ class Learner:
             kind, _, rest = name.partition(".")
             if kind == "adam":
                 entry, _, parameter = rest.partition(".")
-                place = parameters[parameter].device if entry != "step" else value.device  # Adam counts on the CPU
-                self.optimizer.state[parameters[parameter]][entry] = value.to(place)
+                found = parameters[parameter]
+                place = found.device if entry != "step" else value.device  # Adam counts on the CPU
+                if self.mover.get(found, self.rank) == self.rank:
+                    self.optimizer.state[found][entry] = value.to(place)
 
 
 def more_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -226,9 +272,12 @@ class _Folder:
         self.checkpoint = folder / "checkpoint.safetensors"
         self.before = folder / "checkpoint-before.safetensors"
         folder.mkdir(parents=True, exist_ok=True)
-        if self.checkpoint.is_file():
+        found = of_all(self.checkpoint.is_file())
+        if len({*found}) > 1:
+            raise ValueError(f"{folder} is not the same for all processes: give a folder that they share")
+        if found[0]:
             self._load()
-        elif write:
+        else:
             self.before.unlink(missing_ok=True)  # of a run whose checkpoint was deleted
             run.save(self.checkpoint)
         # updates behind the checkpoint that was written last, as long as the one before it is there
@@ -248,13 +297,13 @@ class _Folder:
 
     def add(self, update: Any, last: bool) -> None:
         """Log an update that succeeded, and every so often write a checkpoint."""
-        if self.log is None:
-            return
-        self.log.write(json.dumps(entries(update)) + "\n")
-        self.log.flush()
+        if self.log is not None:
+            self.log.write(json.dumps(entries(update)) + "\n")
+            self.log.flush()
         if len(self.run.log) % CHECKPOINT_EVERY == 0 or last:
-            with whole_file(self.before) as unfinished:
-                shutil.copyfile(self.checkpoint, unfinished)
+            if self.log is not None:
+                with whole_file(self.before) as unfinished:
+                    shutil.copyfile(self.checkpoint, unfinished)
             self.run.save(self.checkpoint)
             self.saved = len(self.run.log)
 

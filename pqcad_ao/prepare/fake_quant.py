@@ -8,6 +8,7 @@ from pqcad_ao.diffusion.calibration import SAMPLES
 from pqcad_ao.graph.operators import OUTPUT_FIRST, WeightLayout
 from pqcad_ao.ops.reference import per_channel
 from pqcad_ao.prepare.grids import Bound, fit_activation_grid, fit_weight_scale, weight_range
+from pqcad_ao.utils.processes import in_turn
 
 # Values kept of each of them, layer and segment: those at either end one by one, for a handful decides how far a
 # grid of six or eight bits should reach, and a random draw misses them; and some between, which stand for all others.
@@ -208,6 +209,17 @@ class ActivationFakeQuantize(_Blending):
             kept = [stratified(part.flatten(1)) for part in parts]
             self.observed.append((torch.stack([values for values, _ in kept], 1).cpu(), group[rows].cpu()))
             self.weights = torch.stack([weights for _, weights in kept]).cpu()  # the same for every batch
+
+    def seen(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None, bool]:
+        """What was observed, for :meth:`join`."""
+        return self.observed, self.weights, self.finite
+
+    def join(self, parts: list[tuple[list[tuple[Tensor, Tensor]], Tensor | None, bool]]) -> None:
+        """Take over what several have seen of batches that went to them in turn."""
+        observed, weights, finite = zip(*parts, strict=True)
+        self.observed = in_turn(list(observed))
+        self.weights = next((each for each in weights if each is not None), None)
+        self.finite = all(finite)
 
     def fitted(self, bits: int) -> tuple[Tensor, Tensor]:
         """Scale and low of every group's and segment's grid, fitted to what was observed.

@@ -1,7 +1,9 @@
 """Fitting the grids of a prepared graph: weights to themselves, activations to what passes on the calibration set."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from pqcad_ao.diffusion.calibration import CalibrationSet
 from pqcad_ao.graph.arguments import bind
 from pqcad_ao.graph.operators import layer_fqn, quantizable, weight_fqn
 from pqcad_ao.prepare.fake_quant import ActivationFakeQuantize, WeightFakeQuantize
+from pqcad_ao.utils.processes import of_all, rank_and_world
 from pqcad_ao.utils.progress import tqdm
 
 
@@ -61,14 +64,19 @@ def observe(
     callback: Callable[[str, int, int], None] | None = None,
     progress: bool = False,
 ) -> None:
-    """Show the calibration set to a graph's activation quantizers, which keep a sample of it and quantize nothing."""
+    """Show the calibration set to a graph's activation quantizers, which keep a sample of it and quantize nothing.
+
+    Of several processes each shows some of its batches, and all keep the sample that one alone would.
+    """
     quantizers = activation_quantizers(graph).values()
+    rank, world = rank_and_world()
     for module in quantizers:
         module.forget()
         module.enable_observer()
         module.disable_fake_quant()
-    total = -(-len(points) // batch_size)
-    bar = tqdm(points.batches(batch_size), total=total, desc="observing", disable=not progress, leave=False)
+    total = len(range(0, len(points), batch_size)[rank::world])
+    batches = islice(points.batches(batch_size), rank, None, world)
+    bar = tqdm(batches, total=total, desc="observing", disable=not progress, leave=False)
     try:
         for done, batch in enumerate(bar):
             graph(*batch)
@@ -78,12 +86,47 @@ def observe(
         for module in quantizers:
             module.disable_observer()
             module.enable_fake_quant()
+    if world > 1:
+        seen = of_all([module.seen() for module in quantizers])
+        for module, *parts in zip(quantizers, *seen, strict=True):
+            module.join(parts)
 
 
-def fit_weights(graph: GraphModule, bits: dict[str, int]) -> None:
-    """Fit every weight quantizer to its weight, at the bits given by layer name."""
-    for fqn, (module, weight) in weight_quantizers(graph).items():
-        module.fit(weight.detach(), bits[fqn])
+def _fit_each(quantizers: Mapping[str, Any], fit: Callable[[str], None]) -> None:
+    """Fit every quantizer by its layer's name; of several processes each fits some, and all take those grids over."""
+    rank, world = rank_and_world()
+    mine = list(quantizers)[rank::world]
+    for fqn in mine:
+        fit(fqn)
+    if world == 1:
+        return
+    fitted = {fqn: (quantizers[fqn].position(), _on_cpu(quantizers[fqn].state_dict())) for fqn in mine}
+    for part in of_all(fitted):
+        for fqn, (position, state) in part.items():
+            quantizers[fqn].move(**position)
+            quantizers[fqn].load_state_dict(state)
+
+
+def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.cpu() for name, value in state.items()}
+
+
+def fit_weights(graph: GraphModule, bits: dict[str, int], *, blend: bool = False) -> None:
+    """Fit every weight quantizer to its weight, at the bits given by layer name.
+
+    Args:
+        blend: let the new grids blend in, where the bits change, rather than use them at once.
+    """
+    found = weight_quantizers(graph)
+
+    def fit(fqn: str) -> None:
+        module, weight = found[fqn]
+        if not blend:
+            module.fit(weight.detach(), bits[fqn])
+        elif bits[fqn] != module.bits:
+            module.begin(weight.detach(), bits[fqn])
+
+    _fit_each({fqn: module for fqn, (module, _) in found.items()}, fit)
 
 
 def fit_activations(
@@ -102,16 +145,25 @@ def fit_activations(
     Raises:
         FloatingPointError: NaN or infinite activations; names the layer.
     """
-    quantizers = activation_quantizers(graph)
-    bar = tqdm(quantizers.items(), desc="fitting activations", disable=not progress, leave=False)
-    for done, (fqn, module) in enumerate(bar):
+    quantizers, (rank, world) = activation_quantizers(graph), rank_and_world()
+    mine, done = len(list(quantizers)[rank::world]), 0
+
+    def fit(fqn: str) -> None:
+        nonlocal done
+        module = quantizers[fqn]
         try:
             if not blend:
                 module.fit(bits[fqn])
             elif bits[fqn] != module.bits:
                 module.begin(bits[fqn])
-            module.forget()
         except FloatingPointError as error:
             raise FloatingPointError(f"{error} at the input of {fqn} while calibrating") from error
+        done += 1
+        bar.update()
         if callback is not None:
-            callback("fit", done + 1, len(quantizers))
+            callback("fit", done, mine)
+
+    with tqdm(total=mine, desc="fitting activations", disable=not progress, leave=False) as bar:
+        _fit_each(quantizers, fit)
+    for module in quantizers.values():
+        module.forget()

@@ -6,10 +6,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from pqcad_ao.utils.files import naming, sweep
+from pqcad_ao.utils.files import digest, naming, sweep
 from pqcad_ao.utils.locks import try_lock
-from pqcad_ao.utils.processes import rank_and_world
+from pqcad_ao.utils.processes import naming_the_lost, of_all, rank_and_world, wait_for_all
 
 LOCK = ".pqcad.lock"
 
@@ -50,6 +51,34 @@ def only_run_in(folder: str | Path | None) -> Iterator[None]:
             del _mine[held]
             (folder / LOCK).unlink(missing_ok=True)  # while it is held: who waits finds another file, or none
             os.close(descriptor)
+
+
+@contextmanager
+def shared_run(folder: str | Path | None, *alike: Any) -> Iterator[None]:
+    """A run in a folder that is its own, by this process or by all of a process group together.
+
+    Args:
+        folder: as for :func:`only_run_in`; one that all processes see. alike: what each of them has to be given.
+
+    Raises:
+        ValueError: the processes were given different things or folders. ConnectionError: another process of the group
+            ended, or did not come; BlockingIOError and OSError: as :func:`only_run_in`.
+    """
+    _, world = rank_and_world()
+    if world == 1:
+        with only_run_in(folder):
+            yield
+        return
+    with naming_the_lost(folder), only_run_in(folder):
+        if len({*of_all(digest(*alike))}) > 1:
+            raise ValueError(
+                f"the {world} processes were given different networks, settings or data: load the same in each and "
+                "seed what is drawn; where each is to work by itself, make no process group"
+            )
+        if folder is not None and not all(of_all((Path(folder) / LOCK).is_file())):
+            raise ValueError(f"{folder} is not the same for all processes: give a folder that they share")
+        yield
+        wait_for_all()  # the first one keeps the folder until all are done
 
 
 def _hold(file: Path) -> int:
