@@ -98,7 +98,7 @@ def test_another_schedule_is_computed_in_full_and_said(cached: CachedUNet):
 def test_a_batch_of_several_timesteps_is_computed_in_full(cached: CachedUNet):
     x_t, t = noise(), torch.tensor([999, 832, 832, 3])
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         assert torch.equal(cached(x_t, t), cached.unet(x_t, t))
 
 
@@ -285,7 +285,7 @@ def test_other_processes_and_solvers():
     plan = measured(unet, scheduler=flow)
     assert len(plan.refresh) == 3
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         images = sample(CachedUNet(unet), flow, noise(), STEPS)
     assert not torch.equal(images, sample(unet, flow, noise(), STEPS))
 
@@ -294,7 +294,7 @@ def test_other_processes_and_solvers():
     plan = measured(unet, scheduler=solver)
     assert plan.timesteps == solver.timesteps.tolist()
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         sample(CachedUNet(unet), solver, noise(), STEPS)
 
 
