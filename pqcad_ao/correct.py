@@ -383,10 +383,15 @@ def _tac(moments: Moments) -> tuple[Tensor, Tensor]:
 
 
 def _vc(moments: Moments) -> tuple[Tensor, Tensor]:
-    """Q&C's variance compensation (arXiv 2503.02508): μ + K (x̂ − μ), μ the mean of full precision's x'."""
+    """Q&C's variance compensation (arXiv 2503.02508): μ + K (x̂ − μ), μ the mean of full precision's x'.
+
+    K is the minimiser of absolute and relative squares, in which the printed sum Σ(x̂−μ)/x' is Σ(x̂−μ)(x'−μ)/x'²:
+    without that μ, pictures whose mean is not zero are ruined.
+    """
     J, N, sums, zz = moments.taps, moments.pixels, moments.sums, moments.sums["zz"]
     mean_q, mu = moments.mean[:, 0], moments.mean[:, J]
-    above = zz[:, 0, J] - N * mean_q * mu + sums["qeuu"] - mu * sums["euu"]
+    above = zz[:, 0, J] - N * mean_q * mu
+    above = above + sums["qeuu"] - mu * (sums["quu"] + sums["euu"]) + mu.square() * sums["uu"]
     below = zz[:, 0, 0] - 2 * mu * N * mean_q + N * mu.square()
     below = below + sums["qquu"] - 2 * mu * sums["quu"] + mu.square() * sums["uu"]
     K = above / below.clamp_min(torch.finfo(below.dtype).tiny)
