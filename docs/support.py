@@ -118,7 +118,7 @@ def cells_of(scheme: str) -> dict[str, tuple[list[str], list[str]]]:
     config = PQCADConfig(**short, **SCHEMES[scheme])
     quantize_(network, config, scheduler=scheduler, sample_shape=SHAPE, progress=False)
     quantized = {row.fqn for row in plan(network).quantized}
-    captured, _, _ = _capture(network, SHAPE, 1, {})
+    captured, _, _ = _capture(network, SHAPE, 1, {}, continuous=False)
     ahead, graph = copy.deepcopy(captured), dynamo(network, torch.zeros(1, *SHAPE), torch.tensor([500]))
     fuse(ahead)
     fuse(graph)
