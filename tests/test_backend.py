@@ -477,7 +477,7 @@ def test_what_cannot_be_packaged_is_refused(tmp_path, quantized_unet):
 
 
 def test_a_package_that_departs_is_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("pqcad_ao.compile.package.fuse", lambda graph: _spoil(graph))
+    monkeypatch.setattr("pqcad_ao.compile.package.fuse", lambda graph, attention: _spoil(graph))
     with pytest.raises(RuntimeError, match=r"departs from the network: .* dB"):
         export_pt2(quantized(Plain()), tmp_path / "unet.pt2", sample_shape=SHAPE)
     assert not list(tmp_path.iterdir())

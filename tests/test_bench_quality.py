@@ -151,7 +151,7 @@ def test_every_row_has_a_valid_configuration():
         cad = None if row.cad is None else CADConfig(**row.cad)
         assert cad is None or row.part == 2**cad.halvings
         cache = None if row.cache is None else CacheConfig(**row.cache)
-        assert config or cad or row.solver or cache or name in ("fp_full", "fp_half", "pq_half")
+        assert config or cad or row.solver or row.correct or cache or name in ("fp_full", "fp_half", "pq_half")
     learned = [row.cad.get("iterations") for name, row in ABLATIONS.items() if row.cad and name != "cad_joint"]
     assert set(learned) == {None}  # what is compared takes the same number of updates
 

@@ -78,6 +78,7 @@ def test_called_as_a_network_it_draws_the_same(cached: CachedUNet):
         torch.testing.assert_close(x_t, drawn(cached), rtol=0, atol=1e-5)  # other memory formats, other last bits
 
 
+@pytest.mark.slow
 def test_the_line_brings_features_nearer(small: Small):
     """In closed loop, on other noise than it was fitted on; a wrong table takes them away."""
     error = {}
@@ -148,6 +149,7 @@ def test_what_cannot_be_cached_is_refused(small: Small, scheduler: DDIMScheduler
         CachedUNet(small).compile("pqcad")
 
 
+@pytest.mark.slow
 def test_programs_that_do_not_follow_a_plan_say_so(cached: CachedUNet, tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.warns(UserWarning, match="cache plan is not part of a .pt2"), pytest.raises(OSError):  # noqa: PT011

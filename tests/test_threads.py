@@ -40,8 +40,9 @@ def test_threads_share_a_network(quantized_unet):
 
 @torch.no_grad()
 def test_threads_share_a_compiled_network(network):
-    compiled = torch.compile(network, backend="pqcad", fullgraph=not isinstance(network, Broken))
-    assert wrong_calls(caller(compiled), turns=50) == []
+    if not isinstance(network, Broken):  # one thread alone may ask for one graph: why, says threads._compiled
+        caller(torch.compile(network, backend="pqcad", fullgraph=True))(0)
+    assert wrong_calls(caller(torch.compile(network, backend="pqcad")), turns=50) == []
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from pqcad_ao.config import ROLES, CADConfig, PQCADConfig
 from pqcad_ao.graph.arguments import bind
-from pqcad_ao.graph.operators import layer_fqn, operator_of, quantizable
+from pqcad_ao.graph.operators import OPERATORS, layer_fqn, operator_of, quantizable
 from pqcad_ao.graph.plan import Plan, PlanRow
 from pqcad_ao.learn.training import Learner
 from pqcad_ao.prepare.observe import weight_quantizers
@@ -76,7 +76,7 @@ def time_projections(resolved: Plan, trained: Iterable[str] | None) -> list[str]
     return [
         row.fqn
         for row in resolved.quantized
-        if row.role == "time_projection" and row.kind == "linear" and (trained is None or row.fqn in trained)
+        if row.role == "time_projection" and not OPERATORS[row.kind].spatial and (trained is None or row.fqn in trained)
     ]
 
 

@@ -73,7 +73,9 @@ def _eager(folder: Path) -> Callable[[int], Tensor]:
 
 
 def _compiled(folder: Path) -> Callable[[int], Tensor]:
-    return caller(torch.compile(quantized(), backend="pqcad", fullgraph=True))
+    """Not with ``fullgraph=True``: torch 2.13 counts its frames in one variable of the whole process. A call beside
+    another one sets it to zero, and the other one then raises that nothing was compiled."""
+    return caller(torch.compile(quantized(), backend="pqcad"))
 
 
 def _program(folder: Path) -> Callable[[int], Tensor]:
