@@ -1,7 +1,11 @@
 """Networks, configurations and comparisons that several test files use."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
+import pytest
 import torch
 from diffusers import DDIMScheduler, FluxTransformer2DModel, SD3Transformer2DModel
 from torch import Tensor, nn
@@ -149,3 +153,17 @@ def flux_transformer() -> tuple[Any, dict[str, Tensor]]:
         "txt_ids": torch.zeros(5, 3),
     }
     return _stronger(network), conditioning
+
+
+@contextmanager
+def interrupted(run: type, at: int) -> Iterator[None]:
+    """Stop a training run (a class with ``update`` and ``log``) as Ctrl-C does, before its update of this number."""
+    original = run.update
+
+    def update(self):
+        if len(self.log) == at:
+            raise KeyboardInterrupt
+        return original(self)
+
+    with patch.object(run, "update", update), pytest.raises(KeyboardInterrupt):
+        yield

@@ -9,7 +9,7 @@ from statistics import mean, median
 
 import pytest
 import torch
-from networks import SHAPE, Plain, Small, cosine_scheduler, sqnr
+from networks import SHAPE, Plain, Small, cosine_scheduler, interrupted, sqnr
 from safetensors import safe_open
 from torch import nn
 
@@ -292,16 +292,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(run, tmp_path, monkeypatch, ki
     """Checkpoints every three updates, in the middle of widths, of blends, and between the stages."""
     monkeypatch.setattr(training, "CHECKPOINT_EVERY", 3)
     original = engine._Run.update
-
-    def update(self):
-        if len(self.log) == killed_at:
-            raise KeyboardInterrupt
-        return original(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine._Run, "update", update)
-        with pytest.raises(KeyboardInterrupt):
-            learned(Small(), config(), folder=tmp_path)
+    with interrupted(engine._Run, killed_at):
+        learned(Small(), config(), folder=tmp_path)
     begun = []
     monkeypatch.setattr(engine._Run, "update", lambda self: begun.append(len(self.log)) or original(self))
     again, _, _ = learned(Small(), config(), folder=tmp_path)

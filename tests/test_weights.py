@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import SHAPE, Small, cosine_scheduler
+from networks import SHAPE, Small, cosine_scheduler, interrupted
 from test_progressive import config, learned, prepared
 from torch import nn
 
@@ -176,17 +176,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, kind, k
     monkeypatch.setattr(training, "CHECKPOINT_EVERY", 3)
     chosen = config(**SHORT, sample_weights=kind, trainable=["join", "time"], local_weight=0.5)
     whole, _, _ = learned(Small(), chosen)
-    original = engine._Run.update
-
-    def update(self):
-        if len(self.log) == killed_at:
-            raise KeyboardInterrupt
-        return original(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine._Run, "update", update)
-        with pytest.raises(KeyboardInterrupt):
-            learned(Small(), chosen, folder=tmp_path)
+    with interrupted(engine._Run, killed_at):
+        learned(Small(), chosen, folder=tmp_path)
     again, _, _ = learned(Small(), chosen, folder=tmp_path)
     assert again.log == whole.log
     state = whole.graph.state_dict()
