@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pqcad_ao.cache import cache_
-    from pqcad_ao.cached import CachedUNet
+    from pqcad_ao.cached_unet import CachedUNet
     from pqcad_ao.compile.package import export_pt2, load_pt2
     from pqcad_ao.config import CacheConfig, CADConfig, PQCADConfig
     from pqcad_ao.correct import correct_
-    from pqcad_ao.diffusion.caching import CachePlan
+    from pqcad_ao.diffusion.cache_plan import CachePlan
     from pqcad_ao.diffusion.correction import Correction
     from pqcad_ao.distill import compress, distill_
     from pqcad_ao.edge.export import export_pte
@@ -26,8 +26,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "CADConfig": "pqcad_ao.config",
     "CacheConfig": "pqcad_ao.config",
-    "CachePlan": "pqcad_ao.diffusion.caching",
-    "CachedUNet": "pqcad_ao.cached",
+    "CachePlan": "pqcad_ao.diffusion.cache_plan",
+    "CachedUNet": "pqcad_ao.cached_unet",
     "Correction": "pqcad_ao.diffusion.correction",
     "PQCADConfig": "pqcad_ao.config",
     "PTESampler": "pqcad_ao.edge.sampler",

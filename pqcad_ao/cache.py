@@ -22,7 +22,7 @@ from pqcad_ao.denoiser import (
     spread_rows,
     time_scale,
 )
-from pqcad_ao.diffusion.caching import (
+from pqcad_ao.diffusion.cache_plan import (
     CachePlan,
     attach_cache_plan,
     corrected_feature,
@@ -59,8 +59,8 @@ def cache_(
 ) -> CachePlan:
     """Measure a network's cache plan on its own trajectories, and let the network remember it.
 
-    The network itself is called as before and answers as before; :class:`~pqcad_ao.cached.CachedUNet` follows the plan.
-    ``save_pretrained`` saves the plan with a diffusers model, ``save_quantized`` with others; ``quantize_`` and
+    The network itself is called as before and answers as before; :class:`~pqcad_ao.cached_unet.CachedUNet` follows the
+    plan. ``save_pretrained`` saves the plan with a diffusers model, ``save_quantized`` with others; ``quantize_`` and
     ``distill_`` drop it, for the network is another one then.
 
     Args:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pqcad_ao import denoiser
-from pqcad_ao.cached import CachedUNet
+from pqcad_ao.cached_unet import CachedUNet
 from pqcad_ao.denoiser import (
     cast_floats,
     check_conditioning,
@@ -60,8 +60,9 @@ def correct_(
     both walk from the same noise. A distilled network is held to where the reference's flow is after its longer steps.
 
     Args:
-        unet: a network of images that ``quantize_`` has quantized, or the :class:`~pqcad_ao.cached.CachedUNet` of one,
-            which is sampled from then. config: what is fitted; ``Correction()`` if None.
+        unet: a network of images that ``quantize_`` has quantized, or the
+            :class:`~pqcad_ao.cached_unet.CachedUNet` of one, which is sampled from then. config: what is fitted;
+            ``Correction()`` if None.
         reference: the full-precision network that it was made from.
         scheduler: that it is sampled with, as for :func:`~pqcad_ao.quantize.quantize_`; of a distilled network, the one
             that ``distill_`` returned. num_inference_steps: of it; None: what it was distilled for, or 20.

@@ -25,8 +25,8 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from torch import nn
 
-from pqcad_ao.diffusion.caching import KEY as CACHE_PLAN
-from pqcad_ao.diffusion.caching import cache_plan
+from pqcad_ao.diffusion.cache_plan import KEY as CACHE_PLAN
+from pqcad_ao.diffusion.cache_plan import cache_plan
 from pqcad_ao.diffusion.noise import Sampler
 from pqcad_ao.diffusion.process import as_sampler, class_of, read_scheduler
 from pqcad_ao.diffusion.schedule import shown, timesteps_of

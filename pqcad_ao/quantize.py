@@ -14,7 +14,7 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 from pqcad_ao import denoiser
 from pqcad_ao.config import PQCADConfig
 from pqcad_ao.denoiser import cast_floats, check_conditioning, placement
-from pqcad_ao.diffusion.caching import drop_cache_plan
+from pqcad_ao.diffusion.cache_plan import drop_cache_plan
 from pqcad_ao.diffusion.calibration import CalibrationSet, calibration_set
 from pqcad_ao.diffusion.ddim import reach_of
 from pqcad_ao.diffusion.noise import Sampler

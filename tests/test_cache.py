@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pqcad_ao import CacheConfig, CachedUNet, CachePlan, CADConfig, cache_, distill_, export_pt2, export_pte, quantize_
 from pqcad_ao.denoiser import predict
 from pqcad_ao.diffusion import trajectories
-from pqcad_ao.diffusion.caching import attach_cache_plan, cache_plan
+from pqcad_ao.diffusion.cache_plan import attach_cache_plan, cache_plan
 from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.models import load_model, save_model
 from pqcad_ao.nn.files import load_quantized, save_quantized

@@ -213,7 +213,7 @@ def build_pqcad_w4a4(work: Workload) -> Contender:
 def build_pqcad_cached(work: Workload, shallow: bool) -> Contender:
     """One of both kinds of step where features are kept: in full, or with the feature of the same inputs at hand."""
     from pqcad_ao import ops
-    from pqcad_ao.cached import ShallowStep
+    from pqcad_ao.cached_unet import ShallowStep
     from pqcad_ao.graph.capture import capture
     from pqcad_ao.passes.cache_split import cache_split
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pqcad_ao.bench.quality.rows import DEFAULT_ROWS, ROWS
 from pqcad_ao.cache import cache_
-from pqcad_ao.cached import CachedUNet
+from pqcad_ao.cached_unet import CachedUNet
 from pqcad_ao.config import CacheConfig, CADConfig, PQCADConfig
 from pqcad_ao.correct import correct_
 from pqcad_ao.data import to_uint8

@@ -24,7 +24,7 @@ from pqcad_ao.denoiser import (
     spread_rows,
     unguided,
 )
-from pqcad_ao.diffusion.caching import warn_unused
+from pqcad_ao.diffusion.cache_plan import warn_unused
 from pqcad_ao.diffusion.correction import CorrectionTable
 from pqcad_ao.diffusion.noise import process_of
 from pqcad_ao.diffusion.process import matching_sampler, sampler_of

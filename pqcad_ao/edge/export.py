@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from pqcad_ao import denoiser
 from pqcad_ao.denoiser import Denoiser, check_conditioning, evaluation_mode
-from pqcad_ao.diffusion.caching import warn_unused
+from pqcad_ao.diffusion.cache_plan import warn_unused
 from pqcad_ao.diffusion.correction import CorrectionTable, correction_of
 from pqcad_ao.diffusion.noise import Sampler, process_of
 from pqcad_ao.diffusion.process import matching_sampler

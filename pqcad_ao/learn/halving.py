@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.denoiser import evaluation_mode, guided, placement, predict_float32, take_rows, time_scale, unguided
-from pqcad_ao.diffusion.caching import drop_cache_plan
+from pqcad_ao.diffusion.cache_plan import drop_cache_plan
 from pqcad_ao.diffusion.correction import drop_correction
 from pqcad_ao.diffusion.ddim import DDIMSchedule
 from pqcad_ao.diffusion.noise import Sampler

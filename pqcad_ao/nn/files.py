@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pqcad_ao.diffusion.caching import CachePlan, attach_cache_plan, cache_plan
+from pqcad_ao.diffusion.cache_plan import CachePlan, attach_cache_plan, cache_plan
 from pqcad_ao.nn.diffusers_plugin import attach
 from pqcad_ao.nn.layers import QuantizedLayer, check_saved
 from pqcad_ao.nn.state import insert_layers, make_layers, quantized_state, required_state, state_from_dict

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pqcad_ao.cache import _Sums
-from pqcad_ao.diffusion.caching import CachePlan, Walk, group_costs, optimal_starts, sources_of, uniform_starts
+from pqcad_ao.diffusion.cache_plan import CachePlan, Walk, group_costs, optimal_starts, sources_of, uniform_starts
 
 SEEDS = st.integers(0, 2**31)
 

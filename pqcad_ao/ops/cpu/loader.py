@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from pqcad_ao.utils.cache import VARIABLE, cache_folder, find_code, keep_code
+from pqcad_ao.utils.code_cache import VARIABLE, cache_folder, find_code, keep_code
 from pqcad_ao.utils.files import unfinished_folder
 from pqcad_ao.utils.machine import cpu_identity
 

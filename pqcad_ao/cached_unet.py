@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from pqcad_ao.denoiser import placement, set_time_scale, time_scale
-from pqcad_ao.diffusion.caching import CachePlan, ThreadsWalk, Walk, cache_plan, corrected_feature
+from pqcad_ao.diffusion.cache_plan import CachePlan, ThreadsWalk, Walk, cache_plan, corrected_feature
 from pqcad_ao.graph.capture import capture
 from pqcad_ao.passes.cache_split import CacheSplit, cache_split
 
@@ -42,7 +42,7 @@ class CachedUNet(nn.Module):
     """A network that follows its cache plan, called as the network itself is, by pipelines as well.
 
     At the plan's timesteps it is computed in full and keeps its deep feature; at others it takes that feature, where it
-    is of the same pictures' walk (:class:`~pqcad_ao.diffusion.caching.Walk`). ``diffusion.sampling.sample`` begins a
+    is of the same pictures' walk (:class:`~pqcad_ao.diffusion.cache_plan.Walk`). ``diffusion.sampling.sample`` begins a
     walk for each batch. Where a pipeline calls it, each thread is on one walk at a time; one that was broken off is
     forgotten with :meth:`forget`. The network must stay as it is: after layers or adapters were changed, or it was
     taught, make another one.
