@@ -29,7 +29,7 @@ ROLES = (
 )
 Mode = Literal["ptq", "fixed", "progressive"]
 TransitionLaw = Literal["momentum", "schedule"]
-Solver = Literal["ddim", "dpmpp_2m"]
+Solver = Literal["ddim", "dpmpp_2m", "unipc"]
 TimestepLaw = Literal["normal", "uniform"]
 Space = Literal["v", "x"]
 Guidance = Literal["kept", "baked"]
@@ -333,7 +333,8 @@ class CADConfig(AOBaseConfig):
         scale_learning_rate: of the scales, as a part of their own size, falling alike.
         reference_weight: of the target that the full-precision network sets: where its probability flow leads.
         reference_solver: of that flow, with which C_DC is drawn, too: ``"dpmpp_2m"``, DPM-Solver++ 2M (Lu et al. 2022),
-            of the second order, which starts anew with each of the student's steps; or ``"ddim"``, of the first.
+            of the second order; ``"unipc"`` (Zhao et al. 2023), which corrects each of its steps; or ``"ddim"``, of the
+            first. Walked from fresh noise, each of them starts anew with each of the student's steps.
         reference_substeps: its steps for each of the N, at most the training timesteps between two of them: what the
             sampler's own N steps get wrong is not handed on to the student.
         teacher_weight: of the target that the student as it was sets, with two of its own steps.

@@ -7,7 +7,12 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,7 +21,7 @@ from pqcad_ao import CADConfig, distill_
 from pqcad_ao.config import Solver
 from pqcad_ao.diffusion.ddim import DDIMSchedule
 from pqcad_ao.diffusion.schedule import check_substeps, refined, teachable, timesteps_of
-from pqcad_ao.diffusion.solvers import SOLVERS, dpmpp_2m
+from pqcad_ao.diffusion.solvers import SOLVERS
 
 KINDS = ("epsilon", "v_prediction", "sample")
 STEPS = [n for n in range(2, 251, 2) if 1000 % n == 0]
@@ -66,15 +71,20 @@ def misses(solver: str, scheduler: Any, steps: int, substeps: int) -> Tensor:
     return (found - network.flow(x_t, step, 2 * substeps)).flatten(1).norm(dim=1)
 
 
+def refinable(kind: str, zero_snr: bool) -> Any:
+    """A scheduler of this kind of prediction with 1000 training timesteps, which begins without signal or nearly so."""
+    if kind == "flow":
+        return FlowMatchEulerDiscreteScheduler(shift=2.0 if zero_snr else 1.0)
+    # where no signal is, the noise says nothing of the image, and such a schedule is refused
+    kind = "v_prediction" if zero_snr and kind == "epsilon" else kind
+    return scheduler_of(kind, beta_schedule="squaredcos_cap_v2", rescale_betas_zero_snr=zero_snr)
+
+
 @pytest.mark.parametrize("zero_snr", [False, True])
 @pytest.mark.parametrize("kind", [*KINDS, "flow"])
 @pytest.mark.parametrize(("solver", "order"), [("ddim", 1), ("dpmpp_2m", 2)])
 def test_more_substeps_converge_to_the_flow_with_the_solvers_order(solver, order, kind, zero_snr):
-    # where no signal is, the noise says nothing of the image, and such a schedule is refused
-    kind = "v_prediction" if zero_snr and kind == "epsilon" else kind
-    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=2.0 if zero_snr else 1.0)  # begins without signal
-    if kind != "flow":
-        scheduler = scheduler_of(kind, beta_schedule="squaredcos_cap_v2", rescale_betas_zero_snr=zero_snr)
+    scheduler = refinable(kind, zero_snr)
     few, more, most = (misses(solver, scheduler, 8, substeps) for substeps in (5, 25, 125))
     for coarse, fine in ((few, more), (more, most)):
         # between two noisy images; close to the image itself the steps' length in log SNR does not fall as they do
@@ -82,6 +92,16 @@ def test_more_substeps_converge_to_the_flow_with_the_solvers_order(solver, order
         assert (within > order - 0.25).all(), within
         assert (within < order + 0.15).all(), within
     assert few[-1] > 15 * most[-1]
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("kind", [*KINDS, "flow"])
+def test_unipcs_corrector_raises_the_order_to_three(kind, zero_snr):
+    scheduler = refinable(kind, zero_snr)
+    few, most = (misses("unipc", scheduler, 8, substeps) for substeps in (5, 125))
+    # the error of the first jump is as small as its rounding, and the last one leads to the image, as above
+    assert ((few / most).log()[1:-1] / log(25) > 2.75).all(), (few / most).log() / log(25)
+    assert (most[:-1] < 0.05 * misses("dpmpp_2m", scheduler, 8, 125)[:-1]).all()
 
 
 def test_a_second_order_walk_is_closer_to_the_flow_in_as_many_steps():
@@ -97,6 +117,7 @@ def network(x_t: Tensor, timesteps: Tensor) -> Tensor:
 
 
 @given(
+    st.sampled_from(["dpmpp_2m", "unipc"]),
     st.sampled_from([2, 4, 8]),
     st.integers(1, 6),
     st.sampled_from(KINDS),
@@ -104,22 +125,26 @@ def network(x_t: Tensor, timesteps: Tensor) -> Tensor:
     st.booleans(),
     st.integers(0, 2**31),
 )
-def test_dpmpp_2m_is_diffusers_multistep_solver(steps, substeps, kind, betas, to_one, seed):
+def test_multistep_solvers_are_diffusers_own(solver, steps, substeps, kind, betas, to_one, seed):
     scheduler = scheduler_of(kind, beta_schedule=betas, set_alpha_to_one=to_one)
     schedule = DDIMSchedule.of(scheduler, steps, substeps=substeps)
     visited, generator = schedule.timesteps[:-1].tolist(), torch.Generator().manual_seed(seed)
     start = int(torch.randint(len(visited), (1,), generator=generator))
     length = int(torch.randint(1, len(visited) - start + 1, (1,), generator=generator))
     x_t = torch.randn(3, 1, 2, 2, generator=generator)
-    theirs = DPMSolverMultistepScheduler.from_config(
+    theirs: Any = DPMSolverMultistepScheduler.from_config(
         scheduler.config, euler_at_final=True, final_sigmas_type="zero" if to_one else "sigma_min"
     )
     theirs.set_timesteps(timesteps=visited[start:])
+    if solver == "unipc":  # whose set_timesteps knows of no timesteps that are given
+        visits, theirs = theirs, UniPCMultistepScheduler.from_config(theirs.config, solver_order=2)
+        theirs.set_timesteps(len(visits.timesteps))
+        theirs.timesteps, theirs.sigmas = visits.timesteps, visits.sigmas
     expected = x_t
     for timestep in theirs.timesteps[:length]:
         prediction = network(expected, timestep.repeat(3))
         expected = theirs.step(prediction, timestep, expected).prev_sample
-    found = dpmpp_2m(network, schedule, x_t, torch.full((3,), start), length)
+    found = SOLVERS[solver](network, schedule, x_t, torch.full((3,), start), length)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
@@ -183,7 +208,7 @@ def test_what_the_reference_cannot_walk_is_said_before_any_work():
         ValueError, match=r"reference_substeps=51: 20 of 1000 training timesteps are 50 apart.* most 50"
     ):
         distill(reference_substeps=51)
-    with pytest.raises(ValueError, match="reference_solver='heun': allowed are 'ddim', 'dpmpp_2m'"):
+    with pytest.raises(ValueError, match="reference_solver='heun': allowed are 'ddim', 'dpmpp_2m', 'unipc'"):
         distill(reference_solver="heun")
     with pytest.raises(ValueError, match="reference_substeps=0"):
         distill(reference_substeps=0)

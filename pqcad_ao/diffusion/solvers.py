@@ -35,11 +35,48 @@ def dpmpp_2m(
     for taken in range(steps):
         at = step + taken
         x_0 = schedule.clipped(schedule.x_0_and_noise(predict(x_t, schedule.timesteps[at]), x_t, at)[0])
-        ahead = x_0 if before is None else x_0 + slope[at].view(-1, *[1] * (x_0.dim() - 1)) * (x_0 - before)
+        ahead = x_0 if before is None else x_0 + _at(slope, at, x_t) * (x_0 - before)
         x_t, before = schedule.step_towards(ahead, x_t, at), x_0
         if meet is not None:
             meet(taken + 1, x_t)
     return x_t
+
+
+def unipc(
+    predict: Predict, schedule: DDIMSchedule, x_t: Tensor, step: Tensor, steps: int, meet: Meet | None = None
+) -> Tensor:
+    """UniPC (Zhao et al. 2023, algorithms 5 and 6) of the second order with B(h) = e^h - 1.
+
+    Its predictor is DPM-Solver++ 2M, and what the network says of the x_t in which that ends corrects the way there, at
+    no further call. Those that it meets on the way are the corrected ones; the last, of which no network was asked, is
+    not.
+    """
+    slope, (first, second) = _slopes(schedule), _corrections(schedule)
+    start = before = earlier = None  # of the step before this one: x_t, x_0, and the x_0 before that
+    for taken in range(steps):
+        at = step + taken
+        x_0 = schedule.clipped(schedule.x_0_and_noise(predict(x_t, schedule.timesteps[at]), x_t, at)[0])
+        if start is not None and before is not None:
+            if earlier is None:
+                middle = before + (x_0 - before) / 2
+            else:
+                middle = (
+                    before + _at(first, at - 1, x_t) * (before - earlier) + _at(second, at - 1, x_t) * (x_0 - before)
+                )
+            x_t = schedule.step_towards(middle, start, at - 1)
+            if meet is not None:
+                meet(taken, x_t)
+        ahead = x_0 if before is None else x_0 + _at(slope, at, x_t) * (x_0 - before)
+        start, before, earlier = x_t, x_0, before
+        x_t = schedule.step_towards(ahead, x_t, at)
+    if meet is not None:
+        meet(steps, x_t)
+    return x_t
+
+
+def _at(values: Tensor, step: Tensor, like: Tensor) -> Tensor:
+    """Those of each sample's step, to be multiplied with images."""
+    return values[step].view(-1, *[1] * (like.dim() - 1))
 
 
 def _slopes(schedule: DDIMSchedule) -> Tensor:
@@ -54,9 +91,24 @@ def _slopes(schedule: DDIMSchedule) -> Tensor:
     return slope.to(schedule.alphas.dtype)
 
 
+def _corrections(schedule: DDIMSchedule) -> tuple[Tensor, Tensor]:
+    """What UniPC's corrector takes of the change of x_0 over the step before each, and over the step itself: 2 x (S,).
+
+    For the coefficients ρ of its quadrature B(h)·ρ·(1, r) = (φ_2(h)·h, 2·φ_3(h)·h), with r as in :func:`_slopes`.
+    """
+    h = (schedule.alphas.double().log() - schedule.sigmas.double().log()).diff()
+    ratio = 2 * _slopes(schedule).double()  # of h to that of the step before
+    decay = torch.expm1(-h)
+    linear = (decay / -h - 1) / decay
+    square = 2 * ((decay / -h - 1) / -h - 0.5) / decay
+    past = (linear - square) * ratio / (1 + ratio)
+    return (past * ratio).to(schedule.alphas.dtype), (linear - past).to(schedule.alphas.dtype)
+
+
 # Each walks ``steps`` steps of a schedule from x_t (B, C, H, W), which is at each sample's ``step`` (B,), and returns
 # the x_t (B, C, H, W) in which it arrives; ``meet`` sees those on the way, too.
 SOLVERS: dict[str, Callable[..., Tensor]] = {
     "ddim": ddim,
     "dpmpp_2m": dpmpp_2m,
+    "unipc": unipc,
 }
