@@ -12,6 +12,7 @@ from pqcad_ao.prepare.fake_quant import (
     WeightFakeQuantize,
     expand_grid,
     fake_quantize,
+    highest,
     quantize,
     stratified,
 )
@@ -342,6 +343,16 @@ def test_a_stratified_sample_holds_every_extreme_and_stands_for_all_values(count
         assert torch.equal(there[:ends], row.sort().values[:ends])
         assert torch.equal(there[-ends:], row.sort().values[-ends:])
     assert (weights[(kept == values.amax(1, keepdim=True)).any(0)] == 1).all()
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 12), st.integers(0, 8000), st.sampled_from([1, 3, 1000]), st.integers(0, 2**31))
+def test_the_highest_are_those_that_topk_finds(count, more, kinds, seed):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(kinds, (2, count + more), generator=generator) + torch.rand(1, generator=generator)
+    if more > count:
+        values[1, more] = torch.inf
+    assert torch.equal(highest(values, count), values.topk(count).values)
 
 
 def test_a_wide_grid_reaches_what_few_values_reach():
