@@ -212,7 +212,6 @@ class ActivationFakeQuantize(_Blending):
 
     def observe(self, x: Tensor, group: Tensor) -> None:
         """Keep some values of each group's first samples: x is (B, ...), group (B,)."""
-        self.finite = self.finite and bool(x.isfinite().all())
         rows = []
         for row, index in enumerate(group.tolist()):
             if self.room[index]:
@@ -221,7 +220,9 @@ class ActivationFakeQuantize(_Blending):
         if rows:
             parts = x.detach()[rows].float().split(self.segments, self.channel_dim)
             kept = [stratified(part.flatten(1)) for part in parts]
-            self.observed.append((torch.stack([values for values, _ in kept], 1).cpu(), group[rows].cpu()))
+            sampled = torch.stack([values for values, _ in kept], 1).cpu()
+            self.observed.append((sampled, group[rows].cpu()))
+            self.finite = self.finite and bool(sampled.isfinite().all())  # NaN counts as highest
             self.weights = torch.stack([weights for _, weights in kept]).cpu()  # the same for every batch
 
     def seen(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None, bool]:

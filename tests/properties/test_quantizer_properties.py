@@ -355,6 +355,18 @@ def test_the_highest_are_those_that_topk_finds(count, more, kinds, seed):
     assert torch.equal(highest(values, count), values.topk(count).values)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("size", [3, 30, 200])  # kept whole; ends looked for at once; and block by block
+def test_one_value_that_is_not_finite_is_an_error(value, size):
+    module = ActivationFakeQuantize(4, [2], 1, 1)
+    module.enable_observer()
+    x = torch.randn(3, 2, size, size)
+    x[1, 1, -1, 1] = value
+    module.observe(x, torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(FloatingPointError, match="NaN or infinite activations"):
+        module.fit(4)
+
+
 def test_a_wide_grid_reaches_what_few_values_reach():
     """One value in two thousand decides how far eight bits should go; a draw of so many may miss it."""
     x = torch.randn(8, 4, 32, 32, generator=torch.Generator().manual_seed(0))
