@@ -27,7 +27,7 @@ ROOMS = [
     "pipeline",
     "quantize",
     "distill",
-    "cached",
+    "cached_unet",
     "cache",
     "correct",
     "evaluate",
