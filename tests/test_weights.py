@@ -1,6 +1,8 @@
 """Weights of samples: probes, alignment, bounds, resuming, and what they do for points that help or harm."""
 
 import copy
+import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -12,16 +14,17 @@ from torch import nn
 
 from pqcad_ao import CADConfig, PQCADConfig, distill_
 from pqcad_ao.diffusion import trajectories
+from pqcad_ao.diffusion.calibration import CalibrationSet
 from pqcad_ao.diffusion.ddim import DDIMSchedule, reach_of
 from pqcad_ao.graph.capture import capture
 from pqcad_ao.learn import halving as distilling
 from pqcad_ao.learn import progressive as engine
 from pqcad_ao.learn import training
-from pqcad_ao.learn.reweighing import held_out
+from pqcad_ao.learn.reweighing import Reweighing, _finite, held_out
 from pqcad_ao.learn.sensitivity import perturbation_loss
 from pqcad_ao.learn.weights import LARGEST, LEAST, SampleWeights, agreement, alignment, bounded
 from pqcad_ao.nn.state import quantized_state
-from pqcad_ao.passes.probes import insert_probes, take_gradients
+from pqcad_ao.passes.probes import Probe, insert_probes, take_gradients
 
 SHORT = {"iterations": 12, "window": 1, "weight_ladder": [], "activation_ladder": [], "weight_every": 4}
 
@@ -75,6 +78,163 @@ def test_who_serves_both_of_two_opposed_tasks_gains():
     assert omega[0] == pytest.approx(omega[1].item())
     # a product would reward who harms both, too
     assert alignment(-both, against, 1.0) < 0
+
+
+@settings(max_examples=6)
+@given(st.integers(0, 2**16), st.integers(2, 5))
+def test_tasks_that_agree_gain_over_the_one_that_is_against_them(seed, agreeing):
+    generator = torch.Generator().manual_seed(seed)
+    shared, tasks = torch.randn(6, generator=generator), agreeing + 1
+    signs = torch.tensor([1.0] * agreeing + [-1.0])[:, None]
+    G = signs * shared + 0.1 * torch.randn(tasks, 6, generator=generator)
+    slot = torch.arange(tasks).repeat_interleave(4)
+    weights = SampleWeights(slot, tasks, 0.5, 1.0, 0.5)
+    for task in range(tasks):
+        weights.remember(task, G[task : task + 1], 0.5)
+    for _ in range(3):
+        weights.move(torch.arange(len(slot)), G[slot])
+        omega = weights.omega[::4]
+        assert omega[:agreeing].min() > 1 > omega[-1]
+
+
+def test_weights_of_points_turn_the_tasks_gradients_towards_each_other():
+    """Half of either task's points pull both to one side, half apart: the cosine rises from 0 with every look."""
+    shared, apart = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]])
+    P = torch.cat([shared, apart, shared, -apart])  # the first two are of one task, the last two of the other
+    weights = SampleWeights(torch.arange(4), 2, 0.5, 1.0, 0.5)
+    weights.remember(0, P[:2], 0.5)
+    weights.remember(1, P[2:], 0.5)
+    cosines = [weights.agreement]
+    for _ in range(8):
+        weights.move(torch.arange(4), P)
+        weighted = weights.omega[:, None] * P
+        cosines.append(agreement(torch.stack([weighted[:2].mean(0), weighted[2:].mean(0)])))
+    assert cosines[0] == pytest.approx(0, abs=1e-9)
+    assert all(later >= earlier for earlier, later in itertools.pairwise(cosines))
+    assert cosines[-1] > 0.5
+
+
+@settings(max_examples=15)
+@given(st.integers(0, 2**16), st.integers(2, 6))
+def test_learning_itself_ends_where_the_gradients_point_apart(seed, tasks):
+    """At the minimum of Σ ω_k L_k the gradients, times their weights, sum to zero, whatever the weights are: they point
+    apart, and of equal lengths their mean cosine is -1 / (K - 1)."""
+    minima = torch.randn(tasks, tasks + 2, generator=torch.Generator().manual_seed(seed)).double()
+    omega = torch.rand(tasks, 1, generator=torch.Generator().manual_seed(seed)).double() + 0.25
+    start = minima.mean(0) + 100 * torch.ones(tasks + 2).double()
+    end = (omega * minima).sum(0) / omega.sum()  # of the losses ω_k |θ - θ_k|² / 2
+    assert agreement(start - minima) > 0.9
+    assert agreement(omega * (end - minima)) < 0.1
+    corners = torch.eye(tasks).double()
+    assert agreement(corners - corners.mean(0)) == pytest.approx(-1 / (tasks - 1))
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 2**16), st.integers(2, 12))
+def test_at_rate_zero_every_weight_stays_one(seed, count):
+    generator = torch.Generator().manual_seed(seed)
+    weights = samples(count, rate=0.0)
+    for task in range(2):
+        weights.remember(task, torch.randn(3, 6, generator=generator), 0.5)
+    weights.move(torch.arange(count), torch.randn(count, 6, generator=generator))
+    assert torch.equal(weights.omega, torch.ones(count))
+
+
+@settings(max_examples=8)
+@given(st.integers(0, 2**16))
+def test_a_point_whose_gradient_is_noise_falls_below_the_mean(seed):
+    generator = torch.Generator().manual_seed(seed)
+    shared = torch.randn(40, generator=generator)
+    P = shared + 0.5 * torch.randn(8, 40, generator=generator)
+    P[3] = 5 * torch.randn(40, generator=generator)
+    weights = samples(8)
+    for task in range(2):
+        weights.remember(task, shared + 0.3 * torch.randn(6, 40, generator=generator), 0.5)
+    for _ in range(3):
+        weights.move(torch.arange(8), P)
+    assert weights.omega.argmin() == 3
+    assert weights.omega[3] < 1
+
+
+@settings(max_examples=8)
+@given(st.integers(0, 2**16), st.integers(1, 4))
+def test_what_is_kept_of_weights_goes_on_as_they_do(seed, killed_at):
+    generator = torch.Generator().manual_seed(seed)
+    whole, again = samples(5), samples(5)
+    for number in range(5):
+        gradients = [torch.randn(5, width, generator=generator) for width in (3, 4)]
+        for weights in (whole, again):
+            P = weights.joined(gradients, follow=True)
+            weights.remember(number % 2, P[:2], 0.5)
+            weights.move(torch.arange(5), P)
+        if number == killed_at:
+            state, again = {name: value.clone() for name, value in again.state().items()}, samples(5)
+            again.load(state)
+    assert torch.equal(again.omega, whole.omega)
+    assert torch.equal(again.gradients, whole.gradients)
+    assert torch.equal(again.squares, whole.squares)
+
+
+@settings(max_examples=10)
+@given(st.lists(st.sampled_from([0.0, float("nan"), float("inf")]), min_size=1, max_size=6))
+def test_the_first_sample_whose_gradient_is_not_finite_is_named_by_its_timestep(added):
+    P, timesteps = torch.ones(len(added), 3), torch.arange(len(added)) * 10
+    P[:, 1] += torch.tensor(added)
+    batch = CalibrationSet(P, timesteps, {})
+    wrong = [row for row, value in enumerate(added) if value != 0]
+    if not wrong:
+        assert _finite(P, batch) is P
+        return
+    with pytest.raises(FloatingPointError, match=f"gradient of a sample at timestep {10 * wrong[0]}:"):
+        _finite(P, batch)
+
+
+class Probed(nn.Module):
+    """Two layers with probes behind them, of very different gradients at either end of the timesteps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(3, 4), nn.Linear(4, 3)])
+        self.probes = nn.ModuleList([Probe(1), Probe(1)])
+
+    def forward(self, x_t: torch.Tensor) -> torch.Tensor:
+        for layer, probe in zip(self.layers, self.probes, strict=True):
+            x_t = probe(layer(x_t).tanh())
+        return x_t
+
+
+@settings(max_examples=8)
+@given(st.integers(0, 2**16), st.integers(1, 5))
+def test_a_samples_gradient_is_its_own_whoever_is_beside_it(seed, count):
+    graph, x_t = Probed(), torch.randn(count, 3, generator=torch.Generator().manual_seed(seed))
+    plain = x_t
+    for layer in graph.layers:
+        plain = layer(plain).tanh()
+
+    def gradients(rows: torch.Tensor) -> list[torch.Tensor]:
+        graph(rows).square().sum().backward()
+        return take_gradients(graph)
+
+    assert torch.equal(graph(x_t), plain)
+    take_gradients(graph)
+    alone = [torch.cat(parts) for parts in zip(*(gradients(row[None]) for row in x_t), strict=True)]
+    for together, one in zip(gradients(x_t), alone, strict=True):
+        torch.testing.assert_close(together, one, rtol=1e-4, atol=1e-6)
+
+
+def test_no_task_decides_by_which_measure_gradients_are_compared():
+    """The first look: with tasks in the other order, the same cosine."""
+    torch.manual_seed(1)
+    timesteps = torch.arange(80) * 12
+    x_t = torch.randn(80, 3) * (1 + timesteps[:, None] / 100)
+    found = []
+    for times in (timesteps, 999 - timesteps):
+        chosen, graph = PQCADConfig(sample_weights="groups", weight_tasks=2, weight_validation=0.5), Probed()
+        reweighing = Reweighing(CalibrationSet(x_t, times, {}), x_t.sin(), chosen, 1000)
+        loss = partial(lambda graph, batch, targets: perturbation_loss(graph(batch.x_t), targets), graph)
+        found.append(reweighing.look(graph, loss))
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
 
 
 def test_agreement_is_the_mean_cosine_over_pairs():

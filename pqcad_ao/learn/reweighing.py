@@ -53,11 +53,15 @@ class Reweighing:
         Args:
             graph: with the probes. loss_of: the loss of points and targets by it.
         """
+        found: dict[int, list[Tensor]] = {}
         for task, (batch, targets) in enumerate(self.held):
             if len(batch):
                 loss_of(batch, targets).backward()
-                P = self.weights.joined(take_gradients(graph), follow=False)
-                self.weights.remember(task, _finite(P, batch), DECAY)
+                found[task] = take_gradients(graph)
+        self.weights.begin(list(found.values()))
+        for task, gradients in found.items():
+            P = self.weights.joined(gradients, follow=False)
+            self.weights.remember(task, _finite(P, self.held[task][0]), DECAY)
         for parameter in graph.parameters():
             parameter.grad = None
         return self.weights.agreement

@@ -92,6 +92,16 @@ class SampleWeights:
         self.gradients, self.squares = torch.empty(0), torch.empty(0)
         self.known = torch.zeros_like(self.known)
 
+    def begin(self, by_task: list[list[Tensor]]) -> None:
+        """Let layers' mean squares, where there are none yet, begin at those of all tasks' gradients: none goes first.
+
+        Args:
+            by_task: what the probes found of each task, layer by layer, (B, C) each.
+        """
+        if not len(self.squares):
+            found = [torch.stack([g.square().mean() for g in gradients]) for gradients in by_task]
+            self.squares = torch.stack(found).mean(0)
+
     def joined(self, gradients: list[Tensor], *, follow: bool) -> Tensor:
         """What the probes found as one vector for each sample, (B, D), each layer over its running root mean square.
 
