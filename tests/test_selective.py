@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import SHAPE, Plain, Small, cosine_scheduler
 from test_progressive import TINY, config, learned, prepared, quantize, same_weights
+from torch import nn
 
 from pqcad_ao import CADConfig, PQCADConfig, distill_, plan
 from pqcad_ao.diffusion import trajectories
 from pqcad_ao.graph.capture import capture
 from pqcad_ao.graph.plan import PlanRow, resolve
 from pqcad_ao.learn import progressive as engine
-from pqcad_ao.learn import sensitivity, training
+from pqcad_ao.learn import sensitivity, time_projections, training
 from pqcad_ao.learn.selective import choose, local_loss, norms_before
 from pqcad_ao.learn.time_projections import fit_time_projections, rounded
 from pqcad_ao.nn.state import quantized_state
@@ -161,6 +162,34 @@ def test_no_row_is_rounded_worse_than_to_the_nearest(seed, inputs, bits):
 
     assert (lost(found) <= lost(on_grid(W, scale, low, high))).all()
     assert torch.equal(found, found.round().clamp(low, high))
+
+
+class Grid(nn.Module):
+    """Rounds a weight with a step for each row, as a weight's quantizer does."""
+
+    def __init__(self, scale: torch.Tensor) -> None:
+        super().__init__()
+        self.scale, self.quant_min, self.quant_max = scale, -4, 3
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return on_grid(weight, self.scale[:, None], self.quant_min, self.quant_max) * self.scale[:, None]
+
+
+@settings(max_examples=15)
+@given(st.integers(0, 2**16), st.integers(1, 8), st.integers(1, 5))
+def test_the_bias_takes_all_of_the_mean_error(seed, inputs, outputs):
+    """Of a projection's whole fit, with its inputs and its grid given by hand."""
+    generator = torch.Generator().manual_seed(seed)
+    layer, s = nn.Linear(inputs, outputs).double(), torch.randn(9, inputs, generator=generator).double() + 0.5
+    layer.weight.data = torch.randn(outputs, inputs, generator=generator).double()
+    graph, before = nn.ModuleDict({"unet": nn.ModuleDict({"time": layer})}), copy.deepcopy(layer)
+    grid = Grid(0.1 + torch.rand(outputs, generator=generator))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time_projections, "_inputs", lambda *_: [s])
+        patch.setattr(time_projections, "weight_quantizers", lambda _: {"time": (grid, layer.weight)})
+        fit_time_projections(graph, ["time"], None, 4)
+    assert torch.equal(layer.weight, grid(layer.weight))
+    assert (layer(s) - before(s)).mean(0).abs().max() < 1e-9
 
 
 @pytest.mark.slow

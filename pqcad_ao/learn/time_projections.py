@@ -31,7 +31,7 @@ def fit_time_projections(graph: GraphModule, names: Sequence[str], points: Calib
     quantizers = weight_quantizers(graph)
     for name, s in zip(names, inputs, strict=True):
         module, weight = quantizers[name]
-        mean, W = s.mean(0), weight.double()
+        mean, W = s.mean(0), weight.to(torch.float64, copy=True)
         scale = module.scale.double()[:, None]
         integers = rounded(W, scale, (s - mean).T @ (s - mean) / len(s), module.quant_min, module.quant_max)
         weight.copy_(integers * scale)
