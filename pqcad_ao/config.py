@@ -37,6 +37,7 @@ SampleWeighting = Literal["uniform", "groups", "aligned", "reach"]
 StepWeighting = Literal["uniform", "groups"]
 Refreshes = Literal["uniform", "optimal"]
 Correction = Literal["channel", "none"]
+Selection = Literal["first", "clusters"]
 WEIGHT_BITS = range(2, 9)
 ACTIVATION_BITS = range(2, 9)
 LEARNING = (  # idle without learning
@@ -135,7 +136,7 @@ class PQCADConfig(AOBaseConfig):
         tau: progress below which a width counts as settled, as a part of the loss.
         window: updates over which progress is measured.
         patience: how many updates in a row must show it.
-        learning_points: noisy images x_t to learn from.
+        learning_points: noisy images x_t to learn from, and for ``"clusters"`` to choose from.
         calibration_points: as many of them calibrate the activations, the first eight of each timestep group; without
             learning, no others are walked to.
         calibration_steps: sampling steps of the trajectories from which they are taken.
@@ -162,6 +163,10 @@ class PQCADConfig(AOBaseConfig):
         weight_validation: part of the learning points that is held out for it, between 0 and 1.
         weight_tasks: ranges of timesteps, from 2.
         weight_every: updates between two looks at the held-out points.
+        calibration_selection: which points of a timestep group calibrate the activations: ``"first"``, or
+            ``"clusters"``, as many, one of each cluster of all the group's points (Q&C's TAP); walked to for that are
+            all ``learning_points``, in ``mode="ptq"`` as well.
+        cluster_alpha: how much the pictures count for a cluster, from 0 to 1; the rest are their timesteps.
 
     Raises:
         ValueError, TypeError: a value outside its range; the message says which and what is allowed.
@@ -217,6 +222,8 @@ class PQCADConfig(AOBaseConfig):
     weight_validation: float = later(0.05)
     weight_tasks: int = later(5)
     weight_every: int = later(20)
+    calibration_selection: Selection = later("first")
+    cluster_alpha: float = later(0.5)
 
     def __post_init__(self) -> None:
         if self.weight_bits is None:
@@ -228,11 +235,12 @@ class PQCADConfig(AOBaseConfig):
         check_word("mode", self.mode, Mode)
         check_word("transitions", self.transitions, TransitionLaw)
         check_word("calibration_timesteps", self.calibration_timesteps, TimestepLaw)
+        check_word("calibration_selection", self.calibration_selection, Selection)
         if self.target_bits is not None and not is_number(self.target_bits, 2, 8):
             raise ValueError(f"target_bits={self.target_bits!r}: allowed are numbers from 2 to 8, or None")
         _check_ladder("weight_ladder", self.weight_ladder, WEIGHT_BITS)
         _check_ladder("activation_ladder", self.activation_ladder, ACTIVATION_BITS)
-        check_numbers(self, ("learning_rate", "scale_learning_rate", "tau"))
+        check_numbers(self, ("learning_rate", "scale_learning_rate", "tau", "cluster_alpha"))
         for name in ("weight_share", "beta"):
             if not is_number(getattr(self, name), 0, 1) or getattr(self, name) in (0, 1):
                 raise ValueError(f"{name}={getattr(self, name)!r}: allowed are numbers between 0 and 1")
@@ -292,6 +300,10 @@ class PQCADConfig(AOBaseConfig):
     @property
     def learns(self) -> bool:
         return self.mode != "ptq"
+
+    @property
+    def clusters(self) -> bool:
+        return self.calibration_selection == "clusters"
 
     @classmethod
     def fast(cls, **options: Any) -> "PQCADConfig":

@@ -15,7 +15,7 @@ from pqcad_ao import denoiser
 from pqcad_ao.config import PQCADConfig
 from pqcad_ao.denoiser import cast_floats, check_conditioning, placement
 from pqcad_ao.diffusion.cache_plan import drop_cache_plan
-from pqcad_ao.diffusion.calibration import CalibrationSet, calibration_set
+from pqcad_ao.diffusion.calibration import CalibrationSet, calibration_set, to_observe
 from pqcad_ao.diffusion.ddim import reach_of
 from pqcad_ao.diffusion.noise import Sampler
 from pqcad_ao.diffusion.process import as_sampler, clip_of, find_scheduler, is_flow, settings_of
@@ -200,7 +200,8 @@ def _learn(
         learned = learn(graph, resolved, points, config, num_train_timesteps, reach=reach, **keeps)
         return marked(resolved, learned.trained), learned
     graph = prepare(captured, resolved, config, num_train_timesteps)
-    calibrate(graph, resolved, points, config, callback=callback, progress=progress)
+    seen = to_observe(points, config, num_train_timesteps) if config.clusters else points
+    calibrate(graph, resolved, seen, config, callback=callback, progress=progress)
     return resolved, Learned(graph)
 
 

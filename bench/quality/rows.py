@@ -111,6 +111,18 @@ WEIGHTED = {
     "gac_w4a8": Row("progressive W4A8, a weight for each sample", {"activation_bits": 8, "sample_weights": "aligned"}),
 }
 ROWS |= WEIGHTED
+# Which points the activation grids are fitted to; the choice matters most where there are few.
+CHOSEN = {
+    "ptq_clusters": Row(
+        "fixed W4A4, nothing learned, points by clusters", {**A4, "mode": "ptq", "calibration_selection": "clusters"}
+    ),
+    "ptq_few": Row("fixed W4A4, nothing learned, 64 points", {**A4, "mode": "ptq", "calibration_points": 64}),
+    "ptq_few_clusters": Row(
+        "fixed W4A4, nothing learned, 64 points by clusters",
+        {**A4, "mode": "ptq", "calibration_points": 64, "calibration_selection": "clusters"},
+    ),
+}
+ROWS |= CHOSEN
 # Features are kept between steps. At two steps a full one, these cost little more than half the steps do.
 CACHED = {
     "cache_fp": Row("full precision, features kept for a step", None, base="fp_full", cache={}),
@@ -159,7 +171,7 @@ SETS = {
     ],
     "family": [
         *("fp_full", "ptq_full", "fixed_full", "pq_full", "pqcad_half"),
-        *(*SELECTIVE, *WEIGHTED, *CACHED, *CORRECTED),
+        *(*SELECTIVE, *WEIGHTED, *CHOSEN, *CACHED, *CORRECTED),
     ],
     "ablations": ["fp_full", "pqcad_half", *ABLATIONS],
 }

@@ -23,6 +23,7 @@ from pqcad_ao.denoiser import (
 from pqcad_ao.diffusion.noise import process_of
 from pqcad_ao.diffusion.process import as_sampler, check_signal, settings_of
 from pqcad_ao.diffusion.sampling import sample
+from pqcad_ao.diffusion.selection import NEAR, one_of_each
 from pqcad_ao.utils.checks import is_whole
 from pqcad_ao.utils.files import digest
 from pqcad_ao.utils.processes import fill_in, wait_for_all
@@ -93,7 +94,7 @@ def draw_steps(
         (N,) int64, and how many trajectories give each point an x_t of its own.
     """
     drawn = draw_timesteps(
-        config.learning_points if config.learns else config.calibration_points,
+        config.learning_points if config.learns or config.clusters else config.calibration_points,
         num_train_timesteps,
         config.calibration_timesteps,
         mean=config.calibration_mean,
@@ -101,7 +102,7 @@ def draw_steps(
         generator=generator,
     )
     step = (drawn[:, None] - visited[None]).abs().argmin(1)
-    if not config.learns:  # nobody looks at the others, and walking there takes most of the time
+    if not config.learns and not config.clusters:  # nobody looks at the others, whose walks take most of the time
         step = step[observed(visited[step], config.timestep_groups, num_train_timesteps)]
     return step, int(torch.bincount(step).max())
 
@@ -118,9 +119,29 @@ def observed(timesteps: Tensor, groups: int, num_train_timesteps: int) -> Tensor
 
 
 def to_observe(points: CalibrationSet, config: PQCADConfig, num_train_timesteps: int) -> CalibrationSet:
-    """Those of C_QC's points to which activation grids are fitted."""
+    """Those of C_QC's points to which activation grids are fitted.
+
+    With ``calibration_selection="clusters"`` as many of each timestep group as otherwise, chosen among all of it.
+    """
     head = points[: config.calibration_points]
-    return head[observed(head.timesteps, config.timestep_groups, num_train_timesteps)]
+    chosen = observed(head.timesteps, config.timestep_groups, num_train_timesteps)
+    if not config.clusters:
+        return head[chosen]
+    group = timestep_group(points.timesteps.cpu(), config.timestep_groups, num_train_timesteps)
+    counts = torch.bincount(group[: len(head)][chosen], minlength=config.timestep_groups)
+    found = []
+    for number in counts.nonzero().flatten().tolist():
+        rows = (group == number).nonzero().flatten()
+        alike = one_of_each(
+            points.x_t[rows.to(points.x_t.device)],
+            points.timesteps.cpu()[rows],
+            int(counts[number]),
+            alpha=config.cluster_alpha,
+            bandwidth=NEAR * num_train_timesteps / config.timestep_groups,
+            seed=(config.seed * 1_000_003 + number) % 2**63,
+        )
+        found.append(rows[alike])
+    return points[torch.cat(found).sort().values.to(points.x_t.device)]
 
 
 def assign_trajectories(step: Tensor, trajectories: int, generator: torch.Generator) -> Tensor:
@@ -144,8 +165,8 @@ def calibration_set(
     callback: Callable[[str, int, int], None] | None = None,
     progress: bool = False,
 ) -> CalibrationSet:
-    """Walk the full-precision sampler and keep some of its inputs: ``config.learning_points`` or, without learning,
-    ``config.calibration_points``.
+    """Walk the full-precision sampler and keep some of its inputs: ``config.learning_points`` or, without learning and
+    without clusters to choose from, of ``config.calibration_points`` those that are looked at.
 
     A point is a timestep drawn by the law, moved to the nearest one that the sampler visits, and the x_t that one of
     the trajectories has there; as many trajectories are walked as give each point an x_t of its own.

@@ -213,6 +213,7 @@ class _Run:
         if config.sample_weights in ("groups", "aligned"):
             self.reweighing = Reweighing(points, self.targets, config, num_train_timesteps)
             self.points, self.targets = self.reweighing.points, self.reweighing.targets
+        self.observed = to_observe(self.points, config, num_train_timesteps)
         self.reference = self._frozen() if config.local_weight else None
         weights = self.policies.get("weights")
         fit_weights(graph, self._widths("weights", weights.bits if weights else 0))
@@ -366,8 +367,7 @@ class _Run:
             fit_activations(self.graph, self._widths("activations", self.policy.bits))
 
     def _observe(self) -> None:
-        points = to_observe(self.points, self.config, self.num_train_timesteps)
-        observe(self.graph, points, self.config.calibration_batch_size)
+        observe(self.graph, self.observed, self.config.calibration_batch_size)
 
     def _begin(self, bits: int) -> None:
         """Let a width begin to blend in; the next grids' moments are those of a width long gone."""
