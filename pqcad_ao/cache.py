@@ -38,6 +38,7 @@ from pqcad_ao.diffusion.process import as_sampler, find_scheduler
 from pqcad_ao.diffusion.sampling import overflow
 from pqcad_ao.diffusion.schedule import steps_to_bind
 from pqcad_ao.graph.capture import capture
+from pqcad_ao.graph.suitable import check_network
 from pqcad_ao.nn.state import quantized_state
 from pqcad_ao.passes.cache_split import cache_split
 from pqcad_ao.utils.progress import tqdm
@@ -74,7 +75,8 @@ def cache_(
 
     Raises:
         ValueError: the network has no such branch to be cut at, a scheduler without timesteps that fall step by step,
-            other steps than the network was distilled for, a reference of another structure, conditioning missing.
+            other steps than the network was distilled for, a reference of another structure, conditioning missing, a
+            pipeline, or a network that is wrapped already.
         FloatingPointError: the sampler left the finite numbers.
 
     Example:
@@ -86,6 +88,9 @@ def cache_(
         True
     """
     config = config or CacheConfig()
+    for given in (unet, reference):
+        if given is not None:
+            check_network(given)
     scheduler = find_scheduler(unet) if scheduler is None else scheduler
     if scheduler is None:
         raise ValueError("no scheduler was given, none is saved beside the network: pass the one it samples with")

@@ -15,7 +15,7 @@ from pqcad_ao.diffusion.noise import Sampler
 from pqcad_ao.diffusion.process import find_scheduler, is_flow, settings_of
 from pqcad_ao.diffusion.schedule import check_substeps, teachable
 from pqcad_ao.diffusion.trajectories import checked_trajectories
-from pqcad_ao.graph.suitable import check_whole
+from pqcad_ao.graph.suitable import check_network, check_whole
 from pqcad_ao.learn.halving import teach
 from pqcad_ao.learn.unfold import check_structure, dequantized_state
 from pqcad_ao.nn.state import quantized_state
@@ -194,6 +194,7 @@ def _check_student(student: nn.Module, reference: nn.Module, ddim: Sampler) -> N
     if student is reference:
         raise ValueError("student and reference are one network: hand over copy.deepcopy(reference) to be taught")
     for network in (student, reference):
+        check_network(network)
         check_whole(network)
     state = quantized_state(student)
     if state is not None:

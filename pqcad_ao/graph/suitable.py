@@ -1,6 +1,7 @@
 """Which networks can be captured and quantized; of the others, each with a word on what to hand over instead."""
 
 import inspect
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, UNet1DModel
@@ -20,19 +21,28 @@ def check_suitable(model: nn.Module) -> None:
         TypeError: it is no network. ValueError: it is wrapped, no denoiser of images, called in another order, or in a
             state in which its layers are not those that it is made of.
     """
-    kind = type(model).__name__
-    if isinstance(model, DiffusionPipeline):
-        raise ValueError(f"{kind} is a pipeline: hand over the network in it, such as pipeline.unet")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"a network is expected and a {kind} was given: hand over an nn.Module or a diffusers pipeline")
-    for wrapper, inner in WRAPPERS.items():
-        if isinstance(model, wrapper):
-            raise ValueError(f"the network is wrapped in a {kind}: hand over model.{inner}, and wrap it afterwards")
+    check_network(model)
     _check_kind(model)
     _check_parameters(model)
     for fqn, module in model.named_modules():
         _check_attention(fqn, module)
         _check_adapter(fqn, module)
+
+
+def check_network(model: Any) -> None:
+    """Raises ValueError, TypeError: it is a pipeline, no network at all, or one that is wrapped in something else."""
+    kind = type(model).__name__
+    if isinstance(model, DiffusionPipeline):
+        raise ValueError(
+            f"{kind} is a pipeline: hand over the network in it, such as pipeline.unet, with pipeline.scheduler and, "
+            "where it takes prompts, conditioning=pqcad_ao.pipeline.conditioning_of(pipeline, prompts)"
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a network is expected and a {kind} was given: hand over an nn.Module or a diffusers pipeline")
+    wrappers = {**WRAPPERS, type(model): "unet"} if hasattr(type(model), "begin_walk") else WRAPPERS
+    for wrapper, inner in wrappers.items():
+        if isinstance(model, wrapper):
+            raise ValueError(f"the network is wrapped in a {kind}: hand over model.{inner}, and wrap it afterwards")
 
 
 def _check_kind(model: nn.Module) -> None:
