@@ -8,10 +8,9 @@ if TYPE_CHECKING:
     from pqcad_ao.cache import cache_
     from pqcad_ao.cached_unet import CachedUNet
     from pqcad_ao.compile.package import export_pt2, load_pt2
-    from pqcad_ao.config import CacheConfig, CADConfig, PQCADConfig
+    from pqcad_ao.config import CacheConfig, CADConfig, Correction, PQCADConfig
     from pqcad_ao.correct import correct_
     from pqcad_ao.diffusion.cache_plan import CachePlan
-    from pqcad_ao.diffusion.correction import Correction
     from pqcad_ao.distill import compress, distill_
     from pqcad_ao.edge.export import export_pte
     from pqcad_ao.edge.sampler import PTESampler
@@ -28,7 +27,7 @@ _HOMES = {
     "CacheConfig": "pqcad_ao.config",
     "CachePlan": "pqcad_ao.diffusion.cache_plan",
     "CachedUNet": "pqcad_ao.cached_unet",
-    "Correction": "pqcad_ao.diffusion.correction",
+    "Correction": "pqcad_ao.config",
     "PQCADConfig": "pqcad_ao.config",
     "PTESampler": "pqcad_ao.edge.sampler",
     "Plan": "pqcad_ao.graph.plan",

@@ -10,7 +10,9 @@ from torch.nn import functional as F
 
 from pqcad_ao import denoiser
 from pqcad_ao.cached_unet import CachedUNet
+from pqcad_ao.config import Correction
 from pqcad_ao.denoiser import (
+    GUIDANCE_SCALE,
     cast_floats,
     check_conditioning,
     evaluation_mode,
@@ -20,11 +22,12 @@ from pqcad_ao.denoiser import (
     spread_rows,
     take_rows,
 )
-from pqcad_ao.diffusion.correction import Correction, CorrectionTable, filtered
+from pqcad_ao.diffusion.correction import CorrectionTable, filtered
 from pqcad_ao.diffusion.ddim import DDIMSchedule
 from pqcad_ao.diffusion.process import as_sampler, find_scheduler
 from pqcad_ao.diffusion.schedule import default_steps
 from pqcad_ao.diffusion.solvers import SOLVERS
+from pqcad_ao.graph.suitable import check_network
 from pqcad_ao.learn.unfold import dequantized_state
 from pqcad_ao.nn.diffusers_plugin import attach
 from pqcad_ao.nn.state import quantized_state, required_state
@@ -66,14 +69,15 @@ def correct_(
         reference: the full-precision network that it was made from.
         scheduler: that it is sampled with, as for :func:`~pqcad_ao.quantize.quantize_`; of a distilled network, the one
             that ``distill_`` returned. num_inference_steps: of it; None: what it was distilled for, or 20.
-        conditioning: keyword arguments of ``forward`` with rows to draw from. sample_shape: (C, H, W).
+        conditioning: keyword arguments of ``forward`` with rows to draw from; with ``guidance_scale`` and ``negative``
+            in it both walks are guided, and what is corrected is the guided prediction. sample_shape: (C, H, W).
 
     Returns:
         the table, which is the network's from now on.
 
     Raises:
-        ValueError: the network is not quantized, the reference is or is of another structure, guidance in the
-            conditioning, samples that are no images or are smaller than the filter.
+        ValueError: the network is not quantized, the reference is or is of another structure, either is a pipeline or
+            wrapped in something else, samples that are no images or are smaller than the filter.
         FloatingPointError: a walk left the finite numbers.
 
     Example:
@@ -88,8 +92,10 @@ def correct_(
         >>> table.filters.shape, table.bias.shape
         (torch.Size([4, 1, 3, 3]), torch.Size([4, 1]))
     """
-    config, state = config or Correction(), required_state(unet)
     network = unet.unet if isinstance(unet, CachedUNet) else unet
+    for given in (network, reference):
+        check_network(given)
+    config, state = config or Correction(), required_state(unet)
     scheduler = find_scheduler(reference) if scheduler is None else as_sampler(scheduler)
     if scheduler is None:
         raise ValueError("no scheduler was given, none is saved beside the reference: pass the one to sample with")
@@ -98,8 +104,6 @@ def correct_(
     dequantized_state(network, reference)
     denoiser.set_time_scale(reference, state.timestep.time_scale)
     conditioning = check_conditioning(network, conditioning)
-    if "guidance_scale" in conditioning:
-        raise ValueError("conditioning holds guidance_scale: a correction is of single calls, leave guidance out")
     shape = denoiser.sample_shape(reference, sample_shape)
     if len(shape) != 3 or min(shape[1:]) < config.width:
         raise ValueError(f"samples of shape {shape}: a filter of size {config.width} corrects images at least as large")
@@ -108,8 +112,8 @@ def correct_(
     with torch.no_grad(), evaluation_mode(unet), evaluation_mode(reference):
         rows = [walk.fit(index) for index in tqdm(range(steps), desc="correcting", disable=not progress, leave=False)]
     filters, bias = (torch.stack(parts).float().cpu() for parts in zip(*rows, strict=True))
-    cached = isinstance(unet, CachedUNet)
-    state.correction = CorrectionTable(config.kind, config.place, walk.timesteps, filters, bias, cached)
+    cached, guidance = isinstance(unet, CachedUNet), conditioning.get(GUIDANCE_SCALE)
+    state.correction = CorrectionTable(config.kind, config.place, walk.timesteps, filters, bias, cached, guidance)
     attach(network, state)
     return state.correction
 

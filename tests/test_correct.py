@@ -1,13 +1,15 @@
 """Corrections of a quantized network's sampling: fits in closed form, applied, saved, exported."""
 
 import copy
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import SHAPE, cosine_scheduler
+from networks import SHAPE, TINY_TEXT_UNET, cosine_scheduler, quick, sqnr
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,6 +25,7 @@ from pqcad_ao import (
     export_pt2,
     export_pte,
     load_pt2,
+    quantize_,
 )
 from pqcad_ao.correct import Moments, orbits, solved
 from pqcad_ao.diffusion import trajectories
@@ -159,11 +162,34 @@ def test_published_formulas_are_what_they_say():
     torch.testing.assert_close(bias, mu.flatten() * (1 - K))
 
 
-def test_a_batch_of_several_steps_is_each_sample_alone():
-    table = CorrectionTable("debias", "prediction", [9, 5, 1], torch.randn(3, 2, 3, 3), torch.randn(3, 2))
-    value, step = torch.randn(5, 2, 6, 6), torch.tensor([2, 0, 1, 1, 2])
-    alone = torch.cat([table.predicted(value[row : row + 1], int(step[row])) for row in range(5)])
+def a_table(seed: int, size: int, guidance: float | None = None) -> CorrectionTable:
+    generator = torch.Generator().manual_seed(seed)
+    filters, bias = (torch.randn(3, 2, *rest, generator=generator) for rest in ((size, size), ()))
+    return CorrectionTable("debias", "prediction", [9, 5, 1], filters, bias, guidance=guidance)
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 2**16), st.sampled_from([1, 3, 5]), st.lists(st.integers(0, 2), min_size=1, max_size=6))
+def test_a_batch_of_several_steps_is_each_sample_alone(seed, size, steps):
+    table, step = a_table(seed, size), torch.tensor(steps)
+    value = torch.randn(len(steps), 2, 6, 6, generator=torch.Generator().manual_seed(seed + 1))
+    alone = torch.cat([table.predicted(value[row : row + 1], int(step[row])) for row in range(len(steps))])
     torch.testing.assert_close(table.apply(value, step), alone)
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 2**16), st.sampled_from([1, 3]), st.none() | st.floats(-20, 20), st.data())
+def test_a_table_is_read_as_it_was_written_and_damage_is_refused(seed, size, guidance, data):
+    table = a_table(seed, size, guidance)
+    values = json.loads(json.dumps(table.to_dict()))
+    read = CorrectionTable.from_dict(values)
+    assert torch.equal(read.filters, table.filters)
+    assert torch.equal(read.bias, table.bias)
+    assert read.to_dict() == table.to_dict()
+    name = data.draw(st.sampled_from(["kind", "where", "timesteps", "filters", "bias", "cached", "guidance"]))
+    wrong = data.draw(st.sampled_from([[1], {}, [[1.0]], [float("nan")]]))
+    with pytest.raises((ValueError, TypeError, KeyError)):
+        CorrectionTable.from_dict({**values, name: wrong})
 
 
 @pytest.mark.parametrize(
@@ -208,8 +234,10 @@ def test_a_correction_acts_where_it_was_fitted_and_nowhere_else(tiny_unet, quant
         sample(quantized_unet, cosine_scheduler(), NOISE, 5)
     with pytest.raises(ValueError, match="fitted to a walk without guidance, and this one keeps features"):
         table.check(table.timesteps, {}, cached=True)
-    with pytest.raises(ValueError, match="and this one is guided"):
+    with pytest.raises(ValueError, match="and this one is guided, with guidance_scale=5"):
         table.check(table.timesteps, {"guidance_scale": 5.0}, cached=False)
+    with pytest.raises(ValueError, match="walk with guidance_scale=5, and this one is not guided"):
+        replace(table, guidance=5.0).check(table.timesteps, {}, cached=False)
     save_model(quantized_unet, cosine_scheduler(), tmp_path)
     loaded, scheduler = load_model(tmp_path)
     assert torch.equal(quantized_state(loaded).correction.filters, table.filters)
@@ -243,6 +271,34 @@ def test_features_that_are_kept_are_corrected_as_they_are_sampled(tiny_unet, qua
     assert not torch.equal(sample(cached, cosine_scheduler(), NOISE, 4), plain)
     with pytest.raises(ValueError, match="with features kept, and this one computes all features"):
         sample(quantized_unet, cosine_scheduler(), NOISE, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [False, True])
+def test_under_guidance_the_guided_prediction_is_corrected(kept):
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(**TINY_TEXT_UNET).eval()
+    text, none = torch.randn(4, 5, 12), torch.zeros(4, 5, 12)
+    guided = {"encoder_hidden_states": text, "guidance_scale": 3.0, "negative": {"encoder_hidden_states": none}}
+    quantized = copy.deepcopy(unet)
+    quantize_(quantized, quick(), scheduler=cosine_scheduler(), conditioning=guided, progress=False)
+    asked = {"scheduler": cosine_scheduler(), "num_inference_steps": 4, "conditioning": guided, "progress": False}
+    if kept:
+        cache_(quantized, CacheConfig(points=4), reference=unet, **asked)
+    walked = CachedUNet(quantized) if kept else quantized
+    table = correct_(walked, Correction(points=8, batch_size=4, size=3), reference=unet, **asked)
+    assert table.guidance == 3.0
+    assert CorrectionTable.from_dict(table.to_dict()).guidance == 3.0
+    noise = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(1))
+    reference, scheduler = sample(unet, cosine_scheduler(), noise, 4, conditioning=guided), cosine_scheduler()
+    drawn = sample(walked, scheduler, noise, 4, conditioning=guided)
+    plain = sample(walked, scheduler, noise, 4, conditioning=guided, correction=None)
+    assert not torch.equal(drawn, plain)
+    assert sqnr(reference, drawn) > sqnr(reference, plain) - 3
+    with pytest.raises(ValueError, match="and this one is not guided"):
+        sample(walked, scheduler, noise, 4, conditioning={"encoder_hidden_states": text})
+    with pytest.raises(ValueError, match="is guided, with guidance_scale=4"):
+        sample(walked, scheduler, noise, 4, conditioning={**guided, "guidance_scale": 4.0})
 
 
 @pytest.mark.slow

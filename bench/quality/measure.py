@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from pqcad_ao.bench.quality.rows import DEFAULT_ROWS, ROWS
 from pqcad_ao.cache import cache_
 from pqcad_ao.cached_unet import CachedUNet
-from pqcad_ao.config import CacheConfig, CADConfig, PQCADConfig
+from pqcad_ao.config import CacheConfig, CADConfig, Correction, PQCADConfig
 from pqcad_ao.correct import correct_
 from pqcad_ao.data import to_uint8
 from pqcad_ao.denoiser import placement, sample_shape
-from pqcad_ao.diffusion.correction import Correction
 from pqcad_ao.diffusion.process import settings_of
 from pqcad_ao.diffusion.recording import record_calls
 from pqcad_ao.diffusion.sampling import sample

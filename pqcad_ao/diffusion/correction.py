@@ -2,80 +2,15 @@
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pqcad_ao.config import MAX_BATCH
+from pqcad_ao.config import Place
 from pqcad_ao.denoiser import GUIDANCE_SCALE
-from pqcad_ao.utils.checks import check_count, check_fields, check_numbers, check_seed, check_word, is_whole
-
-CorrectionKind = Literal["debias", "variance", "regression", "ptqd", "tac", "vc"]
-Place = Literal["prediction", "sample"]
-PUBLISHED: dict[str, Place] = {"ptqd": "prediction", "tac": "prediction", "vc": "sample"}  # and where
-
-
-@dataclass
-class Correction:
-    """What :func:`~pqcad_ao.correct.correct_` fits: for each sampling step a filter and a bias for each channel.
-
-    Of one frequency, with e full precision's prediction, q the quantized network's and ρ their correlation, the fits
-    are E[h q | e] = e (``"debias"``), equal power (``"variance"``) and the least squared error (``"regression"``).
-
-    Args:
-        kind: ``"debias"``, ``"variance"`` or ``"regression"``, by a small filter; or what is published, one factor for
-            each step and channel: ``"ptqd"`` (PTQD), ``"tac"`` (TAC-Diffusion), ``"vc"`` (Q&C's variance compensation).
-        where: ``"prediction"``, or ``"sample"``, x_{t-1} after the step. None: the sample for ``"vc"``, which is
-            published so, else the prediction.
-        size: of the filter, odd, at most 15; 1 is one factor. None: 7, or 1 of what is published.
-        strength: from 0, the identity, to 1, what was fitted.
-        points: pictures that are walked, at least 2. batch_size: of a call, at most 63.
-        seed: of their noise.
-
-    Raises:
-        ValueError: a value outside its range, or a published kind where it is not published; says what is allowed.
-
-    Example:
-        >>> Correction().width, Correction(kind="vc").place
-        (7, 'sample')
-    """
-
-    kind: CorrectionKind = "debias"
-    where: Place | None = None
-    size: int | None = None
-    strength: float = 1.0
-    points: int = 256
-    batch_size: int = 32
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_word("kind", self.kind, CorrectionKind)
-        published = PUBLISHED.get(self.kind)
-        if self.where is not None:
-            check_word("where", self.where, Place)
-        if published is not None and (self.place != published or self.width != 1):
-            raise ValueError(
-                f"kind={self.kind!r} with where={self.where!r}, size={self.size!r}: it is published as one factor of "
-                f"the {published}; leave both out, or write kind='debias', 'variance' or 'regression'"
-            )
-        if not is_whole(self.width, 1, 15) or self.width % 2 == 0:
-            raise ValueError(f"size={self.size!r}: allowed are odd numbers from 1 to 15, or None")
-        check_numbers(self, ("strength",))
-        check_count("points", self.points, 2)
-        check_fields(self, ("batch_size",), most=MAX_BATCH)
-        check_seed(self.seed)
-
-    @property
-    def place(self) -> Place:
-        return self.where or PUBLISHED.get(self.kind, "prediction")
-
-    @property
-    def width(self) -> int:
-        if self.size is not None:
-            return self.size
-        return 1 if self.kind in PUBLISHED else 7
+from pqcad_ao.utils.checks import is_number
 
 
 @dataclass(frozen=True)
@@ -87,6 +22,7 @@ class CorrectionTable:
         timesteps: (S,) of the steps, as the sampler visits them.
         filters: (S, C, k, k) float32. bias: (S, C) float32.
         cached: whether it was fitted to a network that keeps features between steps.
+        guidance: the scale of the guidance that it was fitted under; None: without.
     """
 
     kind: str
@@ -95,15 +31,19 @@ class CorrectionTable:
     filters: Tensor
     bias: Tensor
     cached: bool = False
+    guidance: float | None = None
 
     def check(self, timesteps: list[Any], conditioning: dict[str, Any], *, cached: bool) -> None:
         """Raises ValueError: the table was fitted for another walk: timesteps, guidance, or features that are kept."""
-        if GUIDANCE_SCALE in conditioning or cached != self.cached:
-            kept = "keeps features" if cached else "computes all features"
-            walk = "is guided" if GUIDANCE_SCALE in conditioning else kept
+        guidance = conditioning.get(GUIDANCE_SCALE)
+        if guidance != self.guidance or cached != self.cached:
+            fitted = "without guidance" if self.guidance is None else f"with guidance_scale={self.guidance:g}"
+            walk = "keeps features" if cached else "computes all features"
+            if guidance != self.guidance:
+                walk = "is not guided" if guidance is None else f"is guided, with guidance_scale={guidance:g}"
             raise ValueError(
-                f"the correction was fitted to a walk without guidance{', with features kept' if self.cached else ''}, "
-                f"and this one {walk}: leave it out with correction=None, or call correct_ with what is sampled from"
+                f"the correction was fitted to a walk {fitted}{', with features kept' if self.cached else ''}, and "
+                f"this one {walk}: leave it out with correction=None, or call correct_ with what is sampled from"
             )
         if timesteps != self.timesteps:
             raise ValueError(
@@ -137,13 +77,15 @@ class CorrectionTable:
             "filters": self.filters.tolist(),
             "bias": self.bias.tolist(),
             "cached": self.cached,
+            **({} if self.guidance is None else {"guidance": self.guidance}),
         }
 
     @classmethod
     def from_dict(cls, values: Any) -> "CorrectionTable":
         """Invert :meth:`to_dict`. Raises ValueError, TypeError, KeyError: it is not what that wrote."""
         filters, bias = (torch.tensor(values[name], dtype=torch.float32) for name in ("filters", "bias"))
-        table = cls(values["kind"], values["where"], values["timesteps"], filters, bias, values["cached"])
+        kind, where, timesteps, cached = (values[name] for name in ("kind", "where", "timesteps", "cached"))
+        table = cls(kind, where, timesteps, filters, bias, cached, values.get("guidance"))
         steps = len(table.timesteps)
         sound = (
             filters.dim() == 4
@@ -154,6 +96,7 @@ class CorrectionTable:
             and bool(filters.isfinite().all() and bias.isfinite().all())
         )
         words = table.where in get_args(Place) and isinstance(table.kind, str) and isinstance(table.cached, bool)
+        words = words and (table.guidance is None or is_number(table.guidance, -1e6, 1e6))
         if not sound or not words:
             raise ValueError(f"its correction has filters {tuple(filters.shape)} and bias {tuple(bias.shape)}")
         return table
