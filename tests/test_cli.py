@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import json
+import operator
 import re
 import shlex
 import shutil
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +20,9 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
 
-from pqcad_ao import cli, distill
+from pqcad_ao import CachedUNet, cli, distill
 from pqcad_ao.cli.command import app
-from pqcad_ao.config import CADConfig, PQCADConfig
+from pqcad_ao.config import CacheConfig, CADConfig, Correction, PQCADConfig
 from pqcad_ao.denoiser import predict
 from pqcad_ao.diffusion import trajectories
 from pqcad_ao.diffusion.sampling import sample
@@ -437,9 +439,17 @@ def test_options_mirror_the_config():
     assert configuration_of(argv) == PQCADConfig.fast(iterations=400, target_bits=4.2)
 
 
-@pytest.mark.parametrize(("kind", "prefix"), [(PQCADConfig, "--pq."), (CADConfig, "--cad.")])
-def test_every_field_of_a_configuration_is_an_option_with_its_description(kind: type, prefix: str):
-    options = app["bench"]["quality"].assemble_argument_collection()
+@pytest.mark.parametrize(
+    ("kind", "command", "prefix"),
+    [
+        (PQCADConfig, "bench quality", "--pq."),
+        (CADConfig, "bench quality", "--cad."),
+        (CacheConfig, "cache", "--"),
+        (Correction, "correct", "--"),
+    ],
+)
+def test_every_field_of_a_configuration_is_an_option_with_its_description(kind: type, command: str, prefix: str):
+    options = reduce(operator.getitem, command.split(), app).assemble_argument_collection()
     helps = {name: option.parameter.help for option in options for name in option.names}
     written = {"overrides": "override"}
     for field in dataclasses.fields(kind):
@@ -549,6 +559,45 @@ def test_a_dry_run_says_what_it_comes_to_and_writes_nothing(
     assert f"{found['bytes_before']:,} bytes now, {found['bytes_after']:,} afterwards" in printed
     assert 0 < found["expected_seconds"] < 3600
     assert "expected: " in printed
+
+
+def test_dry_runs_of_what_is_measured_write_nothing(tiny_dir: Path, compressed_dir: Path, tmp_path: Path, capsys):
+    out = tmp_path / "out"
+    found = run_json(tmp_path, "cache", "--model", tiny_dir, "--out", out, "--steps", 4, "--dry-run")
+    assert 0 < found["mean_macs"] < 0.7 * found["full_macs"]
+    asked = ["correct", "--model", compressed_dir, "--reference", tiny_dir, "--out", out, "--dry-run"]
+    assert run_json(tmp_path, *asked)["steps"] == 20
+    assert not out.exists()
+    printed = capsys.readouterr().out
+    assert "4 steps, 2 of them in full" in printed
+    assert printed.count("expected: ") == 2
+    line = error_line(capsys, "correct", "--model", tiny_dir, "--reference", tiny_dir, "--out", out, "--dry-run")
+    assert "quantize_" in line
+    assert "size=4: allowed are odd numbers" in error_line(capsys, *asked, "--size", 4)
+
+
+@pytest.mark.slow
+def test_a_network_is_cached_corrected_and_sampled_by_commands(
+    tiny_dir: Path, compressed_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    kept, both = tmp_path / "kept", tmp_path / "both"
+    asked = ["--reference", tiny_dir, "--points", 4]
+    found = run_json(tmp_path, "cache", "--model", compressed_dir, "--out", kept, "--steps", 4, *asked)
+    assert len(found["refresh"]) == 2
+    assert found["mean_macs"] < 0.7 * found["full_macs"]
+    found = run_json(tmp_path, "correct", "--model", kept, "--out", both, "--kind", "variance", "--size", 3, *asked)
+    assert (found["steps"], found["cached"]) == (4, True)
+    drawn = []
+    monkeypatch.setattr(pictures, "save_grid", lambda images, path: drawn.append(images))
+    for folder in (kept, both):
+        result = run_json(tmp_path, "sample", "--model", folder, "--out", tmp_path / "a.png", "--n", 3)
+        assert result["steps"] == 4
+    unet, scheduler = load_model(both)
+    noise = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(drawn[1], sample(CachedUNet(unet), scheduler, noise, 4))
+    assert not torch.equal(drawn[0], drawn[1])
+    line = error_line(capsys, "sample", "--model", both, "--out", tmp_path / "a.png", "--steps", 5)
+    assert "fitted for the timesteps" in line
 
 
 def test_nothing_unfinished_stays_behind(compressed_dir: Path):

@@ -1,4 +1,4 @@
-"""The ``pqcad`` command: demo, plan, compress, sample, eval, export and bench."""
+"""The ``pqcad`` command: demo, plan, compress, cache, correct, sample, eval, export and bench."""
 
 from pqcad_ao.cli.command import main
 

@@ -13,7 +13,7 @@ import pqcad_ao
 from pqcad_ao.bench.compile.command import bench_compile
 from pqcad_ao.bench.edge.command import bench_edge
 from pqcad_ao.bench.quality.command import bench_quality
-from pqcad_ao.cli import commands
+from pqcad_ao.cli import commands, walk
 from pqcad_ao.utils.options import Common, command_line
 
 # What bad input raises; anything else is a defect of ours and keeps its traceback.
@@ -37,7 +37,7 @@ app = App(
 bench = App(name="bench", help="Measure this project and its peers side by side.")
 for kind, benchmark in (("quality", bench_quality), ("compile", bench_compile), ("edge", bench_edge)):
     bench.command(benchmark, name=kind)
-for command in (commands.demo, commands.plan, commands.compress, commands.sample):
+for command in (commands.demo, commands.plan, commands.compress, walk.cache, walk.correct, commands.sample):
     app.command(command)
 app.command(commands.evaluate, name="eval")
 app.command(commands.export)

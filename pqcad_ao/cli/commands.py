@@ -80,12 +80,25 @@ def check_writable(folder: Path) -> None:
 
 
 def steps_of(unet: "nn.Module") -> int:
-    """Sampling steps where the command line names none."""
+    """Sampling steps where the command line names none: those that something of the network was made for, or 20."""
+    from pqcad_ao.diffusion.cache_plan import cache_plan
+    from pqcad_ao.diffusion.correction import correction_of
     from pqcad_ao.diffusion.schedule import default_steps
     from pqcad_ao.nn.state import quantized_state
 
+    for made in (cache_plan(unet), correction_of(unet)):
+        if made is not None:
+            return len(made.timesteps)
     state = quantized_state(unet)
     return default_steps(None if state is None else state.timestep.schedule)
+
+
+def following(unet: "nn.Module") -> "nn.Module":
+    """The network as it samples: by its cache plan, where it has one."""
+    from pqcad_ao.cached_unet import CachedUNet
+    from pqcad_ao.diffusion.cache_plan import cache_plan
+
+    return unet if cache_plan(unet) is None else CachedUNet(unet)
 
 
 def sampled(
@@ -99,7 +112,8 @@ def sampled(
 
     noise = torch.randn(n, *sample_shape(unet), generator=torch.Generator().manual_seed(seed)).to(placement(unet)[0])
     rows = spread_rows(conditioning, torch.arange(n), n)
-    return sample(unet, scheduler, noise, steps, batch_size=batch_size, conditioning=rows, progress=True).cpu()
+    walked = following(unet)
+    return sample(walked, scheduler, noise, steps, batch_size=batch_size, conditioning=rows, progress=True).cpu()
 
 
 def demo(

@@ -1,4 +1,4 @@
-"""What ``pqcad compress --dry-run`` says: the plan, bytes before and after, and minutes by what a few calls take."""
+"""What ``--dry-run`` says: plan, bytes before and after, what a step costs, and minutes by what a few calls take."""
 
 import copy
 import time
@@ -8,19 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pqcad_ao.config import CADConfig, PQCADConfig
+from pqcad_ao.config import CacheConfig, CADConfig, Correction, PQCADConfig
+from pqcad_ao.correct import SUBSTEPS
 from pqcad_ao.denoiser import placement, predict_float32, sample_shape, spread_rows, unguided
+from pqcad_ao.diffusion.cache_plan import uniform_starts
 from pqcad_ao.diffusion.calibration import CalibrationSet, draw_steps
 from pqcad_ao.diffusion.noise import Sampler, process_of
 from pqcad_ao.diffusion.process import as_sampler
 from pqcad_ao.distill import check_distillation
-from pqcad_ao.graph.capture import Capture
+from pqcad_ao.graph.capture import Capture, capture
 from pqcad_ao.graph.plan import Plan
 from pqcad_ao.learn.progressive import learn
 from pqcad_ao.learn.ptq import calibrate, prepare
 from pqcad_ao.learn.sensitivity import POINTS, spare_bits
-from pqcad_ao.nn.state import QuantizedState, insert_layers, make_layers
+from pqcad_ao.nn.state import QuantizedState, insert_layers, make_layers, required_state
 from pqcad_ao.nn.timestep import Timestep
+from pqcad_ao.passes.cache_split import cache_split
 from pqcad_ao.plan import planned
 from pqcad_ao.prepare.annotate import PQCADQuantizer, insert_fake_quantizers
 from pqcad_ao.utils.machine import busy
@@ -52,6 +55,52 @@ def forecast(
     return {**found, "summary": resolved.summary(), "rows": resolved.to_list()}
 
 
+def forecast_cache(
+    unet: nn.Module, reference: nn.Module | None, config: CacheConfig, steps: int, conditioning: dict[str, Any]
+) -> dict[str, Any]:
+    """Print what steps would cost with features kept, and how long ``cache_`` would take; the network stays as it is.
+
+    Raises: ValueError: the network has no such branch.
+    """
+    disturbed = busy()
+    cut = cache_split(capture(unet, sample_shape(unet), conditioning).graph, config.branch)
+    full = len(uniform_starts(steps, config.interval))
+    mean = (full * cut.full_macs + (steps - full) * cut.shallow_macs) / steps
+    walked = full + (steps - full) * cut.shallow_macs / cut.full_macs + steps * (config.schedule == "optimal")
+    row = _seconds_of_a_row(unet, conditioning)
+    target = row if reference is None else _seconds_of_a_row(reference, conditioning)
+    seconds = config.points * (walked * row + (steps - full) * target)
+    print(
+        f"{steps} steps, {full} of them in full\n{cut.full_macs / 1e6:.4g} million multiply-adds in full, "
+        f"{cut.shallow_macs / cut.full_macs:.1%} of them with a feature that is kept, {mean / cut.full_macs:.1%} in an "
+        "average step"
+    )
+    macs = {"full_macs": cut.full_macs, "shallow_macs": cut.shallow_macs, "mean_macs": mean}
+    return {"steps": steps, **macs, "expected_seconds": _expected(seconds, disturbed)}
+
+
+def forecast_correction(
+    unet: nn.Module, reference: nn.Module, config: Correction, steps: int, conditioning: dict[str, Any]
+) -> dict[str, Any]:
+    """Print how long ``correct_`` would take; the network stays as it is.
+
+    Raises: ValueError: the network is not quantized.
+    """
+    disturbed = busy()
+    distilled = required_state(unet).timestep.schedule is not None
+    theirs = _seconds_of_a_row(reference, conditioning) * (SUBSTEPS if distilled else 1)
+    seconds = config.points * steps * (_seconds_of_a_row(unet, conditioning) + theirs)
+    return {"steps": steps, "expected_seconds": _expected(seconds, disturbed)}
+
+
+def _expected(seconds: float, disturbed: str | None) -> float:
+    """Print minutes by what was timed just now, and what disturbed that."""
+    print(f"expected: {seconds / 60:.1f} minutes, an estimate from a call that was timed just now")
+    if disturbed is not None:
+        print(f"note: {disturbed}")
+    return seconds
+
+
 def weight_bytes(network: nn.Module) -> int:
     """Bytes of what a network saves."""
     return sum(tensor.nbytes for tensor in network.state_dict().values())
@@ -78,7 +127,7 @@ def _seconds(
     process_of(sampler).set_timesteps(config.calibration_steps)
     trained, generator = sampler.config.num_train_timesteps, torch.Generator().manual_seed(config.seed)
     points = _points(unet, sampler, conditioning, max(ROWS, config.batch_size), generator)
-    row = _seconds_of_a_row(unet, points, conditioning)
+    row = _seconds_of_a_row(unet, conditioning)
     _, trajectories = draw_steps(sampler.timesteps, trained, config, generator)
     rows = trajectories * config.calibration_steps
     if config.learns or config.target_bits is not None:
@@ -111,12 +160,13 @@ def _points(
 
 
 @torch.no_grad()
-def _seconds_of_a_row(unet: nn.Module, points: CalibrationSet, conditioning: dict[str, Any]) -> float:
-    some = points[:ROWS]
-    guided = spread_rows(conditioning, torch.arange(ROWS), ROWS)
+def _seconds_of_a_row(unet: nn.Module, conditioning: dict[str, Any]) -> float:
+    device, _ = placement(unet)
+    x_t = torch.randn(ROWS, *sample_shape(unet), generator=torch.Generator().manual_seed(0)).to(device)
+    guided, timesteps = spread_rows(conditioning, torch.arange(ROWS), ROWS), torch.full((ROWS,), 1, device=device)
 
     def call() -> Tensor:
-        return predict_float32(unet, some.x_t, some.timesteps, guided).cpu()
+        return predict_float32(unet, x_t, timesteps, guided).cpu()
 
     call()
     begin = time.perf_counter()

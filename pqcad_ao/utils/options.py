@@ -79,13 +79,14 @@ def options(
     What was not given is not in it, so that any of the configuration's presets takes the rest.
 
     Args:
-        kind: a dataclass whose docstring describes each field; its ``fast`` preset, too, is named in the help.
+        kind: a dataclass whose docstring describes each field; its ``fast`` preset, where it has one, is named in the
+            help, too.
         title: above them in the help.
         only, without: of its fields.
         changed: how the command line writes the fields of these names: a type and a ``Parameter``.
     """
     described = {entry.arg_name: entry.description for entry in parse_docstring(kind.__doc__).params}
-    types, fast, entries = get_type_hints(kind), kind.fast(), {}
+    types, fast, entries = get_type_hints(kind), getattr(kind, "fast", kind)(), {}
     group = Group(title, sort_key=next(_places))
     for entry in fields(kind):
         if entry.name in without or (only and entry.name not in only):
