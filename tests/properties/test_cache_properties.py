@@ -175,6 +175,18 @@ def test_walks_that_mix_in_one_network_are_exact_or_computed_in_full(plan: Cache
         at[turn] += 1
 
 
+@given(steps=st.integers(1, 12), seed=SEEDS)
+@settings(max_examples=20)
+def test_where_every_step_is_full_nothing_changes(steps: int, seed: int):
+    network, plan = Counted(), plan_of(list(range(steps)), seed=seed)
+    walk, x_t = Walk(plan, network.full, network.shallow), torch.randn(2, 1, 2, 2)
+    for t in plan.timesteps:
+        seen = walk(x_t, t)
+        assert torch.equal(seen, x_t * 2 + t)
+        x_t = x_t * 0.9 + seen * 1e-3
+    assert network.made == ["full"] * steps
+
+
 @given(plan=PLANS, sizes=st.permutations([1, 2, 3]))
 @settings(max_examples=30)
 def test_a_picture_does_not_hang_on_how_the_batch_is_split(plan: CachePlan, sizes: list[int]):
