@@ -48,7 +48,7 @@ def check_distillation(
         raise ValueError("the reference is quantized: give the full-precision network that the student was made from")
     check_share(config.batch_size)
     ddim = teachable(scheduler, config.steps, config.halvings)
-    check_substeps(ddim, config.steps, config.reference_substeps)
+    check_substeps(ddim, config.steps, config.substeps)
     if config.guidance == "baked" and denoiser.GUIDANCE_SCALE not in (conditioning or {}):
         raise ValueError(
             "guidance='baked' without guidance in the conditioning: write conditioning={..., 'guidance_scale': number, "

@@ -102,7 +102,7 @@ REPRS = {
     "window=20, patience=5, learning_points=4096, calibration_points=512, calibration_steps=20, "
     "calibration_timesteps='uniform', calibration_mean=0.4, calibration_std=0.4, calibration_batch_size=32, seed=0)",
     CADConfig: "CADConfig(steps=20, halvings=1, direct=False, iterations=400, batch_size=32, learning_rate=0.0006, "
-    "scale_learning_rate=0.001, reference_weight=1.0, reference_solver='dpmpp_2m', reference_substeps=2, "
+    "scale_learning_rate=0.001, reference_weight=1.0, reference_solver='unipc', reference_substeps=None, "
     "teacher_weight=0.0, space='v', points=1024, renoised=False, noise_injection=0.0, generation_batch_size=32, "
     "seed=0)",
 }

@@ -16,7 +16,7 @@ from pqcad_ao.diffusion import trajectories
 from pqcad_ao.diffusion.ddim import DDIMSchedule
 from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.diffusion.schedule import teachable, timesteps_of
-from pqcad_ao.diffusion.solvers import SOLVERS, dpmpp_2m
+from pqcad_ao.diffusion.solvers import SOLVERS, unipc
 from pqcad_ao.diffusion.trajectories import draw_trajectories
 from pqcad_ao.learn import halving as engine
 from pqcad_ao.learn import training
@@ -115,7 +115,7 @@ def test_networks_of_every_prediction_are_taught(prediction_type):
     wanted, flow = noise, DDIMSchedule.of(sampler, 4, substeps=2)
     for step in (0, 4):
         with torch.no_grad():
-            wanted = dpmpp_2m(reference, flow, wanted, torch.full((16,), step), 4)
+            wanted = unipc(reference, flow, wanted, torch.full((16,), step), 4)
     misses = [(sample(network, sampler, noise, 2) - wanted).square().mean() for network in (untaught, student)]
     assert misses[1] < 0.9 * misses[0]
 
@@ -222,14 +222,14 @@ RUNS = [(0, False, 2), (1, False, 2), (0, True, 4)]  # number, direct, jump
 def test_the_reference_walks_the_flow_over_each_of_the_students_steps(monkeypatch, number, direct, jump):
     options = {"steps": 8, "halvings": 2, "direct": direct, "reference_substeps": 5, "renoised": True}
     run, asked = halving(Small(), number=number, **options), []
-    solve = SOLVERS["dpmpp_2m"]
-    monkeypatch.setitem(SOLVERS, "dpmpp_2m", lambda *given: asked.append(given[1:]) or solve(*given))
+    solve = SOLVERS["unipc"]
+    monkeypatch.setitem(SOLVERS, "unipc", lambda *given: asked.append(given[1:]) or solve(*given))
     x_t, step, _, _ = run._batch(0)
     assert set(step.tolist()) <= set(range(0, 8 // 2**number, jump))
     ((schedule, start, at, stride),) = asked
     assert torch.equal(start, x_t)
-    assert len(schedule.timesteps) == 41
-    assert stride == jump * 5 * 2**number
+    assert len(schedule.timesteps) == 81  # ten substeps, as it starts anew
+    assert stride == jump * 10 * 2**number
     assert torch.equal(schedule.timesteps[at], run.schedule.timesteps[step])
     assert torch.equal(schedule.timesteps[at + stride], run.schedule.timesteps[step + jump])
 
@@ -243,7 +243,7 @@ def test_the_ways_of_the_pictures_are_the_flow_and_no_update_walks_it(monkeypatc
     flow, met = DDIMSchedule.of(scheduler, 8, substeps=5), [noise]
     start = torch.zeros(12, dtype=torch.int64)
     with torch.no_grad():
-        dpmpp_2m(reference, flow, noise, start, 40, lambda taken, x: met.append(x))
+        unipc(reference, flow, noise, start, 40, lambda taken, x: met.append(x))
     x_t, step, end, _ = run._batch(0)
     monkeypatch.setattr(run, "_flow", lambda *given: pytest.fail("it walked"))
     rows = run._batch(0)[0]

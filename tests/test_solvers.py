@@ -20,7 +20,7 @@ from torch import Tensor
 from pqcad_ao import CADConfig, distill_
 from pqcad_ao.config import Solver
 from pqcad_ao.diffusion.ddim import DDIMSchedule
-from pqcad_ao.diffusion.schedule import check_substeps, refined, teachable, timesteps_of
+from pqcad_ao.diffusion.schedule import check_substeps, refined, substeps_from_anew, teachable, timesteps_of
 from pqcad_ao.diffusion.solvers import SOLVERS
 
 KINDS = ("epsilon", "v_prediction", "sample")
@@ -192,6 +192,12 @@ def test_a_finer_walk_visits_the_samplers_own_timesteps(steps, data):
     assert DDIMSchedule.of(sampler, steps, substeps=substeps).timesteps.tolist() == [*found, -1]
 
 
+@given(st.sampled_from(STEPS), st.integers(1, 4))
+def test_a_walk_from_anew_takes_twice_the_substeps_where_timesteps_hold_them(steps, substeps):
+    sampler, room = teachable(scheduler_of(), steps, 1), 1000 // steps
+    assert substeps_from_anew(sampler, steps, substeps) == (2 * substeps if 2 * substeps <= room else substeps)
+
+
 def test_every_solver_can_be_asked_for():
     assert set(SOLVERS) == set(get_args(Solver))
 
@@ -213,5 +219,5 @@ def test_what_the_reference_cannot_walk_is_said_before_any_work():
     with pytest.raises(ValueError, match="reference_substeps=0"):
         distill(reference_substeps=0)
     noiseless = scheduler_of(trained_betas=[0.0] * 500 + [0.01] * 500)
-    with pytest.raises(ValueError, match="adds no noise between some of the 40 timesteps"):
+    with pytest.raises(ValueError, match="adds no noise between some of the 20 timesteps"):
         distill(noiseless)

@@ -81,8 +81,11 @@ ROWS |= SOLVED
 # What each part of distillation adds. All take the same number of updates.
 ABLATIONS = {
     "cad_ddim": _distilled("W4A4 distilled: the sampler's own steps", reference_solver="ddim", reference_substeps=1),
-    "cad_once": _distilled("W4A4 distilled: DPM-Solver++ 2M, no substeps", reference_substeps=1),
-    "cad_fine": _distilled("W4A4 distilled: DPM-Solver++ 2M, eight substeps", reference_substeps=8),
+    "cad_dpmpp": _distilled("W4A4 distilled: DPM-Solver++ 2M", reference_solver="dpmpp_2m"),
+    "cad_dpmpp_fine": _distilled(
+        "W4A4 distilled: DPM-Solver++ 2M, two substeps", reference_solver="dpmpp_2m", reference_substeps=2
+    ),
+    "cad_fine": _distilled("W4A4 distilled: UniPC, two substeps", reference_substeps=2),
     "cad_teacher": _distilled("W4A4 distilled: quantized teacher alone", teacher_weight=1.0, reference_weight=0.0),
     "cad_both": _distilled("W4A4 distilled: quantized teacher and reference", teacher_weight=0.5, reference_weight=0.5),
     "cad_inject": _distilled("W4A4 distilled: noise injected", noise_injection=0.05),

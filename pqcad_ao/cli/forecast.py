@@ -142,8 +142,9 @@ def _seconds(
             # an update calls the network forwards, and backwards at about twice the price
             update = 3 * row * config.batch_size
         halvings, jump = len(cad.runs), cad.runs[0][0] // cad.runs[0][1]
-        walked = 2 * (cad.teacher_weight > 0) + jump * cad.reference_substeps * cad.renoised
-        rows += cad.points * cad.steps * (1 if cad.renoised else cad.reference_substeps)
+        anew = 1 if cad.reference_solver == "ddim" else 2
+        walked = 2 * (cad.teacher_weight > 0) + jump * anew * cad.substeps * cad.renoised
+        rows += cad.points * cad.steps * (1 if cad.renoised else cad.substeps)
         rows += halvings * cad.iterations * cad.batch_size * walked
         seconds += halvings * cad.iterations * update * cad.batch_size / config.batch_size
     return seconds + rows * row

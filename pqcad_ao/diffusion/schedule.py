@@ -76,20 +76,33 @@ def check_substeps(sampler: Sampler, num_inference_steps: int, substeps: int) ->
         ValueError: more than the training timesteps hold, or the noise does not grow from one visited timestep to the
             next, so that no solver has a step there.
     """
+    if (why := _not_walkable(sampler, num_inference_steps, substeps)) is not None:
+        raise ValueError(why)
+
+
+def substeps_from_anew(sampler: Sampler, num_inference_steps: int, substeps: int) -> int:
+    """Of a walk that begins between noise and image, for each step of the sampler: twice ``substeps``, where there is
+    room for them, for a solver of several steps knows of none before its first one, and errs most there."""
+    return substeps if _not_walkable(sampler, num_inference_steps, 2 * substeps) else 2 * substeps
+
+
+def _not_walkable(sampler: Sampler, num_inference_steps: int, substeps: int) -> str | None:
+    """Why the flow cannot be walked in as many substeps; None: it can."""
     trained = sampler.config.num_train_timesteps
     between = trained // num_inference_steps
     if substeps > between and isinstance(sampler, DDIMScheduler):
-        raise ValueError(
+        return (
             f"reference_substeps={substeps}: {num_inference_steps} of {trained} training timesteps are {between} "
             f"apart, and the reference stops at training timesteps alone: write at most {between}"
         )
     visited = refined(sampler, num_inference_steps, substeps)
     alphas, _ = process_of(sampler).alphas_sigmas(visited)
     if not (bool((alphas[:-1].diff() > 0).all()) and float(alphas[-2]) < 1):
-        raise ValueError(
+        return (
             f"the scheduler adds no noise between some of the {len(visited)} timesteps that the reference visits: its "
             "betas must be above 0, or give fewer reference_substeps"
         )
+    return None
 
 
 def default_steps(distilled: list[int] | None) -> int:

@@ -99,7 +99,7 @@ def draw_trajectories(
 ) -> Trajectories:
     """Draw ``config.points`` pictures with the full-precision network, and keep the trajectories that lead to them.
 
-    A trajectory is that of ``config.reference_solver``, in ``config.steps`` with ``config.reference_substeps`` each. Of
+    A trajectory is that of ``config.reference_solver``, in ``config.steps`` with ``config.substeps`` each. Of
     pictures that are noised anew nothing else is kept, and they are drawn in ``config.steps``.
 
     Args:
@@ -212,7 +212,7 @@ def _kept(config: CADConfig) -> int:
 
 def _substeps(config: CADConfig) -> int:
     """Solver's steps for each of the sampler's while C_DC is drawn."""
-    return 1 if config.renoised else config.reference_substeps
+    return 1 if config.renoised else config.substeps
 
 
 class _Store:

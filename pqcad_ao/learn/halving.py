@@ -18,7 +18,7 @@ from pqcad_ao.diffusion.ddim import DDIMSchedule
 from pqcad_ao.diffusion.noise import Sampler
 from pqcad_ao.diffusion.process import settings_of
 from pqcad_ao.diffusion.sampling import overflow
-from pqcad_ao.diffusion.schedule import timesteps_of
+from pqcad_ao.diffusion.schedule import substeps_from_anew, timesteps_of
 from pqcad_ao.diffusion.solvers import SOLVERS, ddim
 from pqcad_ao.diffusion.trajectories import Trajectories
 from pqcad_ao.graph.capture import capture
@@ -103,7 +103,8 @@ def teach(
 class _Halving:
     """One of ``config.runs``: everything that changes with an update, and how to keep it.
 
-    ``schedule`` is that of the student before it; ``jump`` of its steps become one. ``flow`` is the reference's.
+    ``schedule`` is that of the student before it; ``jump`` of its steps become one. ``flow`` is that in which the
+    reference walks from fresh noise.
     """
 
     def __init__(
@@ -123,7 +124,10 @@ class _Halving:
         self.stage = f"halving {number + 1}" if self.jump == 2 else f"{config.halvings} halvings at once"
         self.device, _ = placement(reference)
         self.schedule = DDIMSchedule.of(scheduler, self.steps, self.device)
-        self.flow = DDIMSchedule.of(scheduler, config.steps, self.device, substeps=config.reference_substeps)
+        substeps = config.substeps
+        if config.reference_solver != "ddim":
+            substeps = substeps_from_anew(scheduler, config.steps, substeps)
+        self.flow = DDIMSchedule.of(scheduler, config.steps, self.device, substeps=substeps)
         starts = torch.arange(0, self.steps, self.jump, device=self.device)
         self.error_gain = self.schedule.error_gain(starts, self.jump)
         self.log: list[DistillUpdate] = []
