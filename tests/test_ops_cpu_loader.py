@@ -5,6 +5,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import warnings
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,20 +13,50 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pqcad_ao.ops.cpu import loader
-from pqcad_ao.utils import cache
+from pqcad_ao.ops.cpu import instructions, loader
+from pqcad_ao.ops.cpu.instructions import INSTRUCTION_SETS, SWITCH
+from pqcad_ao.utils import code_cache
+
+AVX2 = INSTRUCTION_SETS["avx2"]
 
 
 def test_the_switch_turns_them_off(monkeypatch):
-    monkeypatch.setenv(loader.SWITCH, "0")
-    assert loader._load.__wrapped__() == ""
+    monkeypatch.setenv(SWITCH, "0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert loader._load.__wrapped__() == ""
 
 
-@pytest.mark.parametrize("value", ["no", "off", "00", "true"])
+@pytest.mark.parametrize("value", ["no", "off", "00", "true", "AVX2"])
 def test_another_value_of_the_switch_is_refused(monkeypatch, value):
-    monkeypatch.setenv(loader.SWITCH, value)
-    with pytest.raises(ValueError, match=rf"PQCAD_CPU_KERNELS='{value}' .*unset .*, 1 .*, 0 "):
+    monkeypatch.setenv(SWITCH, value)
+    monkeypatch.setattr(instructions, "cpu_flags", lambda: {"avx2", "fma"})
+    with pytest.raises(ValueError, match=rf"PQCAD_CPU_KERNELS='{value}' .*unset or 1 .*, avx2, 0 "):
         loader._load.__wrapped__()
+
+
+def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setenv(SWITCH, "avx-vnni")
+    monkeypatch.setattr(instructions, "cpu_flags", lambda: {"avx2", "fma"})
+    with pytest.raises(ValueError, match=r"'avx-vnni' .*: this processor has no avx_vnni; allowed are .*avx2"):
+        loader._load.__wrapped__()
+
+
+@pytest.mark.parametrize(
+    ("flags", "value", "names"),
+    [
+        ("avx2 fma avx512f avx512bw avx512vl avx512_vnni", "", ["AVX512-VNNI", "AVX2"]),
+        ("avx2 fma avx512f avx512bw avx512vl avx512_vnni", "avx2", ["AVX2"]),
+        ("avx2 fma avx_vnni", "1", ["AVX-VNNI", "AVX2"]),
+        ("avx2 fma avx512f", "", ["AVX2"]),
+        ("fp asimd asimddp", "", ["NEON dotprod"]),
+        ("avx", "", []),
+    ],
+)
+def test_the_processor_and_the_switch_choose(monkeypatch, flags, value, names):
+    monkeypatch.setenv(SWITCH, value)
+    monkeypatch.setattr(instructions, "cpu_flags", lambda: set(flags.split()))
+    assert [chosen.name for chosen in instructions.choose()] == names
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no g++ here"), FileNotFoundError(2, "no g++ here")])
@@ -33,23 +64,48 @@ def test_a_compiler_that_fails_is_a_warning(monkeypatch, tmp_path, error):
     def fail(*args):
         raise error
 
-    monkeypatch.delenv(loader.SWITCH, raising=False)
-    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    monkeypatch.delenv(SWITCH, raising=False)
+    monkeypatch.setenv(code_cache.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(instructions, "cpu_flags", lambda: {"avx2", "fma"})
     monkeypatch.setattr(loader, "compiled", fail)
-    with pytest.warns(UserWarning, match=r"could not be compiled.*reference kernel.*no g\+\+ here") as warned:
+    with pytest.warns(UserWarning, match=r"could not be compiled.*dequantized weights.*no g\+\+ here") as warned:
         assert loader._load.__wrapped__() == ""
     assert len(warned) == 1
 
 
 def test_a_processor_without_the_instructions_is_a_warning(monkeypatch):
-    class Kernels:
-        def __call__(self) -> bytes:
-            return b""
-
-    monkeypatch.delenv(loader.SWITCH, raising=False)
-    monkeypatch.setattr(loader, "_library", lambda: SimpleNamespace(pqcad_cpu_kernels=Kernels()))
-    with pytest.warns(UserWarning, match="no AVX512-VNNI"):
+    monkeypatch.delenv(SWITCH, raising=False)
+    monkeypatch.setattr(instructions, "cpu_flags", set)
+    with pytest.warns(UserWarning, match=r"need one of AVX512-VNNI, .*AVX2.*four bytes a weight") as warned:
         assert loader._load.__wrapped__() == ""
+    assert len(warned) == 1
+
+
+def _a_library(said: dict[str, bytes]):
+    """Stands in for ``loader._library``: what each instruction set's library says; a missing one does not compile."""
+
+    def library(chosen):
+        if chosen.name not in said:
+            raise RuntimeError(f"unrecognized option for {chosen.name}")
+
+        class Kernels:
+            def __call__(self) -> bytes:
+                return said[chosen.name]
+
+        return SimpleNamespace(pqcad_cpu_kernels=Kernels())
+
+    return library
+
+
+@pytest.mark.parametrize("said", [{"AVX2": b"AVX2"}, {"AVX-VNNI": b"", "AVX2": b"AVX2"}])
+def test_what_the_compiler_does_not_know_leaves_the_next_instruction_set(monkeypatch, said):
+    monkeypatch.delenv(SWITCH, raising=False)
+    monkeypatch.setattr(instructions, "cpu_flags", lambda: {"avx2", "fma", "avx_vnni"})
+    monkeypatch.setattr(os, "register_at_fork", lambda **hooks: None)
+    monkeypatch.setattr(loader, "_library", _a_library(said))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert loader._load.__wrapped__() == "AVX2"
 
 
 # ------------------------------------------------------------------------------------------------- keeping them
@@ -60,7 +116,7 @@ def builds(monkeypatch, tmp_path) -> list[Path]:
     """Where libraries were compiled; ``tmp_path / "cache"`` is the user's folder, and a library returns a number."""
     made: list[Path] = []
 
-    def compiled(text: str, folder: Path) -> Path:
+    def compiled(text: str, options: tuple[str, ...], folder: Path) -> Path:
         made.append(folder)
         (folder / "kernels.c").write_text("int answer(void) { return 42; }")
         command = ["gcc", "-shared", "-fPIC", str(folder / "kernels.c"), "-o", str(folder / "kernels.so")]
@@ -68,7 +124,7 @@ def builds(monkeypatch, tmp_path) -> list[Path]:
         return folder / "kernels.so"
 
     monkeypatch.setattr(loader, "compiled", compiled)
-    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(code_cache.VARIABLE, str(tmp_path / "cache"))
     return made
 
 
@@ -78,7 +134,7 @@ needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
 @needs_gcc
 def test_a_library_is_compiled_once_into_a_folder_of_the_users_own(builds, tmp_path):
     for _ in range(2):
-        assert loader._library().answer() == 42
+        assert loader._library(AVX2).answer() == 42
     assert len(builds) == 1
     folder = tmp_path / "cache"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -89,12 +145,12 @@ def test_a_library_is_compiled_once_into_a_folder_of_the_users_own(builds, tmp_p
 @needs_gcc
 @pytest.mark.parametrize("damage", [lambda code: code[:1000], lambda code: b"", lambda code: code + b"x"])
 def test_a_damaged_library_is_compiled_again(builds, tmp_path, damage):
-    loader._library()
+    loader._library(AVX2)
     (path,) = (tmp_path / "cache").iterdir()
     whole = path.read_bytes()
     path.unlink()  # a new file: the old one is mapped into this process
     path.write_bytes(damage(whole))
-    assert loader._library().answer() == 42
+    assert loader._library(AVX2).answer() == 42
     assert len(builds) == 2
     assert path.read_bytes() == whole
 
@@ -102,7 +158,7 @@ def test_a_damaged_library_is_compiled_again(builds, tmp_path, damage):
 @needs_gcc
 @pytest.mark.parametrize("whose", ["folder", "file"])
 def test_what_another_user_planted_is_not_run(builds, tmp_path, monkeypatch, whose):
-    loader._library()
+    loader._library(AVX2)
     folder = tmp_path / "cache"
     (path,) = folder.iterdir()
     if os.geteuid() == 0:
@@ -110,7 +166,7 @@ def test_what_another_user_planted_is_not_run(builds, tmp_path, monkeypatch, who
     else:
         monkeypatch.setattr(os, "geteuid", lambda: 12345)
     with pytest.warns(UserWarning, match=r"compiles the CPU kernels anew.*belongs to user.*PQCAD_CACHE"):
-        assert loader._library().answer() == 42
+        assert loader._library(AVX2).answer() == 42
     assert len(builds) == 2
 
 
@@ -119,7 +175,7 @@ def test_a_folder_that_others_may_write_is_not_used(builds, tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache").chmod(0o777)
     with pytest.warns(UserWarning, match=r"other users may write into .*chmod go-w"):
-        assert loader._library().answer() == 42
+        assert loader._library(AVX2).answer() == 42
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -127,17 +183,19 @@ def test_a_folder_that_others_may_write_is_not_used(builds, tmp_path):
 def test_without_a_cache_the_library_is_compiled_all_the_same(builds, tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.warns(UserWarning, match=r"cannot keep them.*exists"):
-        assert loader._library().answer() == 42
+        assert loader._library(AVX2).answer() == 42
 
 
 @needs_gcc
-def test_each_processor_and_each_torch_has_a_library_of_its_own(builds, tmp_path, monkeypatch):
-    loader._library()
+def test_each_processor_torch_and_instruction_set_has_a_library_of_its_own(builds, tmp_path, monkeypatch):
+    loader._library(AVX2)
     monkeypatch.setattr(torch, "__version__", "9.9")
-    loader._library()
+    loader._library(AVX2)
     monkeypatch.setattr(loader, "cpu_identity", lambda: "another")
-    loader._library()
+    loader._library(AVX2)
     assert len(builds) == 3
+    loader._library(INSTRUCTION_SETS["avx-vnni"])
+    assert len(builds) == 4
 
 
 def test_without_a_folder_for_torchs_own_compiler_the_import_says_what_to_set():
@@ -159,10 +217,10 @@ print(ops.arithmetic())
 """
 
 
-def test_without_them_the_reference_computes_and_says_so(monkeypatch):
-    monkeypatch.setenv(loader.SWITCH, "0")
+def test_without_them_pytorch_multiplies_and_says_so(monkeypatch):
+    monkeypatch.setenv(SWITCH, "0")
     result = subprocess.run([sys.executable, "-c", ONE_CALL], capture_output=True, text=True, check=True)
-    assert "floating-point multiply-accumulates" in result.stdout
+    assert "floating-point multiply-accumulates, dequantized once" in result.stdout
 
 
 def test_a_child_that_is_forked_beside_a_compiling_thread_does_not_wait_for_it(monkeypatch):

@@ -1,22 +1,27 @@
 """The CPU kernels by instruction set: intrinsics in one file each, the same loops around all, registers kept."""
 
+import platform
 import re
 import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from pqcad_ao.ops.cpu import loader
+from pqcad_ao.ops.cpu import instructions, loader
+from pqcad_ao.utils.machine import cpu_flags
 
 FOLDER = Path(loader.__file__).parent
 SOURCES = sorted(path for path in FOLDER.iterdir() if path.suffix in (".cpp", ".h"))
-INSTRUCTION_SETS = ["avx512.h"]  # beside generic.h, which says what each of their primitives means
+# beside generic.h, which says what each of their primitives means
+INSTRUCTION_SETS = ["avx512.h", "avx2.h", "neon.h"]
 TESTS = Path(__file__).with_name("test_ops_cpu.py")
+ALONE = Path(__file__).with_name("kernels")  # programs of the primitives and the loops without PyTorch
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
@@ -55,7 +60,8 @@ def test_what_is_compiled_holds_every_file_once():
 WITH_LIBRARY = """
 import ctypes, sys
 import pytest
-from pqcad_ao.ops.cpu import loader
+from pqcad_ao.ops.cpu import instructions, loader
+from pqcad_ao.utils.machine import cpu_flags
 library = ctypes.CDLL(sys.argv[1])
 library.pqcad_cpu_kernels.restype = ctypes.c_char_p
 loader.load = lambda: library.pqcad_cpu_kernels().decode()
@@ -69,7 +75,7 @@ def test_the_loops_are_as_exact_with_primitives_in_plain_cpp(tmp_path):
     """A second instruction set is a file of primitives: here one of other sizes, of signed bytes, and of no vectors."""
     text, library = tmp_path / "kernels.cpp", tmp_path / "kernels.so"
     text.write_text(loader.source())
-    options = ["-std=c++20", "-O2", "-DPQCAD_GENERIC", "-shared", "-fPIC", "-fopenmp"]
+    options = ["-std=c++20", "-O2", "-DPQCAD_GENERIC=4", "-shared", "-fPIC", "-fopenmp"]
     options += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     options += [argument for path in include_paths() for argument in ("-isystem", path)]
     options += [f"-L{path}" for path in library_paths()]
@@ -81,21 +87,140 @@ def test_the_loops_are_as_exact_with_primitives_in_plain_cpp(tmp_path):
     assert re.search(r"^\d\d passed, \d+ deselected", result.stdout, re.MULTILINE), result.stdout
 
 
+# ------------------------------------------------------------------------------------- one program an instruction set
+
+
+@dataclass(frozen=True)
+class Build:
+    """How programs are built for an instruction set, and what their innermost product has to be.
+
+    Attributes:
+        options: of the compiler. needs: features that a processor must have to run them; None: it is only looked at.
+        product: the instruction that multiplies. rows: of activations for each number of registers of weights.
+        tools: prefix of the compiler's and objdump's name. emulator: that runs them elsewhere.
+    """
+
+    options: tuple[str, ...]
+    needs: tuple[str, ...] | None
+    product: str
+    rows: dict[int, int]
+    tools: str = ""
+    emulator: str = ""
+
+
+OF_AVX = ("-march=x86-64", "-mavx2", "-mfma")
+BUILDS = {
+    "AVX2": Build(OF_AVX, ("avx2", "fma"), "vpmaddubsw", {1: 8, 2: 4}),
+    "AVX-VNNI": Build((*OF_AVX, "-mavxvnni"), ("avx2", "fma", "avx_vnni"), "vpdpbusd", {1: 12, 2: 6}),
+    # the same in the encoding of a processor with AVX512
+    "AVX-VNNI as AVX512 encodes it": Build(
+        (*OF_AVX, "-mavx512vl", "-mavx512vnni"), ("avx2", "fma", "avx512vl", "avx512_vnni"), "vpdpbusd", {1: 12, 2: 6}
+    ),
+    "AVX512-VNNI": Build(
+        ("-march=x86-64", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma"),
+        ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma"),
+        "vpdpbusd",
+        {1: 24, 2: 12, 3: 8, 4: 6},
+    ),
+    "NEON dotprod": Build(
+        ("-march=armv8.2-a+dotprod", "-static"),
+        ("asimd", "asimddp"),
+        "sdot",
+        {1: 12, 2: 8, 3: 6, 4: 4},
+        "" if platform.machine() == "aarch64" else "aarch64-linux-gnu-",
+        "" if platform.machine() == "aarch64" else "qemu-aarch64",
+    ),
+}
+# AVX2 is what most processors without AVX512 have; the others take minutes of a busy machine
+EACH = pytest.mark.parametrize(
+    "name", ["AVX2", *(pytest.param(n, marks=pytest.mark.slow) for n in BUILDS if n != "AVX2")]
+)
+
+
+def _program(name: str, source: str, folder: Path) -> Path:
+    """A program of ``tests/kernels`` for an instruction set, with the optimizations that the kernels get."""
+    build, program = BUILDS[name], folder / "program"
+    compiler = f"{build.tools}g++"
+    if shutil.which(compiler) is None or (build.tools == "" and (platform.machine() == "aarch64") != (name[0] == "N")):
+        pytest.skip(f"no {compiler} for {name}")
+    options = ["-std=c++20", "-O3", "-ffp-contract=off", "-fno-trapping-math", "-fno-tree-loop-vectorize", "-w"]
+    options += [f"-I{FOLDER}", f"-I{ALONE}", *build.options]
+    subprocess.run([compiler, *options, str(ALONE / source), "-o", str(program)], check=True)
+    return program
+
+
+@EACH
+@pytest.mark.parametrize("source", ["primitives.cpp", "sums.cpp"])
+def test_primitives_and_sums_are_those_of_plain_cpp(name, source, tmp_path):
+    build = BUILDS[name]
+    runner = [build.emulator] if build.emulator else []
+    if build.emulator and shutil.which(build.emulator) is None:
+        pytest.skip(f"no {build.emulator}")
+    if not build.emulator and not set(build.needs) <= cpu_flags():
+        pytest.skip(f"this processor has no {name}")
+    command = [*runner, str(_program(name, source, tmp_path))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, name.partition(" as ")[0]), done.stdout + done.stderr
+
+
 # ------------------------------------------------------------------------------------------------- the innermost loop
+
+MEMORY = r"\(%r[sb]p|\[(sp|x29)"  # on the stack, as x86 and ARM write it
+VECTOR = r"%[yz]mm|\bq\d"  # whole registers: others may hold addresses
+
+
+def _products(library: str | Path, objdump: str = "objdump") -> list[tuple[int, int, str]]:
+    """Rows, registers of weights and instructions of every innermost product that takes `dot`."""
+    command = [objdump, "--disassemble", "--demangle", "--no-show-raw-insn", str(library)]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    functions = re.findall(r"^[0-9a-f]+ <.*\bproduct<(\d+), (\d+), true>.*>:\n((?:.+\n)+)", listing, re.MULTILINE)
+    return [(int(rows), int(width), body) for rows, width, body in functions]
+
+
+def _stay_in_registers(products: list[tuple[int, int, str]], build: Build) -> None:
+    assert {(rows, width) for rows, width, _ in products} == {(rows, width) for width, rows in build.rows.items()}
+    for rows, width, body in products:
+        assert body.count(build.product) == rows * width
+        moved = [line for line in body.splitlines() if re.search(MEMORY, line) and re.search(VECTOR, line)]
+        assert moved == []
+
+
+@EACH
+def test_the_sums_of_the_innermost_product_stay_in_registers(name, tmp_path):
+    """Where a compiler keeps them in memory, the products are three times slower and no less exact."""
+    build = BUILDS[name]
+    objdump = f"{build.tools}objdump"
+    if shutil.which(objdump) is None:
+        pytest.skip(f"no {objdump}")
+    products = _products(_program(name, "sums.cpp", tmp_path), objdump)
+    _stay_in_registers(products, build)
+    if build.options[:3] == OF_AVX and "-mavx512vl" not in build.options:
+        for _, _, body in products:  # nothing that only AVX512 has
+            assert not re.search(r"%zmm|%ymm(1[6-9]|[23]\d)|%k\d", body)
 
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump")
-def test_the_sums_of_the_innermost_product_stay_in_registers():
-    """Where a compiler keeps them in memory, the products are three times slower and no less exact."""
+def test_so_they_do_in_the_library_that_is_used():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if not loader.load():
-            pytest.skip("this machine has no AVX512-VNNI, or no C++ compiler")
-    library = loader._library()._name
-    command = ["objdump", "--disassemble", "--demangle", "--no-show-raw-insn", library]
-    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    functions = re.findall(r"^[0-9a-f]+ <.*\bproduct<(\d+), (\d+)>.*>:\n((?:.+\n)+)", listing, re.MULTILINE)
-    assert {(rows, width) for rows, width, _ in functions} == {("6", "4"), ("8", "3"), ("12", "2"), ("24", "1")}
-    for rows, width, body in functions:
-        assert body.count("vpdpbusd") == int(rows) * int(width)
-        assert not re.findall(r".*\(%r[sb]p.*%zmm.*|.*%zmm.*\(%r[sb]p.*", body)
+        name = loader.load()
+    if not name:
+        pytest.skip("no kernels for this machine, or no C++ compiler")
+    chosen = next(chosen for chosen in instructions.choose() if chosen.name == name)
+    _stay_in_registers(_products(loader._library(chosen)._name), BUILDS[name])
+
+
+# ------------------------------------------------------------------------------------------ all sets of this machine
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["avx512-vnni", "avx-vnni", "avx2", "neon-dotprod"])
+def test_the_operators_on_every_instruction_set_of_this_machine(key, monkeypatch):
+    if not instructions.INSTRUCTION_SETS[key].features <= cpu_flags():
+        pytest.skip(f"this processor has no {key}")
+    monkeypatch.setenv(instructions.SWITCH, key)
+    files = [str(TESTS), str(TESTS.with_name("test_ops.py")), str(TESTS.with_name("test_not_finite.py"))]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", *files]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+    assert "skipped" not in result.stdout.splitlines()[-1], result.stdout

@@ -3,7 +3,7 @@
 Activations arrive as int8 integers on their 4- or 8-bit grid, weights packed (``pqcad_ao.ops.packing``); what comes out
 is floating point: ``addend + bias + Σ_s accumulator_s · (input_scale_s · weight_scale)``. Importing this module
 registers them with the exact reference kernel (``pqcad_ao.ops.reference``); the first call on a CPU looks for faster
-ones.
+ones, and where there are none PyTorch multiplies dequantized weights (``pqcad_ao.ops.dequantized``).
 
 ``pqcad::conv2d``
     input: (B, C, H, W) int8. weight: (O, ceil(kh·kw·(C/groups)·weight_bits/8)) uint8, rows in (kh, kw, in) order.
@@ -34,7 +34,7 @@ from types import ModuleType
 import torch
 from torch.utils._pytree import tree_leaves
 
-from pqcad_ao.ops import reference
+from pqcad_ao.ops import dequantized, reference
 from pqcad_ao.ops.cpu import loader
 
 LEAST_CAPABILITY = (8, 0)  # int8 products of m16n8k32 and bfloat16
@@ -104,7 +104,8 @@ def arithmetic(device: str = "cpu") -> str:
         instructions = "Triton, the GPU's int8 matrix units"
     if instructions:
         return f"4-bit weights and activations carried to 8-bit multiply-accumulates ({instructions}, exact integers)"
-    return "4-bit weights and activations carried to floating-point multiply-accumulates (exact integers)"
+    exact = ", dequantized once" if device == "cpu" else " (exact integers)"
+    return f"4-bit weights and activations carried to floating-point multiply-accumulates{exact}"
 
 
 def _check_devices(*arguments) -> None:
@@ -116,7 +117,7 @@ def _check_devices(*arguments) -> None:
 
 
 def _default(name: str):
-    """Register the default kernel: the device's own where there is one, else the reference.
+    """Register the default kernel: the device's own where there is one, else PyTorch's or the reference.
 
     Once the CPU's kernels are registered, the dispatcher no longer comes here for tensors on the CPU.
     """
@@ -129,6 +130,8 @@ def _default(name: str):
             return getattr(torch.ops.pqcad, name)(input, *args, **kwargs)
         if name in ("conv2d", "linear") and has_gpu_kernels(device):
             return getattr(gpu_kernels(), name)(input, *args, **kwargs)
+        if name in ("conv2d", "linear") and device.type == "cpu":
+            return getattr(dequantized, name)(input, *args, **kwargs)
         return getattr(reference, name)(input, *args, **kwargs)
 
 

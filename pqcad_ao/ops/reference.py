@@ -94,10 +94,25 @@ def _rescale(
     return output.to(dtype)
 
 
-def _check(input: Tensor, input_scale: Tensor, segments: list[int], channels: int) -> None:
+def check_linear(input: Tensor, input_scale: Tensor, segments: list[int], channel_dim: int = -1) -> None:
+    """Raise TypeError or ValueError where the input is none of integers, or the segments are not its own."""
     if input.dtype != torch.int8:
         raise TypeError(f"input is {input.dtype}: the pqcad operators take int8 integers (quantize first)")
-    _check_grid("input_scale", input_scale, segments, input.shape[0], channels)
+    _check_grid("input_scale", input_scale, segments, input.shape[0], input.shape[channel_dim])
+
+
+def check_conv2d(input: Tensor, input_scale: Tensor, segments: list[int], groups: int) -> None:
+    """The same of a convolution."""
+    check_linear(input, input_scale, segments, 1)
+    if len(segments) > 1 and groups > 1:
+        raise ValueError("a grouped convolution takes one segment of input channels")
+
+
+def channels_last(output: Tensor, dtype: torch.dtype) -> Tensor:
+    """Strides, too, as the shape rule promises them, where a dimension of one leaves a choice."""
+    promised = torch.empty_like(output, dtype=dtype, memory_format=torch.channels_last)
+    same = output.dtype == dtype and output.stride() == promised.stride()
+    return output if same else promised.copy_(output)
 
 
 def conv2d(
@@ -118,18 +133,14 @@ def conv2d(
     addend=None,
 ) -> Tensor:
     """``pqcad::conv2d`` on any device."""
-    _check(input, input_scale, segments, input.shape[1])
-    if len(segments) > 1 and groups > 1:
-        raise ValueError("a grouped convolution takes one segment of input channels")
+    check_conv2d(input, input_scale, segments, groups)
     sums = conv2d_accumulators(input, weight, weight_bits, segments, kernel_size, stride, padding, dilation, groups)
-    output = _rescale(sums, weight_scale, input_scale, bias, addend, 1, dtype)
-    # strides, too, are what the shape rule promises, where a dimension of one leaves a choice
-    return torch.empty_like(output, memory_format=torch.channels_last).copy_(output)
+    return channels_last(_rescale(sums, weight_scale, input_scale, bias, addend, 1, dtype), dtype)
 
 
 def linear(input, weight, weight_scale, input_scale, bias, weight_bits, segments, dtype, addend=None) -> Tensor:
     """``pqcad::linear`` on any device."""
-    _check(input, input_scale, segments, input.shape[-1])
+    check_linear(input, input_scale, segments)
     sums = linear_accumulators(input, weight, weight_bits, segments)
     return _rescale(sums, weight_scale, input_scale, bias, addend, -1, dtype)
 
@@ -190,7 +201,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor
 
 def _check_finite(values: Tensor) -> None:
     # on a GPU nobody waits for what a look at the values would say
-    if values.device.type == "cpu" and not values.isfinite().all():
+    if values.device.type != "cpu" or values.sum(dtype=torch.float32).isfinite():  # one pass where all is well
+        return
+    if not values.isfinite().all():
         raise ValueError(f"{NOT_FINITE}: integers would hide it")
 
 

@@ -84,9 +84,14 @@ def _cpuinfo(*keys: str) -> str:
     return next((value.strip() for name, _, value in fields if name.strip() in keys), "")
 
 
+def cpu_flags() -> set[str]:
+    """The features of this processor as /proc/cpuinfo calls them; none on systems without that file."""
+    return set(_cpuinfo("flags", "Features").split())
+
+
 def cpu() -> dict[str, Any]:
     """The processor's name, the cores that this process may use, and the instruction sets that matter here."""
-    flags = _cpuinfo("flags", "Features").split()
+    flags = cpu_flags()
     return {
         "name": _cpuinfo("model name", "Hardware") or platform.processor() or platform.machine(),
         "cores": available_cores(),

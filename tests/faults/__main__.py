@@ -173,7 +173,7 @@ PARTS = {
         "once the fault is over. Disks are file systems in memory that run full, or are mounted read-only. Clocks "
         "jump by decades, back too, and every file of a killed job is of 1970 or 2100. A folder is locked by a "
         "process that is killed then; two processes run the same job in it at once. Without a compiler, or with one "
-        "that fails, the reference kernels compute the same with one warning and `torch.compile` says what lacks. A "
+        "that fails, PyTorch's own products compute the same with one warning and `torch.compile` says what lacks. A "
         "process is forked beside threads that run or compile the kernels, spawned, or a DataLoader's worker.",
     ),
     "minutes": Part(

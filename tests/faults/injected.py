@@ -229,11 +229,13 @@ except Exception as error:
 
 
 def no_compiler(scratch: Path) -> None:
-    """Without a compiler the reference kernels compute the same and say so once; ``torch.compile`` says what lacks."""
+    """Without a compiler PyTorch's own products compute the same and say so once; ``torch.compile`` says what lacks."""
     (scratch / "bin").mkdir()
     given = {"PATH": str(scratch / "bin"), **_caches(scratch)}
     script = NETWORK + WARNED_ONCE + COMPILE
-    said = in_python(script, "could not be compiled, the slower reference kernel runs in their place", **given)
+    said = in_python(
+        script, "could not be compiled, PyTorch's own products of dequantized weights run in their place", **given
+    )
     assert "said:" in said, said
     assert "No working C++ compiler found" in said, said
 

@@ -20,6 +20,7 @@ from pqcad_ao.diffusion.trajectories import draw_trajectories
 from pqcad_ao.evaluate.features import RealFeatures
 from pqcad_ao.models import load_model, save_model
 from pqcad_ao.ops.cpu import loader
+from pqcad_ao.ops.cpu.instructions import INSTRUCTION_SETS
 from pqcad_ao.recipes.train_teacher import train
 from pqcad_ao.utils.code_cache import VARIABLE
 from pqcad_ao.utils.files import bytes_of
@@ -126,7 +127,7 @@ def compile_kernels(folder: Path) -> str:
     """A library that takes a second, through the compiler and the cache that the kernels go through."""
     text = "".join(f'extern "C" int answer_{number}() {{ return {number}; }}\n' for number in range(2000))
     with patch.dict(os.environ, {VARIABLE: str(folder)}), patch.object(loader, "source", lambda: text):
-        answer = str(loader._library().answer_1999())
+        answer = str(loader._library(INSTRUCTION_SETS["avx2"]).answer_1999())
     for path in folder.glob("*.so"):  # named after its content, which the compiler makes another in another folder
         path.replace(folder / "kernels.so")
     return answer

@@ -48,9 +48,11 @@ inline void prefetch(const void* at) { _mm_prefetch((const char*)at, _MM_HINT_T1
 
 // ------------------------------------------------------------------------------------------------------- bytes
 
+constexpr int DOT_WEIGHTS = 128;
 inline Ints dot(Ints sums, Bytes activations, Bytes weights) {
   return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)activations, (__m512i)weights);
 }
+inline Ints dot_any(Ints sums, Bytes activations, Bytes weights) { return dot(sums, activations, weights); }
 
 inline Bytes four_bytes(const uint8_t* from) {
   int32_t four;

@@ -67,7 +67,7 @@ void widen_direct(const Problem& p, const Panel& panel, int64_t from, int64_t to
 }
 
 // Outputs of the pixels [from, to) of the batch.
-template <int NR>
+template <int NR, bool DOT>
 void direct_block(const Problem& p, const Panel& panel, const PaddedInput& x, const int8_t* w, const int32_t* comp,
                   int64_t from, int64_t to) {
   constexpr int MR = rows_of<NR>();
@@ -90,7 +90,7 @@ void direct_block(const Problem& p, const Panel& panel, const PaddedInput& x, co
       const Part& part = p.parts[s];
       const uint8_t* rows[MR];
       for (int i = 0; i < MR; i++) rows[i] = base[i] + part.offset;
-      product<MR, NR>(rows, x.taps.data(), taps, part.padded, of_part, sums);
+      product<MR, NR, DOT>(rows, x.taps.data(), taps, part.padded, of_part, sums);
       of_part += taps * part.padded * NR * LANES;
       for (int j = 0; j < NR; j++) {
         Epilogue put(p, panel, j, s - first);
@@ -128,7 +128,9 @@ void direct(const Problem& p) {
         widen_direct(p, panel, from, to, w, comp);
       }
       const int64_t q = task % blocks * TILE, end_of = std::min(q + TILE, rows);
-      with_width(panel.width, [&](auto width) { direct_block<width>(p, panel, x, w, comp, q, end_of); });
+      with_width(panel.width, [&](auto width) {
+        with_dot(1 << (p.bits - 1), [&](auto dot) { direct_block<width, dot>(p, panel, x, w, comp, q, end_of); });
+      });
     }
   });
 }

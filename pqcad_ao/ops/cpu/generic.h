@@ -1,5 +1,6 @@
-// Primitives in plain C++, for any processor: they say what every file of primitives means. Defining PQCAD_GENERIC
-// chooses them; they are slow, and the tests hold the loops around them to the same exactness as any other.
+// Primitives in plain C++, for any processor: they say what every file of primitives means. Defining PQCAD_GENERIC, a
+// register's lanes, chooses them; they are slow, and the tests hold the loops around them to the same exactness as any
+// other.
 #pragma once
 
 #include <algorithm>
@@ -13,9 +14,9 @@ constexpr const char* INSTRUCTIONS = "plain C++";  // as users read it
 
 // ----------------------------------------------------------------------------------------- sizes of a register
 
-constexpr int LANES = 4;          // 32-bit lanes in a register: output channels
-constexpr int BYTES = 4 * LANES;  // a multiple of 8
-constexpr int WIDEST = 4;         // registers of output channels that are worked on together
+constexpr int LANES = PQCAD_GENERIC;  // 32-bit lanes in a register: output channels
+constexpr int BYTES = 4 * LANES;      // a multiple of 8
+constexpr int WIDEST = 4;             // registers of output channels that are worked on together
 
 // Rows of activations that are worked on together with NR registers of output channels: as many as leave all their
 // sums in registers. A divisor of TILE.
@@ -83,6 +84,10 @@ inline void prefetch(const void*) {}  // into the second level of the cache; a h
 
 // ------------------------------------------------------------------------------------------------------- bytes
 
+// The greatest magnitude of weights that `dot` takes; it takes greater ones with activations of 1. Those of four bits
+// have to be among them.
+constexpr int DOT_WEIGHTS = 128;
+
 // Every lane plus its four products. activations: bytes plus OFFSET. weights: signed.
 inline Ints dot(const Ints& sums, const Bytes& activations, const Bytes& weights) {
   return Ints::each([&](int l) {
@@ -90,6 +95,11 @@ inline Ints dot(const Ints& sums, const Bytes& activations, const Bytes& weights
     for (int i = 4 * l; i < 4 * l + 4; i++) sum += (int8_t)activations.lane[i] * (int8_t)weights.lane[i];
     return sum;
   });
+}
+
+// The same for all weights.
+inline Ints dot_any(const Ints& sums, const Bytes& activations, const Bytes& weights) {
+  return dot(sums, activations, weights);
 }
 
 // The four bytes at `from`, in every lane.
@@ -166,7 +176,7 @@ inline Floats round(const Floats& v) {  // to the nearest integer, halves to the
 inline LaneBytes to_bytes(const Floats& v) {  // the same, of values in [-128, 127]
   return LaneBytes::each([&](int i) { return (int32_t)std::nearbyint(v.lane[i]); });
 }
-inline Floats times_power_of_two(const Floats& v, const Floats& n) {  // v 2^n, for integers n of a normal result
+inline Floats times_power_of_two(const Floats& v, const Floats& n) {  // v 2^n: both are normal, and n an integer
   return Floats::each([&](int i) { return std::ldexp(v.lane[i], (int)n.lane[i]); });
 }
 inline Floats reciprocal(const Floats& v) {  // to two units in the last place, or better

@@ -12,12 +12,15 @@ from pathlib import Path
 
 import torch
 
+from pqcad_ao.ops.cpu.instructions import INSTRUCTION_SETS, SWITCH, InstructionSet, choose
 from pqcad_ao.utils.code_cache import VARIABLE, cache_folder, find_code, keep_code
 from pqcad_ao.utils.files import unfinished_folder
 from pqcad_ao.utils.machine import cpu_identity
 
-SWITCH = "PQCAD_CPU_KERNELS"
-ALLOWED = {"": "the default", "1": "the kernels, where this CPU and its compiler allow", "0": "the reference kernel"}
+IN_THEIR_PLACE = (
+    "PyTorch's own products of dequantized weights run in their place, about as fast as full precision, and take four "
+    "bytes a weight beside the packed ones"
+)
 
 _loading = threading.Lock()
 
@@ -53,8 +56,10 @@ def _expand(name: str, included: set[str]) -> str:
 def load() -> str:
     """Compile or find the kernels and register them; what they multiply with, or "" where there are none.
 
-    Says in a warning, once, why there are none: a machine without the instructions, or no compiler. The reference
-    kernel then goes on computing the same.
+    Says in a warning, once, why there are none: a machine without the instructions, or no compiler.
+
+    Raises:
+        ValueError: ``PQCAD_CPU_KERNELS`` asks for what is not there.
     """
     with _loading:  # a thread that comes second waits for the first one's compiler
         return _load()
@@ -62,42 +67,34 @@ def load() -> str:
 
 @functools.cache
 def _load() -> str:
-    if _switched_off():
-        return ""
-    try:
-        library = _library()
-        library.pqcad_cpu_kernels.restype = ctypes.c_char_p
-        instructions = library.pqcad_cpu_kernels().decode()
-    except Exception as error:  # a missing compiler, a full disk: each has its own type
-        warnings.warn(
-            f"the CPU kernels could not be compiled, the slower reference kernel runs in their place: {error}",
-            stacklevel=4,
-        )
-        return ""
-    if not instructions:
-        warnings.warn(
-            "this CPU has no AVX512-VNNI, which the CPU kernels need: the slower reference kernel runs in their place",
-            stacklevel=4,
-        )
-    # a forked child has its parent's pool of threads, but not the threads: it would wait for them forever
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))  # as DataLoader's workers do
-    return instructions
+    chosen, errors = choose(), []
+    for instructions in chosen:
+        try:
+            library = _library(instructions)
+            library.pqcad_cpu_kernels.restype = ctypes.c_char_p
+            found = library.pqcad_cpu_kernels().decode()
+            if not found:
+                raise RuntimeError(f"the compiler knows no {instructions.name}")
+        except Exception as error:  # no compiler, one that does not know the set, a full disk: each has its own type
+            errors.append(error)
+            continue
+        # a forked child has its parent's pool of threads, but not the threads: it would wait for them forever
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))  # as DataLoader's workers do
+        return found
+    if errors:
+        warnings.warn(f"the CPU kernels could not be compiled, {IN_THEIR_PLACE}: {errors[0]}", stacklevel=4)
+    elif os.environ.get(SWITCH) != "0":
+        names = ", ".join(known.name for known in INSTRUCTION_SETS.values())
+        warnings.warn(f"the CPU kernels need one of {names}, this CPU has none: {IN_THEIR_PLACE}", stacklevel=4)
+    return ""
 
 
-def _switched_off() -> bool:
-    value = os.environ.get(SWITCH, "")
-    if value not in ALLOWED:
-        allowed = ", ".join(f"{name or 'unset'} ({meaning})" for name, meaning in ALLOWED.items())
-        raise ValueError(f"{SWITCH}={value!r} in the environment: allowed are {allowed}")
-    return value == "0"
-
-
-def _library() -> ctypes.CDLL:
+def _library(instructions: InstructionSet) -> ctypes.CDLL:
     """The kernels' library out of the cache, compiled first where it is not there; without a cache, just compiled."""
     text = source()
     # what this processor's machine code depends on: a home folder may be shared by machines of several kinds
-    facts = (text, torch.__version__, torch.__file__, cpu_identity())
+    facts = (text, instructions.name, instructions.options, torch.__version__, torch.__file__, cpu_identity())
     name = f"kernels-{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}"
     try:
         folder = cache_folder()
@@ -105,10 +102,10 @@ def _library() -> ctypes.CDLL:
     except OSError as error:
         _say_not_kept(error)
         with tempfile.TemporaryDirectory(prefix="pqcad-") as build:  # 0700; what is loaded stays when its name is gone
-            return ctypes.CDLL(str(compiled(text, Path(build))))
+            return ctypes.CDLL(str(compiled(text, instructions.options, Path(build))))
     if path is None:
         with unfinished_folder(folder / name) as unfinished:  # where what a kill leaves is found and deleted
-            path = keep_code(folder, name, compiled(text, unfinished))
+            path = keep_code(folder, name, compiled(text, instructions.options, unfinished))
     return ctypes.CDLL(str(path))
 
 
@@ -120,8 +117,8 @@ def _say_not_kept(error: OSError) -> None:
     )
 
 
-def compiled(text: str, folder: Path) -> Path:
-    """The library that ``text`` compiles to, made in ``folder``.
+def compiled(text: str, options: tuple[str, ...], folder: Path) -> Path:
+    """The library that ``text`` compiles to with the compiler's ``options``, made in ``folder``.
 
     Raises:
         RuntimeError: there is no compiler, or it fails.
@@ -132,7 +129,7 @@ def compiled(text: str, folder: Path) -> Path:
 
     file = folder / "kernels.cpp"
     file.write_text(text)
-    options = CppTorchDeviceOptions(device_type="cpu")
-    builder = CppBuilder(name="kernels", sources=str(file), BuildOption=options, output_dir=str(folder))
+    build = CppTorchDeviceOptions(device_type="cpu", extra_flags=options)  # the last one of a kind counts
+    builder = CppBuilder(name="kernels", sources=str(file), BuildOption=build, output_dir=str(folder))
     builder.build()
     return Path(builder.get_target_file_path())

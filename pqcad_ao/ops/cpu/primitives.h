@@ -7,6 +7,10 @@
 #include "generic.h"
 #elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
 #include "avx512.h"
+#elif defined(__AVX2__) && defined(__FMA__)
+#include "avx2.h"
+#elif defined(__ARM_NEON) && defined(__ARM_FEATURE_DOTPROD)
+#include "neon.h"
 #else
 #define PQCAD_NO_PRIMITIVES
 #endif

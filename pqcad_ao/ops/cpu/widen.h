@@ -16,6 +16,18 @@ inline int read_bits(const uint8_t* row, int64_t bytes, int64_t index, int bits)
   return value - ((value >> (bits - 1)) << bits);
 }
 
+// The greatest magnitude among widened weights, whole registers of them.
+inline int magnitude(const int8_t* w, int64_t bytes) {
+  Bytes least{};  // of the weights, and of what they are with the other sign
+  for (int64_t k = 0; k < bytes; k += BYTES) {
+    const Bytes v = load_bytes(w + k);
+    least = min(least, min(v, all_bytes(0) - v));
+  }
+  alignas(BYTES) int8_t lanes[BYTES];
+  store(lanes, least);
+  return -*std::min_element(lanes, lanes + BYTES);
+}
+
 struct Halves {  // eight channels of one tap for a register of outputs: the even ones and the odd ones, as [LANES][4]
   Bytes of[2];
 };

@@ -161,14 +161,23 @@ void transform_input(const Problem& p, const Tiles& tiles, int64_t first, int64_
 
 // ------------------------------------------------------------------------------------------------- outputs
 
+// The greatest magnitude that weights of plane n can have, or else do have. Of 4 bits it is 32 in the corners of the
+// four by four planes, 48 along their sides and 72 between: so large is hardly a sum of nine weights.
+inline int largest(const Problem& p, int n, const int8_t* w, int64_t bytes) {
+  const auto sum = [](int row) { return row == 0 || row == 3 ? 2 : 3; };  // of the magnitudes in a row of 2G
+  const int most = sum(n / 4) * sum(n % 4) << (p.bits - 1);
+  return most <= DOT_WEIGHTS ? most : magnitude(w, bytes);
+}
+
 // m[tile][NR][LANES] for one of the sixteen planes; v: [TILE][K].
-template <int NR> void plane_product(const uint8_t* v, const int8_t* u, int64_t K, int64_t tiles, int32_t* m) {
+template <int NR, bool DOT>
+void plane_product(const uint8_t* v, const int8_t* u, int64_t K, int64_t tiles, int32_t* m) {
   constexpr int MR = rows_of<NR>();
   const int64_t start = 0;
   for (int64_t q = 0; q < tiles; q += MR) {
     const uint8_t* rows[MR];
     for (int i = 0; i < MR; i++) rows[i] = v + (q + i) * K;
-    product<MR, NR>(rows, &start, 1, K, u, m + q * NR * LANES);
+    product<MR, NR, DOT>(rows, &start, 1, K, u, m + q * NR * LANES);
   }
 }
 
@@ -251,7 +260,9 @@ void winograd(const Problem& p) {
           const Part& part = p.parts[s];
           with_width(panel.width, [&](auto width) {
             for (int n = 0; n < 16; n++, of_part += input_plane(part), w += weight_plane(part, panel))
-              plane_product<width>(of_part, w, part.padded, count, m + n * product_plane(panel));
+              with_dot(largest(p, n, w, part.padded * columns), [&](auto dot) {
+                plane_product<width, dot>(of_part, w, part.padded, count, m + n * product_plane(panel));
+              });
           });
           transform_output(p, panel, tiles, m, of_output + s * 5 * columns, from, count, s);
         }
