@@ -39,13 +39,13 @@ def step_table(scheduler: Sampler, steps: int) -> Tensor:
 def add_sampling_step(
     graph: GraphModule, timesteps: Tensor, table: Tensor, clip: float | None, correction: CorrectionTable | None = None
 ) -> GraphModule:
-    """Let a folded network return ``(x_{t-1}, prediction)``, in place.
+    """Let a folded network return ``(x_{t-1}, prediction)``, in place, and behind these what else it returned.
 
     Args:
         graph: as :func:`fold_timesteps` leaves it, ``f(x_t, step, ...) -> prediction``. It gets one more input after
             ``step``: ``timestep``, a (1,) value of ``timesteps``; the step taken is ``step`` plus that timestep's
             index, which is len(timesteps), and thus refused by the look-up, where it is none of them. All inputs, and
-            both outputs, are passed as they come, not in containers.
+            all outputs, are passed as they come, not in containers.
         table: as :func:`step_table` writes it. clip: x_0 is clamped to ±clip; None: it is not.
         correction: of the prediction that the step takes, or of x_{t-1}; the prediction that is returned is as it was.
 
@@ -68,12 +68,12 @@ def add_sampling_step(
         chosen = _call(graph, aten.add.Tensor, step, index)
     step.replace_all_uses_with(chosen, lambda user: user is not chosen)
     (output,) = (node for node in graph.graph.nodes if node.op == "output")
-    prediction = output.args[0]
-    prediction = prediction[0] if isinstance(prediction, (tuple, list)) else prediction
+    values = output.args[0]
+    prediction, *more = values if isinstance(values, (tuple, list)) else [values]
     factors = buffer(graph, output, "sampler", table.view(len(timesteps), COLUMNS, 1, 1))
     with graph.graph.inserting_before(output):
         stand_in = _call(graph, aten.add.Tensor, x_t, prediction)
-        output.args = ((stand_in, prediction),)
+        output.args = ((stand_in, prediction, *more),)
     if correction is None:
         inline(graph, stand_in, _take_step, x_t, prediction, factors, chosen, clip)
     else:

@@ -1,17 +1,20 @@
 """The network that follows its cache plan while it samples."""
 
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from diffusers import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils._pytree import tree_flatten
 
 from pqcad_ao.denoiser import placement, set_time_scale, time_scale
-from pqcad_ao.diffusion.cache_plan import CachePlan, ThreadsWalk, Walk, cache_plan, corrected_feature
+from pqcad_ao.diffusion.cache_plan import CachePlan, cache_plan, corrected_feature
+from pqcad_ao.diffusion.cache_walk import ThreadsWalk, Walk
 from pqcad_ao.graph.capture import capture
 from pqcad_ao.passes.cache_split import CacheSplit, cache_split
 
@@ -22,9 +25,9 @@ class ShallowStep(nn.Module):
     Called as ``f(x_t, timesteps, conditioning, feature, scale, shift) -> prediction``.
     """
 
-    def __init__(self, cut: CacheSplit) -> None:
+    def __init__(self, program: GraphModule) -> None:
         super().__init__()
-        self.program = cut.shallow
+        self.program = program
 
     def forward(
         self,
@@ -42,9 +45,10 @@ class CachedUNet(nn.Module):
     """A network that follows its cache plan, called as the network itself is, by pipelines as well.
 
     At the plan's timesteps it is computed in full and keeps its deep feature; at others it takes that feature, where it
-    is of the same pictures' walk (:class:`~pqcad_ao.diffusion.cache_plan.Walk`). ``diffusion.sampling.sample`` begins a
-    walk for each batch. Where a pipeline calls it, each thread is on one walk at a time; one that was broken off is
-    forgotten with :meth:`forget`. The network must stay as it is: after layers or adapters were changed, or it was
+    is of the same pictures' walk (:class:`~pqcad_ao.diffusion.cache_walk.Walk`). ``diffusion.sampling.sample`` begins a
+    walk for each batch. Where a pipeline calls it, each thread is on one walk at a time, and a feature is taken where
+    x_t is seen to come from the calls before; of samplers that clip or draw noise that cannot be seen, and
+    :meth:`one_walk` says it. The network must stay as it is: after layers or adapters were changed, or it was
     taught, make another one.
 
     Args:
@@ -79,7 +83,7 @@ class CachedUNet(nn.Module):
         """As the network's own."""
         names = [name for name in inspect.signature(self.unet.forward).parameters][2:]
         conditioning = dict(zip(names, args, strict=False)) | kwargs
-        walk = self._calls.walk = self._calls.walk or self.begin_walk()
+        walk = self._calls.walk = self._calls.walk or self._walk()
         prediction = walk(sample, timestep, **conditioning)
         if not isinstance(self.unet, ModelMixin):
             return prediction
@@ -87,7 +91,28 @@ class CachedUNet(nn.Module):
 
     def begin_walk(self) -> Walk:
         """The network for one walk through the schedule, beside others that are under way."""
-        walk = Walk(self.plan, self._full, self._shallow, time_scale(self))
+        return self._walk(declared=True)
+
+    @contextmanager
+    def one_walk(self) -> Iterator[None]:
+        """All calls of this thread in the ``with`` block are of one walk through the schedule, such as a pipeline's.
+
+        Example:
+            >>> from diffusers import DDIMPipeline
+            >>> pipeline = DDIMPipeline(unet, scheduler)
+            >>> kept = cache_(unet, CacheConfig(points=4), scheduler=scheduler, num_inference_steps=4, progress=False)
+            >>> pipeline.unet = CachedUNet(unet)
+            >>> with pipeline.unet.one_walk():
+            ...     images = pipeline(num_inference_steps=4).images
+        """
+        self._calls.walk = self.begin_walk()
+        try:
+            yield
+        finally:
+            self.forget()
+
+    def _walk(self, *, declared: bool = False) -> Walk:
+        walk = Walk(self.plan, self._full, self._shallow, time_scale(self), declared=declared)
         set_time_scale(walk, time_scale(self))  # type: ignore[arg-type]
         return walk
 
@@ -120,8 +145,8 @@ class CachedUNet(nn.Module):
             self._programs = {known: both for known, both in self._programs.items() if known[0] == place}
             continuous = isinstance(self.plan.timesteps[0], float)
             captured = capture(self.unet, tuple(x_t.shape[1:]), given, continuous=continuous)
-            cut = cache_split(captured.graph, self.plan.branch)
-            programs: tuple[Any, Any] = cut.full, ShallowStep(cut)
+            cut = cut_at(captured.graph, self.plan)
+            programs: tuple[Any, Any] = cut.full, ShallowStep(cut.shallow)
             if self._options is not None:
                 programs = torch.compile(programs[0], **self._options), torch.compile(programs[1], **self._options)
             self._programs[key] = programs
@@ -135,3 +160,34 @@ class CachedUNet(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_programs": {}}  # made anew, of the copy's network
+
+
+def cut_at(graph: GraphModule, plan: CachePlan) -> CacheSplit:
+    """A captured network, cut where its plan says.
+
+    Raises:
+        ValueError: the graph has no such branch, or another feature than the plan was measured on.
+    """
+    cut = cache_split(graph, plan.branch)
+    if cut.feature_shape[0] != plan.scale.shape[1]:
+        raise ValueError(
+            f"the cache plan was measured on a feature of {plan.scale.shape[1]} channels, and this network's has "
+            f"{cut.feature_shape[0]}: call cache_ on this network"
+        )
+    return cut
+
+
+def network_and_plan(unet: nn.Module, cache: CachePlan | Literal["own"] | None) -> tuple[nn.Module, CachePlan | None]:
+    """The network that an export is given, and the plan that its program is to follow.
+
+    Raises:
+        ValueError: ``cache`` is neither a plan nor ``"own"`` nor None.
+    """
+    if cache is not None and cache != "own" and not isinstance(cache, CachePlan):
+        raise ValueError(
+            f"cache={cache!r}: allowed are 'own', the plan that the network carries, a CachePlan, and None"
+        )
+    plan = cache if isinstance(cache, CachePlan) else None
+    if isinstance(unet, CachedUNet):
+        return unet.unet, unet.plan if cache == "own" else plan
+    return unet, cache_plan(unet) if cache == "own" else plan

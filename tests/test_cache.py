@@ -19,7 +19,7 @@ from diffusers import (
 from networks import SHAPE, TINY_TEXT_UNET, TINY_UNET, Plain, Small, cosine_scheduler, quick, sqnr
 from torch import Tensor, nn
 
-from pqcad_ao import CacheConfig, CachedUNet, CachePlan, CADConfig, cache_, distill_, export_pt2, export_pte, quantize_
+from pqcad_ao import CacheConfig, CachedUNet, CachePlan, CADConfig, cache_, distill_, quantize_
 from pqcad_ao.denoiser import predict
 from pqcad_ao.diffusion import trajectories
 from pqcad_ao.diffusion.cache_plan import attach_cache_plan, cache_plan
@@ -114,6 +114,18 @@ def test_a_walk_that_was_broken_off_spoils_none_after_it(cached: CachedUNet):
     assert not torch.equal(cached(noise(), timesteps[1]), cached.unet(noise(), timesteps[1]))
 
 
+def test_a_walk_that_begins_where_another_was_broken_off_takes_nothing_of_it(cached: CachedUNet):
+    other = noise().flip(0)
+    cached(noise(), 999)
+    with pytest.warns(UserWarning, match="not what a sampler's step makes .* with cached.one_walk"):
+        assert torch.equal(cached(other, 832), cached.unet(other, 832))
+    cached.forget()
+    with cached.one_walk():  # a user who says so is believed
+        cached(noise(), 999)
+        assert not torch.equal(cached(other, 832), cached.unet(other, 832))
+    assert torch.equal(cached(other, 832), cached.unet(other, 832))
+
+
 def test_a_copy_is_of_the_copied_network(cached: CachedUNet):
     before = drawn(cached)
     twin = copy.deepcopy(cached)
@@ -147,16 +159,6 @@ def test_what_cannot_be_cached_is_refused(small: Small, scheduler: DDIMScheduler
     measured(small, sample_shape=SHAPE)
     with pytest.raises(TypeError, match="arguments by their names"):
         CachedUNet(small).compile("pqcad")
-
-
-@pytest.mark.slow
-def test_programs_that_do_not_follow_a_plan_say_so(cached: CachedUNet, tmp_path: Path):
-    (tmp_path / "file").touch()
-    with pytest.warns(UserWarning, match="cache plan is not part of a .pt2"), pytest.raises(OSError):  # noqa: PT011
-        export_pt2(cached.unet, tmp_path / "file" / "unet.pt2", sample_shape=SHAPE)
-    pytest.importorskip("executorch")
-    with pytest.warns(UserWarning, match="cache plan is not part of a .pte"), pytest.raises(OSError):  # noqa: PT011
-        export_pte(cached.unet, tmp_path / "file" / "unet.pte", scheduler=cosine_scheduler(), sample_shape=SHAPE)
 
 
 @pytest.mark.parametrize(

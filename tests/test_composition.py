@@ -37,8 +37,6 @@ from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.models import load_model, save_model
 from pqcad_ao.pipeline import conditioning_of
 
-# Not true yet: programs of a network with a cache plan compute every step in full, and say so.
-NOT_YET = {("cached", ".pt2"), ("cached", ".pte")}
 STEPS = 4
 NOISE = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(8))
 LEARNING: dict[str, Any] = {
@@ -147,8 +145,6 @@ def test_every_combination_samples_and_comes_back(
 def test_every_combination_runs_as_a_program(
     program: str, distilled: str | None, cached: bool, corrected: str | None, tmp_path: Path
 ):
-    if cached and ("cached", program) in NOT_YET:
-        pytest.skip("such a program computes every step in full")
     torch.compiler.reset()
     unet, walked, scheduler, steps = composed("ptq", distilled, cached, corrected)
     expected = sample(walked, scheduler, NOISE, steps)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from networks import SHAPE, Small, cosine_scheduler, quick
 
-from pqcad_ao import PTESampler, export_pte, quantize_
+from pqcad_ao import CacheConfig, PTESampler, cache_, export_pte, quantize_
 
 executorch = pytest.importorskip("executorch.exir", reason="executorch is not installed: pip install pqcad_ao[edge]")
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "cpp"
@@ -35,10 +35,14 @@ def libstdcpp_normal(seed: int):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("cached", [False, True], ids=["in full", "with a cache plan"])
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("cmake"), reason="a build on Linux, with CMake")
-def test_the_example_builds_and_draws_what_python_draws(tmp_path):
+def test_the_example_builds_and_draws_what_python_draws(cached, tmp_path):
     unet = Small()
     quantize_(unet, quick(), scheduler=cosine_scheduler(), sample_shape=SHAPE, progress=False)
+    if cached:
+        walk = {"scheduler": cosine_scheduler(), "num_inference_steps": 3, "sample_shape": SHAPE}
+        cache_(unet, CacheConfig(points=4), **walk, progress=False)
     options = {"scheduler": cosine_scheduler(), "num_inference_steps": 3, "sample_shape": SHAPE, "batch_size": 2}
     report = export_pte(unet, tmp_path / "small.pte", **options, progress=False)
 

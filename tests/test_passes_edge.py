@@ -1,5 +1,6 @@
 """The passes towards XNNPACK: each keeps the function, and leaves nothing of what it replaces."""
 
+import copy
 import math
 
 import pytest
@@ -11,6 +12,8 @@ from torch.nn import functional as F
 from pqcad_ao import quantize_
 from pqcad_ao.denoiser import Denoiser
 from pqcad_ao.passes.attention import decompose_attention
+from pqcad_ao.passes.cache_split import cache_split
+from pqcad_ao.passes.correct_feature import correct_feature
 from pqcad_ao.passes.fold_constants import fold_constants
 from pqcad_ao.passes.fold_timesteps import fold_timesteps
 from pqcad_ao.passes.group_norm import decompose_group_norm
@@ -361,3 +364,18 @@ def test_every_pass_in_turn_keeps_the_function(quantized):
         for step, t in enumerate(SCHEDULE):
             reached = sqnr(quantized(noise(), at(int(t))), graph(noise(), torch.tensor([step]), {}))
             assert reached > 80 or math.isinf(reached)
+
+
+@torch.no_grad()
+def test_a_feature_is_corrected_by_the_line_of_its_step(quantized):
+    captured, _ = graph_of(Denoiser(quantized), torch.zeros(2, *SHAPE), torch.zeros(2, dtype=torch.int64), {})
+    graph = cache_split(captured).shallow
+    fold_timesteps(graph, [node for node in graph.graph.nodes if node.op == "placeholder"][1], SCHEDULE)
+    before = copy.deepcopy(graph)
+    scale, shift = torch.randn(2, len(SCHEDULE), 8)
+    correct_feature(graph, scale, shift)
+    x_t, feature = torch.randn(2, *SHAPE), torch.randn(2, 8, 8, 8)
+    for step in range(len(SCHEDULE)):
+        corrected = feature * scale[step].view(1, -1, 1, 1) + shift[step].view(1, -1, 1, 1)
+        inputs = (x_t, torch.tensor([step]), {})
+        assert torch.equal(graph(*inputs, feature), before(*inputs, corrected))

@@ -221,7 +221,7 @@ def build_pqcad_cached(work: Workload, shallow: bool) -> Contender:
     quantize_fixed(work.unet, work.scheduler, rows)
     cut = cache_split(capture(work.unet, tuple(work.example[0].shape[1:]), rows).graph)
     full: Any = torch.compile(cut.full, backend="pqcad")
-    after: Any = torch.compile(ShallowStep(cut), backend="pqcad")
+    after: Any = torch.compile(ShallowStep(cut.shallow), backend="pqcad")
 
     def call_full(x_t: Tensor, timesteps: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
         both: tuple[Tensor, Tensor] = full(x_t, timesteps, dict(zip(work.names, values, strict=True)))

@@ -12,6 +12,9 @@ class Sampler(path: String) {
     private val steps = program.execute("steps")[0].toInt()
     private val batch = program.execute("batch_size")[0].toInt()
     private val sigma = program.execute("init_noise_sigma")[0].toDouble()
+    // of a file with a cache plan: the step whose feature each step takes, its own where it is computed in full
+    private val sources =
+        if ("step_cached" in program.getMethods()) program.execute("cache_sources")[0].toTensor().dataAsLongArray else null
     val shape: LongArray = longArrayOf(batch) + program.execute("sample_shape")[0].toTensor().dataAsLongArray
 
     /** (batch, height, width, channels) pixels, one byte each. */
@@ -19,9 +22,17 @@ class Sampler(path: String) {
         val random = Random(seed)
         val count = shape.reduce(Long::times).toInt()
         var x = Tensor.fromBlob(FloatArray(count) { (random.nextGaussian() * sigma).toFloat() }, shape)
+        var feature: EValue? = null
         for (i in 0L until steps) { // the schedule, its constants and the scales are in the file
-            val index = Tensor.fromBlob(longArrayOf(i), longArrayOf(1))
-            x = program.execute("step", EValue.from(x), EValue.from(index))[0].toTensor()
+            val inputs = arrayOf(EValue.from(x), EValue.from(Tensor.fromBlob(longArrayOf(i), longArrayOf(1))))
+            val kept = feature
+            if (sources != null && sources[i.toInt()] != i && kept != null) {
+                x = program.execute("step_cached", *inputs, kept)[0].toTensor()
+            } else {
+                val made = program.execute("step", *inputs)
+                x = made[0].toTensor()
+                if (sources != null) feature = made[1]
+            }
         }
         return program.execute("image", EValue.from(x))[0].toTensor().dataAsUnsignedByteArray
     }

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
+#include <memory>
 #include <random>
 #include <utility>
 #include <vector>
@@ -93,6 +94,8 @@ class Call {
     return method_.get_output(0);
   }
 
+  const EValue& output(size_t index) const { return method_.get_output(index); }
+
  private:
   static std::vector<std::vector<uint8_t>> planned(const Program& program, const char* name) {
     const auto meta = unwrap(program.method_meta(name), name);
@@ -139,9 +142,30 @@ int main(int argc, char** argv) {
   for (float& value : x) value = normal(generator);
 
   Call step(program, "step"), image(program, "image");
+  std::unique_ptr<Call> step_cached;  // where the file has a cache plan
+  std::vector<int64_t> sources;       // the step whose feature each step takes; its own where it is computed in full
+  if (program.method_meta("step_cached").ok()) {
+    step_cached = std::make_unique<Call>(program, "step_cached");
+    Call cache_sources(program, "cache_sources");
+    const int64_t* taken = cache_sources().toTensor().const_data_ptr<int64_t>();
+    sources.assign(taken, taken + steps);
+  }
+  std::vector<float> feature;
+  std::vector<int> feature_shape;
   for (int64_t i = 0; i < steps; ++i) {  // the schedule, its constants and the scales are in the file
-    const auto index = from_blob(&i, {1}, executorch::aten::ScalarType::Long);
-    const float* next = step({from_blob(x.data(), shape), index}).toTensor().const_data_ptr<float>();
+    const auto x_t = from_blob(x.data(), shape), index = from_blob(&i, {1}, executorch::aten::ScalarType::Long);
+    const float* next = nullptr;
+    if (step_cached && sources[i] != i) {
+      const auto kept = from_blob(feature.data(), feature_shape);
+      next = (*step_cached)({x_t, index, kept}).toTensor().const_data_ptr<float>();
+    } else {
+      next = step({x_t, index}).toTensor().const_data_ptr<float>();
+      if (step_cached) {
+        const auto& deep = step.output(1).toTensor();
+        feature.assign(deep.const_data_ptr<float>(), deep.const_data_ptr<float>() + deep.numel());
+        feature_shape.assign(deep.sizes().begin(), deep.sizes().end());
+      }
+    }
     x.assign(next, next + x.size());
   }
   const uint8_t* pixels = image({from_blob(x.data(), shape)}).toTensor().const_data_ptr<uint8_t>();

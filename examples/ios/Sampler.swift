@@ -8,6 +8,7 @@ final class Sampler {
   private let program: Module
   private let steps: Int
   private let sigma: Double
+  private let sources: [Int]?  // of a file with a cache plan: the step whose feature each step takes, or its own
   let shape: [Int]
 
   init(path: String) throws {
@@ -15,6 +16,12 @@ final class Sampler {
     steps = try program.execute("steps")[0].integer()
     sigma = try program.execute("init_noise_sigma")[0].double()
     let batch: Int = try program.execute("batch_size")[0].integer()
+    if try program.methodNames().contains("step_cached") {
+      let taken: Tensor<Int64> = try program.execute("cache_sources")[0].tensor()
+      sources = taken.scalars().map(Int.init)
+    } else {
+      sources = nil
+    }
     let image: Tensor<Int64> = try program.execute("sample_shape")[0].tensor()
     shape = [batch] + image.scalars().map(Int.init)
   }
@@ -26,8 +33,16 @@ final class Sampler {
       return Float(sigma * radius * cos(2 * .pi * Double.random(in: 0..<1)))
     }
     var x = Tensor<Float>(noise, shape: shape)
+    var feature: Tensor<Float>?
     for i in 0..<steps {  // the schedule, its constants and the scales are in the file
-      x = try program.execute("step", [x, Tensor<Int64>([Int64(i)], shape: [1])])[0].tensor()
+      let index = Tensor<Int64>([Int64(i)], shape: [1])
+      if let sources, let kept = feature, sources[i] != i {
+        x = try program.execute("step_cached", [x, index, kept])[0].tensor()
+      } else {
+        let made = try program.execute("step", [x, index])
+        x = try made[0].tensor()
+        if sources != nil { feature = try made[1].tensor() }
+      }
     }
     let image: Tensor<UInt8> = try program.execute("image", x)[0].tensor()
     return image.scalars()

@@ -3,16 +3,22 @@
 import json
 import tempfile
 import zlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from zipfile import BadZipFile, ZipFile
 
 import torch
 from torch import Tensor, nn
+from torch._inductor.package import package_aoti
+from torch.export import ExportedProgram
+from torch.export.pt2_archive._package import load_pt2 as load_archive  # every model of it at once (torch 2.13, 2.14)
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_map
 
 from pqcad_ao import denoiser
+from pqcad_ao.cached_unet import CachedUNet, ShallowStep, cut_at, network_and_plan
 from pqcad_ao.compile.backend import Attention, fuse
 from pqcad_ao.config import MAX_BATCH
 from pqcad_ao.denoiser import (
@@ -24,7 +30,8 @@ from pqcad_ao.denoiser import (
     spread_rows,
     unguided,
 )
-from pqcad_ao.diffusion.cache_plan import warn_unused
+from pqcad_ao.diffusion.cache_plan import CachePlan
+from pqcad_ao.diffusion.cache_walk import Walk
 from pqcad_ao.diffusion.correction import CorrectionTable
 from pqcad_ao.diffusion.noise import process_of
 from pqcad_ao.diffusion.process import matching_sampler, sampler_of
@@ -54,6 +61,7 @@ def export_pt2(
     batch_size: int | None = None,
     conditioning: dict[str, Any] | None = None,
     sample_shape: tuple[int, int, int] | None = None,
+    cache: CachePlan | Literal["own"] | None = "own",
     attention: Attention = "float32",
     min_sqnr_db: float = 25.0,
     seed: int = 0,
@@ -68,15 +76,22 @@ def export_pt2(
     between two steps. A process without Python needs the kernels' library (``pqcad_ao/ops/cpu/`` and the
     operators' schemas) registered with the dispatcher before it loads the package.
 
+    The package holds one program, ``model``; with a cache plan two, each with the weights that it reads:
+    ``full(x_t, timesteps, conditioning) -> (prediction, feature)`` and ``shallow(x_t, timesteps, conditioning, feature,
+    scale, shift) -> prediction``, of the outermost blocks alone. What is loaded walks the plan.
+
     Args:
-        unet: a network on the CPU that ``quantize_`` has quantized.
+        unet: a network on the CPU that ``quantize_`` has quantized, or a
+            :class:`~pqcad_ao.cached_unet.CachedUNet` of one.
         path: of the .pt2; written whole or not at all.
         scheduler: of the process that the network was quantized for; travels along, so that the loaded package can
             sample.
-        num_inference_steps: steps of the schedule to bind it to. batch_size: of every call then; 1 if None.
+        num_inference_steps: steps of the schedule to bind it to, those of the cache plan where there is one.
+        batch_size: of every call then; 1 if None.
         conditioning: keyword arguments of ``unet.forward`` with a row for each sample; they become inputs. Guidance in
             it is not part of the package, which ``sample`` calls twice a step under it.
         sample_shape: (C, H, W), for networks whose config does not say it.
+        cache: the plan to follow; ``"own"``: the one that ``cache_`` measured on the network, if any; None: none.
         attention: "bfloat16" lets attention in a float32 network multiply numbers of 8 bits, which is faster. A 4-bit
             quantizer behind it rounds some values to the other side, so that results depart from the network's as far
             as ``min_sqnr_db`` allows.
@@ -86,7 +101,7 @@ def export_pt2(
     Raises:
         ValueError: the network is not quantized by pqcad_ao, or not on the CPU; conditioning is missing; the scheduler
             is foreign, of another process or number of training timesteps, or walks other timesteps than the network
-            was distilled for.
+            was distilled for or the cache plan was measured for.
         OSError: ``path`` cannot be written. RuntimeError: torch.export cannot capture the network, or the package
             departs from it; then nothing is written.
 
@@ -95,13 +110,15 @@ def export_pt2(
         'unet.pt2'
     """
     check_word("attention", attention, Attention)
+    unet, plan = network_and_plan(unet, cache)
     state = required_state(unet)
-    warn_unused(unet, "a .pt2")
     device, dtype = placement(unet)
     if device.type != "cpu":
         raise ValueError(f"the network is on {device}: export_pt2 compiles for the CPU, write unet.to('cpu')")
     trained, continuous = state.timestep.num_train_timesteps, state.timestep.continuous
     scheduler = _scheduler(scheduler, state.timestep, num_inference_steps, batch_size)
+    if plan is not None and num_inference_steps is not None:
+        plan.check(scheduler.timesteps.tolist())
     path = check_writable(path)
     conditioning = unguided(check_conditioning(unet, conditioning))
     shape = denoiser.sample_shape(unet, sample_shape)
@@ -120,21 +137,25 @@ def export_pt2(
     }
     if state.correction is not None:
         facts["correction"] = state.correction.to_dict()
+    if plan is not None:
+        facts["cache"] = plan.to_dict()
     with torch.no_grad(), evaluation_mode(unet), tempfile.TemporaryDirectory() as folder:
         if num_inference_steps is None:
-            program = _any_schedule(unet, x_t, rows, continuous, attention)
+            programs = _any_schedule(unet, plan, x_t, rows, continuous, attention)
             checked = torch.tensor([0, trained // 3, 2 * trained // 3, trained - 1])
         else:
-            program = _one_schedule(unet, x_t, rows, scheduler.timesteps, attention)
+            programs = _one_schedule(unet, plan, x_t, rows, scheduler.timesteps, attention)
             # upwards: a distilled network warns of a walk that leaves out timesteps
             checked = scheduler.timesteps[:: max(1, num_inference_steps // 4)].flip(0)
-        built = one_at_a_time(torch._inductor.aoti_compile_and_package)(
-            program,
-            package_path=str(Path(folder) / "unet.pt2"),
-            inductor_configs={"aot_inductor.metadata": {"pqcad": json.dumps(facts)}},
-        )
-        _check_parity(unet, load_pt2(built), x_t, checked, rows, min_sqnr_db)
-        write_whole(path, Path(built).read_bytes())
+        built = Path(folder) / "unet.pt2"
+        _build(programs, built, facts)
+        package = load_pt2(built)
+        _check_parity(unet, package, checked.tolist(), [], x_t, rows, min_sqnr_db)
+        walk = package.begin_walk()
+        if plan is not None and walk is not None:
+            cached = CachedUNet(unet, plan).begin_walk()
+            _check_parity(cached, walk, plan.timesteps, plan.refresh, x_t, rows, min_sqnr_db)
+        write_whole(path, built.read_bytes())
     return path
 
 
@@ -161,13 +182,27 @@ def _scheduler(scheduler: Any, timestep: Timestep, num_inference_steps: int | No
 
 
 def _check_parity(
-    unet: nn.Module, package: "PT2UNet", x_t: Tensor, timesteps: Tensor, rows: dict[str, Any], min_sqnr_db: float
+    network: Callable[..., Tensor],
+    package: Callable[..., Tensor],
+    timesteps: list[Any],
+    passed: list[Any],
+    x_t: Tensor,
+    rows: dict[str, Any],
+    min_sqnr_db: float,
 ) -> None:
-    """Raises RuntimeError: the package departs from the network, on the median image of all ``timesteps``."""
+    """Raises RuntimeError: the package departs from the network, on the median image of all calls that are looked at.
+
+    Args:
+        timesteps: of the calls, one after the other. passed: those of them that are made and not looked at.
+    """
     reached: list[float] = []
-    for timestep in timesteps[:, None]:
-        expected, given = predict(unet, x_t, timestep.repeat(len(x_t)), rows), package(x_t, timestep, **rows)
-        reached += [sqnr_db(a, b) for a, b in zip(expected.float(), given.float(), strict=True)]
+    for timestep in timesteps:
+        at = torch.as_tensor(timestep).repeat(len(x_t))
+        expected, given = predict(network, x_t, at, rows), package(x_t, at, **rows)
+        if timestep not in passed:
+            reached += [sqnr_db(a, b) for a, b in zip(expected.float(), given.float(), strict=True)]
+    if not reached:
+        return
     median = sorted(reached)[len(reached) // 2]
     if not median >= min_sqnr_db:
         raise RuntimeError(
@@ -178,32 +213,66 @@ def _check_parity(
 
 @one_at_a_time
 def _any_schedule(
-    unet: nn.Module, x_t: Tensor, rows: dict[str, Any], continuous: bool, attention: Attention
-) -> torch.export.ExportedProgram:
-    """The fused network as ``f(x_t, timesteps, conditioning)`` with a dynamic batch."""
+    unet: nn.Module, plan: CachePlan | None, x_t: Tensor, rows: dict[str, Any], continuous: bool, attention: Attention
+) -> dict[str, ExportedProgram]:
+    """The fused network's programs, ``f(x_t, timesteps, conditioning, ...)`` with a dynamic batch."""
     graph = capture(unet, tuple(x_t.shape[1:]), rows, continuous=continuous).graph
-    fuse(graph, attention)
     timesteps = torch.arange(len(x_t), dtype=torch.float32 if continuous else torch.int64)
-    inputs = (x_t, timesteps, rows)
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
-    dynamic = tree_map(lambda value: {0: batch} if isinstance(value, Tensor) else None, inputs)
-    return torch.export.export(graph, inputs, dynamic_shapes=dynamic)
+    programs = {}
+    for name, (program, inputs, lines) in _parts(graph, plan, (x_t, timesteps, rows)).items():
+        fuse(program, attention)
+        dynamic = tree_map(lambda value: {0: batch} if isinstance(value, Tensor) else None, inputs)
+        programs[name] = _exported(program, inputs, lines, dynamic_shapes=(*dynamic, *({} for _ in lines)))
+    return programs
 
 
 @one_at_a_time
 def _one_schedule(
-    unet: nn.Module, x_t: Tensor, rows: dict[str, Any], timesteps: Tensor, attention: Attention
-) -> torch.export.ExportedProgram:
-    """The fused network as ``f(x_t, step, conditioning)`` for one batch size; step is a (1,) index of ``timesteps``."""
-    inputs = (x_t, torch.zeros(len(x_t), dtype=timesteps.dtype), rows)
-    graph = torch.export.export(Denoiser(unet), inputs).module(check_guards=False)
-    drop_identities(graph)
-    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    fold_timesteps(graph, placeholders[1], timesteps)
-    fuse(graph, attention)
-    join_linears(graph)
-    graph = GraphModule(graph, graph.graph)  # with the parameters that are still read, and no others
-    return torch.export.export(graph, (x_t, torch.zeros(1, dtype=torch.int64), rows))
+    unet: nn.Module, plan: CachePlan | None, x_t: Tensor, rows: dict[str, Any], timesteps: Tensor, attention: Attention
+) -> dict[str, ExportedProgram]:
+    """As :func:`_any_schedule` for one batch size; in the place of timesteps a (1,) index of ``timesteps``."""
+    captured = (x_t, torch.zeros(len(x_t), dtype=timesteps.dtype), rows)
+    graph = torch.export.export(Denoiser(unet), captured).module(check_guards=False)
+    programs = {}
+    for name, (program, (_, _, *more), lines) in _parts(graph, plan, captured).items():
+        drop_identities(program)
+        placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
+        fold_timesteps(program, placeholders[1], timesteps)
+        fuse(program, attention)
+        join_linears(program)
+        program = GraphModule(program, program.graph)  # with the parameters that are still read, and no others
+        programs[name] = _exported(program, (x_t, torch.zeros(1, dtype=torch.int64), *more), lines)
+    return programs
+
+
+def _parts(
+    graph: GraphModule, plan: CachePlan | None, inputs: tuple[Any, ...]
+) -> dict[str, tuple[GraphModule, tuple[Any, ...], tuple[Tensor, ...]]]:
+    """The programs of a captured network by name, inputs of each, and the line that its last input is corrected by."""
+    if plan is None:
+        return {"model": (graph, inputs, ())}
+    cut = cut_at(graph, plan)
+    _, feature = cut.full(*inputs)
+    line = (torch.ones(1, cut.feature_shape[0], 1, 1), torch.zeros(1, cut.feature_shape[0], 1, 1))
+    return {"full": (cut.full, inputs, ()), "shallow": (cut.shallow, (*inputs, feature.contiguous()), line)}
+
+
+def _exported(
+    program: GraphModule, inputs: tuple[Any, ...], lines: tuple[Tensor, ...], **options: Any
+) -> ExportedProgram:
+    return torch.export.export(ShallowStep(program) if lines else program, (*inputs, *lines), **options)
+
+
+@one_at_a_time
+def _build(programs: dict[str, ExportedProgram], path: Path, facts: dict[str, Any]) -> None:
+    """Compile the programs into one package, in which each describes it."""
+    options = {"aot_inductor.package": True, "aot_inductor.metadata": {"pqcad": json.dumps(facts)}}
+    files: dict[str, Any] = {}
+    for name, program in programs.items():
+        args, kwargs = program.example_inputs or ((), {})
+        files[name] = torch._inductor.aot_compile(program.module(check_guards=False), args, kwargs, options=options)
+    package_aoti(str(path), files)
 
 
 def _facts(path: Path) -> dict[str, Any]:
@@ -229,7 +298,7 @@ class PT2UNet:
     Attributes:
         sample_shape: (C, H, W). dtype: of x_t. scheduler: the sampler that was exported along, or None.
         num_train_timesteps: that the network was trained with. continuous: whether timesteps are fractions of a flow.
-        correction: that :meth:`sample` applies, or None.
+        correction: that :meth:`sample` applies, or None. plan: the cache plan that it follows, or None.
         timesteps: the schedule that the package is bound to, or None. batch_size: of every call, or None: 1 to 63.
     """
 
@@ -245,17 +314,30 @@ class PT2UNet:
             given = facts.get("correction")
             self.correction = None if given is None else CorrectionTable.from_dict(given)
             self.scheduler = None if config is None else sampler_of(config)
+            given = facts.get("cache")
+            self.plan = None if given is None else CachePlan.from_dict(given)
             loader.load()
-            self._package = torch._inductor.aoti_load_package(str(path))
+            models = load_archive(str(path)).aoti_runners
+            self._models = [models[name] for name in (("model",) if self.plan is None else ("full", "shallow"))]
         except (OSError, BadZipFile, zlib.error, RuntimeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no package that pqcad_ao.export_pt2 wrote, or is damaged: {error}") from error
 
     def __call__(self, x_t: Tensor, timestep: Tensor | int, **conditioning: Any) -> Tensor:
-        """The network's raw prediction, (B, C, H, W).
+        """The network's raw prediction, (B, C, H, W), computed in full.
 
         Args:
             x_t: (B, C, H, W). timestep: one for all, or (B,).
         """
+        computed = self._run(0, x_t, timestep, conditioning)
+        return computed if self.plan is None else computed[0]
+
+    def begin_walk(self) -> Walk | None:
+        """The package for one walk through the schedule by its cache plan, called as itself; None: it has no plan."""
+        if self.plan is None:
+            return None
+        return Walk(self.plan, partial(self._run, 0), partial(self._run, 1), declared=True)
+
+    def _run(self, model: int, x_t: Tensor, timestep: Tensor | int, conditioning: dict[str, Any], *kept: Tensor) -> Any:
         sizes = range(1, MAX_BATCH + 1) if self.batch_size is None else [self.batch_size]
         if tuple(x_t.shape[1:]) != self.sample_shape or len(x_t) not in sizes:
             batch = f"1 to {MAX_BATCH}" if self.batch_size is None else self.batch_size
@@ -273,8 +355,11 @@ class PT2UNet:
                     f"timestep {sorted(asked)}: this package is bound to one of {self.timesteps} at a time"
                 )
             timesteps = torch.tensor([self.timesteps.index(asked.pop())])
+        # compiled code reads memory as it lay in the example, whatever the strides are
         with torch.no_grad():
-            return self._package(x_t.to(self.dtype).contiguous(), timesteps, conditioning)
+            return self._models[model](
+                x_t.to(self.dtype).contiguous(), timesteps, conditioning, *(value.contiguous() for value in kept)
+            )
 
     def sample(self, noise: Tensor, num_inference_steps: int | None = None, **options: Any) -> Tensor:
         """Images from ``noise`` (N, C, H, W) as :func:`~pqcad_ao.diffusion.sampling.sample` draws them.

@@ -1,11 +1,10 @@
-"""Feature caching between sampling steps: the plan of a network that was cut, and the walk that follows it."""
+"""Feature caching between sampling steps: the plan of a network that was cut."""
 
 import base64
 import binascii
-import threading
+import math
 import warnings
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -14,16 +13,12 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from tabulate import tabulate
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from pqcad_ao.utils.checks import is_whole
 
 KEY = "_pqcad_cache"  # of a network, or of its configuration: diffusers saves private entries and warns of no others
 FORMAT = 1
-ROUNDING = 2**-7  # relative, of timesteps that are fractions, or are handed over scaled and in bfloat16
-
-Full = Callable[[Tensor, Tensor, dict[str, Any]], tuple[Tensor, Tensor]]
-Shallow = Callable[[Tensor, Tensor, dict[str, Any], Tensor, Tensor, Tensor], Tensor]
+MOST = 2**31 - 1  # that a timestep may be
 
 
 @dataclass(frozen=True)
@@ -71,6 +66,16 @@ class CachePlan:
         """Multiply-adds of a sample in an average step."""
         full = len(self.refresh)
         return (full * self.full_macs + (len(self.timesteps) - full) * self.shallow_macs) / len(self.timesteps)
+
+    def check(self, timesteps: list) -> None:
+        """Raises ValueError: the plan was measured for another walk than one through ``timesteps``."""
+        pairs = zip(self.timesteps, timesteps, strict=False)
+        if len(timesteps) != len(self.timesteps) or not all(math.isclose(*pair, rel_tol=1e-6) for pair in pairs):
+            raise ValueError(
+                f"the cache plan was measured for the timesteps {self.timesteps}, and this walk visits {timesteps}: "
+                f"use num_inference_steps={len(self.timesteps)} and the scheduler that cache_ was given, call cache_ "
+                "again, or leave the plan out with cache=None"
+            )
 
     def __str__(self) -> str:
         rows = [
@@ -123,10 +128,9 @@ class CachePlan:
         macs = values["macs"]
         sound = (
             len(timesteps) == len(sources) == len(staleness)
-            and all(isinstance(t, (int, float)) and t >= 0 for t in timesteps)
+            and all(is_whole(t, 0, MOST) or (isinstance(t, float) and 0 <= t <= MOST) for t in timesteps)
             and all(a > b for a, b in pairwise(timesteps))
-            and all(is_whole(source, 0, number) for number, source in enumerate(sources))
-            and all(sources[source] == source for source in sources)
+            and are_sources(sources, len(timesteps))
             and all(isinstance(stale, float) and stale >= 0 for stale in staleness)
             and scale.shape[1] == values["channels"]
             and bool(scale.isfinite().all() and shift.isfinite().all())
@@ -168,16 +172,6 @@ def drop_cache_plan(model: nn.Module, doing: str) -> None:
         model._internal_dict = FrozenDict({name: value for name, value in model.config.items() if name != KEY})
     else:
         delattr(model, KEY)
-
-
-def warn_unused(model: nn.Module, program: str) -> None:
-    """Say that a program computes every step in full, of a network with a plan."""
-    if cache_plan(model) is not None:
-        warnings.warn(
-            f"the network's cache plan is not part of {program}, which computes every step in full: CachedUNet follows "
-            "it, eager or compiled",
-            stacklevel=3,
-        )
 
 
 def uniform_starts(steps: int, interval: int) -> list[int]:
@@ -224,125 +218,14 @@ def sources_of(starts: list[int], steps: int) -> list[int]:
     return [max(start for start in starts if start <= step) for step in range(steps)]
 
 
-@dataclass
-class _Way:
-    """How far pictures under one conditioning have come.
-
-    Attributes:
-        x_t: of the last call. next: the number of the step that must follow. feature: that is kept, or None.
-        walks: that are under way; of more than one nothing is kept, for their calls cannot be told apart.
-    """
-
-    x_t: Tensor
-    conditioning: dict[str, Any]
-    next: int
-    feature: Tensor | None = None
-    walks: int = 1
-
-
-class Walk:
-    """A network on its way through a schedule, called as ``f(x_t, timestep, **conditioning) -> prediction``.
-
-    It is computed in full at the plan's refresh timesteps. At others it is computed in its outermost blocks alone,
-    with the feature of the timestep that the plan says, where the steps since then came one after the other, for as
-    many pictures of one size and under equal conditioning. Everything else is computed in full: timesteps that the plan
-    does not know, a batch of several timesteps, and walks of pictures alike that take turns.
-
-    Args:
-        full: ``f(x_t, timesteps, conditioning) -> (prediction, feature)`` with (B,) timesteps of the scheduler.
-        shallow: ``f(x_t, timesteps, conditioning, feature, scale, shift) -> prediction`` with (1, C, 1, 1) tables.
-        time_scale: what the walk is called with, a timestep of the scheduler times this.
-    """
-
-    def __init__(self, plan: CachePlan, full: Full, shallow: Shallow, time_scale: float = 1.0) -> None:
-        self.plan, self.full, self.shallow, self.time_scale = plan, full, shallow, time_scale
-        self.scaled = time_scale != 1 or any(isinstance(t, float) for t in plan.timesteps)
-        self._ways: list[_Way] = []
-
-    def __call__(self, sample: Tensor, timestep: Tensor | float, **conditioning: Any) -> Tensor:
-        timesteps = torch.as_tensor(timestep).reshape(-1)
-        if self.time_scale != 1:
-            timesteps = timesteps * (1 / self.time_scale)
-        step = self._step_of(timesteps)
-        if step is None:
-            return self.full(sample, timesteps.to(sample.device).expand(len(sample)), conditioning)[0]
-        known = torch.full((len(sample),), self.plan.timesteps[step], device=sample.device)
-        way, last = self._way(step, sample, conditioning), step == len(self.plan.timesteps) - 1
-        refreshes = self.plan.sources[step] == step
-        if refreshes or way.feature is None:
-            prediction, feature = self.full(sample, known, conditioning)
-            way.feature = feature if refreshes and way.walks == 1 else None
-        else:
-            line = (_row(table, step, way.feature) for table in (self.plan.scale, self.plan.shift))
-            prediction = self.shallow(sample, known, conditioning, way.feature, *line)
-        if last:
-            way.walks -= 1
-            self._ways = [other for other in self._ways if other.walks]
-        return prediction
-
-    def _step_of(self, timesteps: Tensor) -> int | None:
-        """The number of the step that all of a batch are at; None where they differ, or the plan does not know it."""
-        values = set(timesteps.tolist())
-        if len(values) > 1:
-            return None
-        value, known = values.pop(), self.plan.timesteps
-        nearest = min(range(len(known)), key=lambda number: abs(known[number] - value))
-        if abs(known[nearest] - value) <= (ROUNDING * known[nearest] if self.scaled else 0):
-            return nearest
-        warnings.warn(
-            f"the cache plan was measured for {len(known)} timesteps, {known[0]:g} to {known[-1]:g}, and is asked for "
-            f"others, which are computed in full: sample with cache_'s scheduler in {len(known)} steps",
-            stacklevel=4,
-        )
-        return None
-
-    def _way(self, step: int, sample: Tensor, conditioning: dict[str, Any]) -> _Way:
-        """The way on which a call is the next one; it is one step further then."""
-        alike = (w for w in self._ways if w.x_t.shape == sample.shape and _equal(w.conditioning, conditioning))
-        way = next(alike, None)
-        if way is None:
-            way = _Way(sample, conditioning, step)
-            self._ways.append(way)
-        elif way.walks > 1:
-            way.walks += step == 0
-        elif step != way.next and not (step == way.next - 1 and torch.equal(way.x_t, sample)):
-            way.walks, way.feature = 2, None
-            warnings.warn(
-                "another walk through the schedule begins before the one before it is over, and its calls cannot be "
-                "told from those: both are computed in full. Where that one was broken off, call forget(); where they "
-                "take turns, give each a begin_walk() of its own, as pqcad_ao.diffusion.sampling.sample does",
-                stacklevel=4,
-            )
-        way.x_t, way.next = sample.clone(), step + 1
-        return way
-
-
-class ThreadsWalk(threading.local):
-    """The walk that each thread is on; a copy is on none."""
-
-    walk: Walk | None = None
-
-    def __reduce__(self) -> tuple[type["ThreadsWalk"], tuple[()]]:
-        return ThreadsWalk, ()
+def are_sources(sources: list[Any], steps: int) -> bool:
+    """Whether these are :func:`sources_of` so many steps."""
+    if len(sources) != steps or not all(is_whole(source, 0) for source in sources):
+        return False
+    starts = [number for number, source in enumerate(sources) if source == number]
+    return starts[:1] == [0] and sources == sources_of(starts, steps)
 
 
 def corrected_feature(feature: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """A feature that was kept, as it is to be taken: scale and shift (1, C, 1, 1) float32."""
     return (feature * scale + shift).to(feature.dtype)
-
-
-def _row(table: Tensor, step: int, feature: Tensor) -> Tensor:
-    """A step's row of a table, (1, C, 1, 1)."""
-    return table[step].to(feature.device).view(1, -1, 1, 1)
-
-
-def _equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    (values, spec), (others, other_spec) = tree_flatten(one), tree_flatten(other)
-    return spec == other_spec and all(map(_same, values, others))
-
-
-def _same(one: Any, other: Any) -> bool:
-    if one is other:
-        return True
-    tensors = isinstance(one, Tensor), isinstance(other, Tensor)
-    return torch.equal(one, other) if all(tensors) else not any(tensors) and bool(one == other)

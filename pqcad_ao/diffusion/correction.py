@@ -83,7 +83,10 @@ class CorrectionTable:
     @classmethod
     def from_dict(cls, values: Any) -> "CorrectionTable":
         """Invert :meth:`to_dict`. Raises ValueError, TypeError, KeyError: it is not what that wrote."""
-        filters, bias = (torch.tensor(values[name], dtype=torch.float32) for name in ("filters", "bias"))
+        try:
+            filters, bias = (torch.tensor(values[name], dtype=torch.float32) for name in ("filters", "bias"))
+        except (RuntimeError, OverflowError) as error:  # whole numbers beyond 64 bits
+            raise ValueError(f"its correction cannot be read: {error}") from error
         kind, where, timesteps, cached = (values[name] for name in ("kind", "where", "timesteps", "cached"))
         table = cls(kind, where, timesteps, filters, bias, cached, values.get("guidance"))
         steps = len(table.timesteps)
@@ -97,7 +100,8 @@ class CorrectionTable:
         )
         words = table.where in get_args(Place) and isinstance(table.kind, str) and isinstance(table.cached, bool)
         words = words and (table.guidance is None or is_number(table.guidance, -1e6, 1e6))
-        if not sound or not words:
+        numbers = isinstance(table.timesteps, list) and all(isinstance(t, (int, float)) for t in table.timesteps)
+        if not sound or not words or not numbers:
             raise ValueError(f"its correction has filters {tuple(filters.shape)} and bias {tuple(bias.shape)}")
         return table
 

@@ -114,7 +114,7 @@ def sample(
     _check_walk(getattr(unet, "_pqcad_timestep", None), scheduler)
     table = correction_of(unet) if correction == "own" else correction
     if table is not None:
-        table.check(timesteps.tolist(), conditioning, cached=hasattr(unet, "begin_walk"))
+        table.check(timesteps.tolist(), conditioning, cached=_walk_of(unet) is not None)
     rank, world = share
     images = torch.zeros_like(noise)
     starts = range(0, noise.shape[0], batch_size)[rank::world]
@@ -125,7 +125,7 @@ def sample(
             _start(scheduler, num_inference_steps)
             x_t = noise[rows] * getattr(scheduler, "init_noise_sigma", 1.0)
             chosen = take_rows(conditioning, rows)
-            network = unet.begin_walk() if hasattr(unet, "begin_walk") else unet
+            network = _walk_of(unet) or unet
             finite: list[Tensor] = []
             for index, timestep in enumerate(timesteps):
                 # oneDNN and cuDNN convolve in this layout, and a network keeps its input's from end to end
@@ -153,6 +153,11 @@ def sample(
                 raise _left(None, inputs, scheduler, torch.stack(finite).tolist().index(False))
             images[rows] = x_t
     return fill_in(images) if world > 1 else images
+
+
+def _walk_of(unet: Any) -> Callable[..., Any] | None:
+    """What keeps features on one walk through the schedule; None where nothing is kept."""
+    return unet.begin_walk() if hasattr(unet, "begin_walk") else None
 
 
 def _check_walk(known: Any, scheduler) -> None:

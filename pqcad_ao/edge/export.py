@@ -4,32 +4,32 @@ import copy
 import json
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from pqcad_ao import denoiser
+from pqcad_ao.cached_unet import CachedUNet, cut_at, network_and_plan
 from pqcad_ao.denoiser import Denoiser, check_conditioning, evaluation_mode
-from pqcad_ao.diffusion.cache_plan import warn_unused
+from pqcad_ao.diffusion.cache_plan import CachePlan
 from pqcad_ao.diffusion.correction import CorrectionTable, correction_of
 from pqcad_ao.diffusion.noise import Sampler, process_of
 from pqcad_ao.diffusion.process import matching_sampler
 from pqcad_ao.diffusion.schedule import signal_and_noise, steps_to_bind, timesteps_of
 from pqcad_ao.edge.lower import lower, lower_sampler
-from pqcad_ao.edge.parity import ParityError, Record, check_parity, first_departure, record
+from pqcad_ao.edge.parity import ParityError, Record, check_parity, first_departure, record, record_cached
+from pqcad_ao.edge.report import PTEReport
 from pqcad_ao.edge.sampler import FORMAT, PTESampler, require_executorch, tensors_of
 from pqcad_ao.edge.seal import UNSEALED, seal
-from pqcad_ao.edge.storage import EdgePlan, check_objective, plan_edge
-from pqcad_ao.graph.operators import operator_of
+from pqcad_ao.edge.storage import check_objective, plan_edge
+from pqcad_ao.graph.operators import layer_fqn, operator_of, packed_operator
 from pqcad_ao.nn.layers import QuantizedLayer
 from pqcad_ao.nn.state import quantized_state, required_state
 from pqcad_ao.passes.attention import decompose_attention
+from pqcad_ao.passes.correct_feature import correct_feature
 from pqcad_ao.passes.fold_constants import fold_constants
 from pqcad_ao.passes.fold_timesteps import fold_timesteps
 from pqcad_ao.passes.group_norm import decompose_group_norm
@@ -49,44 +49,6 @@ __all__ = ["PTEReport", "PTESampler", "ParityError", "export_fp32_pte", "export_
 VALUE_RANGE = (-1.0, 1.0)  # of the images
 
 
-@dataclass
-class PTEReport:
-    """What an export wrote and what was measured on it.
-
-    Attributes:
-        path: of the file. bytes: its size.
-        delegates: calls of XNNPACK in one step. portable: operators that stayed outside, with their number.
-        sqnr_db: timestep to the signal-to-noise ratio of the program's predictions against the network's.
-        rounding_db: the network's own at its worst step when its activations move in their last bit; measured where the
-            program fell below what was asked for, else None.
-        arithmetic: layer to what it runs in. plan: how each layer's weights are stored, and why.
-    """
-
-    path: Path
-    bytes: int
-    delegates: int
-    portable: dict[str, int]
-    sqnr_db: dict[float, float] = field(default_factory=dict)
-    rounding_db: float | None = None
-    arithmetic: dict[str, str] = field(default_factory=dict)
-    plan: EdgePlan = field(default_factory=lambda: EdgePlan([]))
-
-    def __str__(self) -> str:
-        rows = [("file", f"{self.path}, {self.bytes:,} bytes"), ("XNNPACK calls per step", self.delegates)]
-        portable = ", ".join(f"{count} {name}" for name, count in sorted(self.portable.items()))
-        rows.append(("operators outside", portable or "none"))
-        if self.sqnr_db:
-            worst = min(self.sqnr_db, key=self.sqnr_db.__getitem__)
-            middle = median(self.sqnr_db.values())
-            text = f"{self.sqnr_db[worst]:.1f} dB at worst (timestep {worst:g}), median {middle:.1f} dB"
-            rows.append(("against the network", text))
-        if self.rounding_db is not None:
-            rows.append(("float32 rounding alone", f"{self.rounding_db:.1f} dB at worst"))
-        for text, count in Counter(self.arithmetic.values()).most_common():
-            rows.append((f"{count} layer{'s' if count > 1 else ''}", text))
-        return "\n\n".join([tabulate(rows, tablefmt="plain"), *([str(self.plan)] if self.plan.layers else [])])
-
-
 def export_pte(
     unet: nn.Module,
     path: str | Path,
@@ -98,6 +60,7 @@ def export_pte(
     batch_size: int = 1,
     conditioning: dict[str, Any] | None = None,
     sample_shape: tuple[int, int, int] | None = None,
+    cache: CachePlan | Literal["own"] | None = "own",
     min_sqnr_db: float = 25.0,
     trajectories: int = 4,
     seed: int = 0,
@@ -115,20 +78,29 @@ def export_pte(
     - ``image(x_0) -> (batch_size, H, W, C)`` uint8;
     - ``timesteps``, ``sample_shape``, ``batch_size``, ``value_range`` and more that a sampler needs, as constants.
 
+    With a cache plan ``step`` returns ``(x_{t-1}, feature)``, and there are
+
+    - ``step_cached(x_t, i, *conditioning, feature) -> x_{t-1}`` and ``unet_cached(x_t, t, *conditioning, feature) ->
+      prediction``, of the outermost blocks alone, with the plan's line for that step in them;
+    - ``cache_sources``, (S,) int64: the step whose feature each step takes; its own where it is computed in full.
+
     What depends on the timestep alone is a table in the file; weights are in it once. The program is compared with the
     network on the network's own trajectories, at every step, and on inputs outside the calibrated range, before
     anything is written under ``path``.
 
     Args:
-        unet: a float32 network on the CPU that ``quantize_`` has quantized.
+        unet: a float32 network on the CPU that ``quantize_`` has quantized, or a
+            :class:`~pqcad_ao.cached_unet.CachedUNet` of one.
         path: of the .pte.
         scheduler: of the noise process it was quantized for; of a distilled network what ``distill_`` returned.
-        num_inference_steps: of the schedule; None: as many as the network was distilled for, or else 20.
+        num_inference_steps: of the schedule; None: as many as the cache plan has, or the network was distilled for, or
+            else 20.
         objective: ``"speed"`` stores two weights a byte where that costs a layer little time, ``"size"`` wherever it
             can. max_bytes: of the file; then layers are chosen by the time that a saved byte costs.
         conditioning: keyword arguments of ``unet.forward`` with a row for each sample; its tensors become inputs. With
             a ``guidance_scale`` and a ``negative`` in it, guidance with that scale is part of the program.
         sample_shape: (C, H, W), for networks whose config does not say it.
+        cache: the plan to follow; ``"own"``: the one that ``cache_`` measured on the network, if any; None: none.
         min_sqnr_db: what the program must reach at every step on the median image of the trajectories; on all images
             together 10 dB, or this if it is less. Where rounding in float32 alone moves the network by more, what that
             leaves less 10 dB.
@@ -139,8 +111,8 @@ def export_pte(
         ImportError: executorch is not installed.
         ValueError: the network is not quantized by pqcad_ao, not float32 or not on the CPU; conditioning is missing;
             the scheduler is foreign, of another process or number of training timesteps, or walks other timesteps than
-            the network was distilled for; the samples are packed tokens, no images; the file
-            cannot be made as small as ``max_bytes``.
+            the network was distilled for or the cache plan was measured for; the samples are packed tokens, no images;
+            the file cannot be made as small as ``max_bytes``.
         OSError: ``path`` cannot be written; said before the work begins.
         ParityError: the program departs from the network; says where and by how much, and nothing is written.
 
@@ -150,14 +122,15 @@ def export_pte(
         (1, True)
     """
     require_executorch()
+    unet, cached = network_and_plan(unet, cache)
     timestep = required_state(unet, ", or export_fp32_pte for the baseline").timestep
-    warn_unused(unet, "a .pte")
     _check_float(unet)
     scheduler = matching_sampler(scheduler, timestep.num_train_timesteps, continuous=timestep.continuous)
+    if num_inference_steps is None and cached is not None:
+        num_inference_steps = len(cached.timesteps)
     num_inference_steps = steps_to_bind(scheduler, num_inference_steps, timestep.schedule)
     correction = correction_of(unet)
-    if correction is not None:
-        correction.check(timesteps_of(scheduler, num_inference_steps), conditioning or {}, cached=False)
+    _check_walk(timesteps_of(scheduler, num_inference_steps), cached, correction, conditioning)
     check_count("batch_size", batch_size, otherwise=": of one program; for several sizes write several files")
     check_counts(trajectories=trajectories)
     check_objective(objective, max_bytes)
@@ -168,19 +141,27 @@ def export_pte(
     stages = tqdm(total=4, desc="recording trajectories", disable=not progress, leave=False)
     with evaluation_mode(unet), torch.no_grad(), forgetting_sources(), stages as bar:
         noise = torch.randn(trajectories, *shape, generator=torch.Generator().manual_seed(seed))
-        records = record(unet, scheduler, noise, num_inference_steps, conditioning, batch_size, progress)
+        walked = (scheduler, noise, num_inference_steps, conditioning, batch_size, progress)
+        records = record(unet, *walked)
+        if cached is not None:
+            records += record_cached(CachedUNet(unet, cached), *walked)
         bar.update()
         bar.set_description("capturing")
         captured, inputs, names = _capture(unet, shape, batch_size, conditioning, timestep.continuous)
-        constants = _metadata(scheduler, num_inference_steps, batch_size, shape, names, correction)
+        parts = _parts(captured, cached)
+        constants = _metadata(scheduler, num_inference_steps, batch_size, shape, names, correction, cached)
         timesteps = constants["timesteps"]
         bar.update()
         bar.set_description("lowering")
         to_save = None if max_bytes is None else 0
         while True:
             plan = plan_edge(captured, objective, to_save)
-            graph, arithmetic = _rewrite(copy.deepcopy(captured), unet, timesteps, plan.packed)
-            program, calls = _lower(graph, inputs, scheduler, constants, correction)
+            rewritten = {
+                ending: _rewrite(copy.deepcopy(part), unet, timesteps, plan.packed) for ending, part in parts.items()
+            }
+            graph, arithmetic = rewritten[""]
+            networks = {ending: network for ending, (network, _) in rewritten.items()}
+            program, calls = _lower(networks, inputs, scheduler, constants, correction, cached)
             if max_bytes is None or len(program) <= max_bytes:
                 break
             # the plan knows the weights' bytes, the file holds more: what it is too large by has to go as well
@@ -196,25 +177,51 @@ def export_pte(
         )
         bar.update()
     write_whole(path, program)
-    delegates = calls.pop("executorch_call_delegate", 0)
-    return PTEReport(path, len(program), delegates, dict(calls), sqnr_db, rounding_db, arithmetic, plan)
+    measured = (sqnr_db, rounding_db, arithmetic, plan, None if cached is None else cached.refresh)
+    return PTEReport(path, len(program), calls.pop("executorch_call_delegate", 0), dict(calls), *measured)
+
+
+def _check_walk(
+    timesteps: list[Any], cached: CachePlan | None, correction: CorrectionTable | None, conditioning: Any
+) -> None:
+    """Raises ValueError: what goes into the program was measured on another walk than this one."""
+    if cached is not None:
+        cached.check(timesteps)
+    if correction is not None:
+        correction.check(timesteps, conditioning or {}, cached=cached is not None)
+
+
+def _parts(captured: GraphModule, cached: CachePlan | None) -> dict[str, GraphModule]:
+    """The network, or both programs that it is cut into, by what their methods' names end in."""
+    if cached is None:
+        return {"": captured}
+    cut = cut_at(captured, cached)
+    return {"": cut.full, "_cached": cut.shallow}
 
 
 @one_at_a_time
 def _lower(
-    graph: GraphModule,
+    networks: dict[str, GraphModule],
     inputs: tuple[Any, ...],
     scheduler: Sampler,
     constants: dict[str, Any],
     correction: CorrectionTable | None,
+    cached: CachePlan | None,
 ) -> tuple[bytes, Counter[str]]:
-    """The program of a rewritten network, and the calls of one step."""
+    """The program of a rewritten network, in full and cut, and the calls of one step in full."""
     timesteps = constants["timesteps"]
-    stepping = copy.deepcopy(graph)
     factors = step_table(scheduler, len(timesteps))
-    add_sampling_step(stepping, timesteps, factors, process_of(scheduler).clip, correction)
     x_t, _, tensors = inputs
-    exported = torch.export.export(stepping, (x_t, torch.tensor([0]), timesteps[:1].clone(), *tensors))
+    exported = {}
+    for ending, network in networks.items():
+        stepping = copy.deepcopy(network)
+        given = [x_t, torch.tensor([0]), timesteps[:1].clone(), *tensors]
+        if ending and cached is not None:
+            feature = stepping.graph.find_nodes(op="placeholder")[-1]
+            given.append(torch.zeros(feature.meta["val"].shape))
+            correct_feature(stepping, cached.scale, cached.shift)
+        add_sampling_step(stepping, timesteps, factors, process_of(scheduler).clip, correction)
+        exported[ending] = torch.export.export(stepping, tuple(given))
     program, calls = lower_sampler(exported, torch.export.export(_Image(), (x_t,)), constants)
     return seal(program), calls
 
@@ -321,6 +328,7 @@ def _metadata(
     shape: tuple[int, ...],
     names: list[str],
     correction: CorrectionTable | None,
+    cached: CachePlan | None,
 ) -> dict[str, Any]:
     """Constant methods of the program: all that a sampler needs, for one without Python as well.
 
@@ -348,6 +356,7 @@ def _metadata(
         "clip_sample_range": float(process.clip or 0.0),
         "scheduler_config": scheduler.to_json_string(),
         **({} if correction is None else {"correction": json.dumps(correction.to_dict())}),
+        **({} if cached is None else {"cache_sources": torch.tensor(cached.sources)}),
     }
 
 
@@ -359,7 +368,8 @@ def _rewrite(
     drop_identities(graph)
     weight_only = _weight_only_products(graph, unet)
     fold_constants(graph)
-    arithmetic = to_xnnpack(graph, packed)
+    layers = {layer_fqn(node) for node in graph.graph.nodes if packed_operator(node) is not None}
+    arithmetic = to_xnnpack(graph, layers.intersection(packed))  # a cut network has not all of them
     fold_timesteps(graph, timesteps, schedule)
     decompose_pieces(graph)
     decompose_group_norm(graph)
@@ -378,8 +388,8 @@ def _weight_only_products(graph: GraphModule, unet: nn.Module) -> dict[str, tupl
     readers = {str(node.target): node for node in graph.graph.nodes if node.op == "get_attr"}
     found = {}
     for fqn, layer in unet.named_modules():
-        if isinstance(layer, QuantizedLayer) and layer.activation_bits is None:
-            node = readers[f"unet.{fqn}.weight_scale"]
+        node = readers.get(f"unet.{fqn}.weight_scale")
+        if isinstance(layer, QuantizedLayer) and layer.activation_bits is None and node is not None:
             while operator_of(node) is None:
                 node = next(iter(node.users))
             found[fqn] = (layer.weight_bits, node)

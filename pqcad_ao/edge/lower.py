@@ -32,26 +32,30 @@ def lower(module: nn.Module, inputs: tuple[Any, ...], *, stock: bool = False) ->
 
 
 def lower_sampler(
-    exported: ExportedProgram, image: ExportedProgram, constants: dict[str, Any]
+    networks: dict[str, ExportedProgram], image: ExportedProgram, constants: dict[str, Any]
 ) -> tuple[bytes, Counter[str]]:
     """A program with the methods ``step``, ``unet`` and ``image``, and the calls that ``step`` makes, by name.
 
-    The network is lowered once; each method is what is left when the other's input and output are taken away. Both
-    name the same delegated data, which the file holds once.
+    A network is lowered once; each of its methods is what is left when the other's input and output are taken away.
+    Both name the same delegated data, which the file holds once, and so does another network that has equal weights.
 
     Args:
-        exported: ``f(x_t, step, timestep, *tensors) -> (x_{t-1}, prediction)``, see
-            :func:`pqcad_ao.passes.sampling_step.add_sampling_step`.
+        networks: ``f(x_t, step, timestep, *tensors) -> (x_{t-1}, prediction, *more)``, see
+            :func:`pqcad_ao.passes.sampling_step.add_sampling_step`, by what their methods' names end in; that of ""
+            is there. ``step`` returns more, ``unet`` does not.
         image: ``f(x_0)``. constants: further methods that return a constant each.
     """
     from executorch.exir import EdgeProgramManager
 
-    both = _to_edge({"both": exported, "image": image})
-    whole = both.exported_program("both")
-    step, unet = _only(whole, "step", "timestep", 0), _only(whole, "timestep", "step", 1)
-    programs = {"step": step, "unet": unet, "image": both.exported_program("image")}
-    calls = calls_of(step)  # what follows rewrites the graphs
-    return EdgeProgramManager(programs, constants, both.compile_config).to_executorch().buffer, calls
+    lowered = _to_edge({**{f"both{ending}": exported for ending, exported in networks.items()}, "image": image})
+    programs = {"image": lowered.exported_program("image")}
+    for ending in networks:
+        whole = lowered.exported_program(f"both{ending}")
+        _, _, *more = range(len(whole.graph_signature.output_specs))
+        programs[f"step{ending}"] = _only(whole, "step", "timestep", [0, *more])
+        programs[f"unet{ending}"] = _only(whole, "timestep", "step", [1])
+    calls = calls_of(programs["step"])  # what follows rewrites the graphs
+    return EdgeProgramManager(programs, constants, lowered.compile_config).to_executorch().buffer, calls
 
 
 def _to_edge(programs: dict[str, ExportedProgram], stock: bool = False) -> Any:
@@ -79,7 +83,7 @@ def calls_of(program: ExportedProgram) -> Counter[str]:
     return calls
 
 
-def _only(program: ExportedProgram, kept: str, dropped: str, output: int) -> ExportedProgram:
+def _only(program: ExportedProgram, kept: str, dropped: str, outputs: list[int]) -> ExportedProgram:
     """A copy of a lowered ``f(x_t, step, timestep, *tensors)`` without one of its two ways to name a step."""
     graph_module = copy.deepcopy(program.graph_module)
     graph = graph_module.graph
@@ -89,17 +93,17 @@ def _only(program: ExportedProgram, kept: str, dropped: str, output: int) -> Exp
     chosen.replace_all_uses_with(inputs["step"] if kept == "step" else by_timestep)
     graph.erase_node(chosen)
     result = next(node for node in graph.nodes if node.op == "output")
-    result.args = ((result.args[0][output],),)
+    result.args = (tuple(result.args[0][output] for output in outputs),)
     graph.eliminate_dead_code()
     graph.erase_node(inputs[dropped])
     graph_module.recompile()
     signature = copy.deepcopy(program.graph_signature)
     signature.input_specs = [spec for spec in signature.input_specs if spec.arg.name != dropped]
-    signature.output_specs = [signature.output_specs[output]]
+    signature.output_specs = [signature.output_specs[output] for output in outputs]
     (call,) = copy.deepcopy(program.module_call_graph[:1])
     tensors = [spec for spec in signature.input_specs if spec.kind is InputKind.USER_INPUT][2:]
     call.signature.in_spec = tree_flatten(((0, 0, *(0 for _ in tensors)), {}))[1]
-    call.signature.out_spec = tree_flatten(0)[1]
+    call.signature.out_spec = tree_flatten(0 if len(outputs) == 1 else tuple(outputs))[1]
     call.signature.forward_arg_names = None
     return ExportedProgram(
         root=graph_module,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 
+from pqcad_ao.cached_unet import CachedUNet
 from pqcad_ao.denoiser import predict, spread_rows, take_rows
 from pqcad_ao.diffusion.correction import CorrectionTable
 from pqcad_ao.diffusion.noise import Sampler, process_of
@@ -34,12 +35,16 @@ class ParityError(RuntimeError):
 
 @dataclass
 class Record:
-    """One call of the network on a trajectory: its step's index, inputs and prediction."""
+    """One call of the network on a trajectory: its step's index, inputs and prediction.
+
+    ``source`` is the call whose deep feature it took, if it did not compute its own.
+    """
 
     index: int
     x_t: Tensor
     conditioning: dict[str, Any]
     prediction: Tensor
+    source: "Record | None" = None
 
 
 def record(
@@ -67,9 +72,45 @@ def record(
         records.append(Record(index, x_t.clone(), whole, prediction.clone()))
         return prediction
 
+    _sample(recorded, scheduler, noise, steps, conditioning, batch_size, progress)
+    return outside + records
+
+
+def record_cached(
+    cached: CachedUNet,
+    scheduler: Sampler,
+    noise: Tensor,
+    steps: int,
+    conditioning: dict[str, Any],
+    batch_size: int,
+    progress: bool,
+) -> list[Record]:
+    """As :func:`record`, every call of a network that follows its cache plan."""
+    records: list[Record] = []
+    sources, walk = cached.plan.sources, cached.begin_walk()
+
+    def recorded(x_t: Tensor, timesteps: Tensor, *, whole: dict[str, Any]) -> Tensor:
+        index = len(records) % steps
+        back = index - sources[index]
+        prediction = predict(walk, x_t, timesteps, whole)
+        records.append(Record(index, x_t.clone(), whole, prediction.clone(), records[-back] if back else None))
+        return prediction
+
+    _sample(recorded, scheduler, noise, steps, conditioning, batch_size, progress)
+    return records
+
+
+def _sample(
+    recorded: Callable[..., Tensor],
+    scheduler: Sampler,
+    noise: Tensor,
+    steps: int,
+    conditioning: dict[str, Any],
+    batch_size: int,
+    progress: bool,
+) -> None:
     chosen = {"whole": spread_rows(conditioning, torch.arange(len(noise)), len(noise))}
     sample(recorded, scheduler, noise, steps, conditioning=chosen, batch_size=batch_size, progress=progress)
-    return outside + records
 
 
 def check_parity(
@@ -104,13 +145,20 @@ def check_parity(
     from executorch.runtime import Runtime
 
     loaded = Runtime.get().load_program(program)
-    network, step = loaded.load_method("unet"), loaded.load_method("step")
+    methods = {False: (loaded.load_method("unet"), loaded.load_method("step"))}
+    if any(record.source for record in records):
+        methods[True] = loaded.load_method("unet_cached"), loaded.load_method("step_cached")
     scheduler = type(scheduler).from_config(scheduler.config)
     process_of(scheduler).set_timesteps(steps)
     timesteps = scheduler.timesteps
 
     def run(record: Record) -> Tensor:
+        network, step = methods[record.source is not None]
         inputs = _inputs(record, batch_size)
+        if record.source is not None:
+            whole = _inputs(record.source, batch_size)
+            _, feature = methods[False][1].execute([whole[0], torch.tensor([record.source.index]), *whole[1:]])
+            inputs.append(feature.clone())
         prediction = network.execute([inputs[0], timesteps[record.index].view(1), *inputs[1:]])[0].clone()
         stepped = step.execute([inputs[0], torch.tensor([record.index]), *inputs[1:]])[0]
         taken = prediction if correction is None else correction.predicted(prediction, record.index)
@@ -134,7 +182,8 @@ def check_parity(
     own = None
     if any(_below(both, bounds) for both in reached):
         twin = copy.deepcopy(unet)  # what hooks do to a network, other threads would see
-        own = [min(column) for column in zip(*_sqnr_db(run_moved, records, steps), strict=True)]
+        in_full = [record for record in records if record.source is None]
+        own = [min(column) for column in zip(*_sqnr_db(run_moved, in_full, steps), strict=True)]
         bounds = tuple(min(bound, value - ROUNDING_MARGIN_DB) for bound, value in zip(bounds, own, strict=True))
     failed = [(both, index) for index, both in enumerate(reached) if _below(both, bounds)]
     if failed:

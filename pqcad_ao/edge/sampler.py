@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 
 from pqcad_ao.denoiser import take_rows
+from pqcad_ao.diffusion.cache_plan import are_sources
 from pqcad_ao.diffusion.process import sampler_of
 from pqcad_ao.edge.seal import is_sealed
 from pqcad_ao.utils.checks import is_whole
 from pqcad_ao.utils.progress import tqdm
 
-FORMAT = 3  # of the methods and constants that a .pte of ours has
+FORMAT = 4  # of the methods and constants that a .pte of ours has
 
 
 class PTESampler:
@@ -26,6 +27,8 @@ class PTESampler:
         timesteps: (S,), the schedule. sample_shape: (C, H, W). batch_size: of one call.
         conditioning: the names of the tensors that a call takes besides x_t, as ``keystr`` writes them.
         scheduler: the sampler, DDIM or a flow's Euler.
+        sources: for each step the one whose deep feature it takes, its own where it is computed in full; None: the
+            program has no cache plan, and every step is computed in full.
 
     Raises:
         ImportError: executorch is not installed. OSError: no such file.
@@ -71,6 +74,10 @@ class PTESampler:
         self.batch_size = self._constant("batch_size")
         self.conditioning = json.loads(self._constant("conditioning"))
         self.scheduler = sampler_of(self._constant("scheduler_config"))
+        cached = {"cache_sources", "step_cached", "unet_cached"} & self._program.method_names
+        self.sources = self._constant("cache_sources").tolist() if cached else None
+        if self.sources is not None and not are_sources(self.sources, len(self.timesteps)):
+            raise ValueError(f"cache_sources says {self.sources} for {len(self.timesteps)} timesteps")
         counts = (self.batch_size, *self.sample_shape, len(self.timesteps))
         if len(counts) != 5 or not all(is_whole(count, most=2**20) for count in counts):
             raise ValueError(f"batch_size, sample_shape and timesteps say {counts}")
@@ -78,6 +85,10 @@ class PTESampler:
     @cached_property
     def _step(self) -> Any:
         return self._program.load_method("step")
+
+    @cached_property
+    def _step_cached(self) -> Any:
+        return self._program.load_method("step_cached")
 
     @cached_property
     def _unet(self) -> Any:
@@ -97,8 +108,28 @@ class PTESampler:
         return self._unet.execute(inputs)[0].clone()
 
     def step(self, x_t: Tensor, step_index: int, conditioning: dict[str, Any] | None = None) -> Tensor:
-        """x_{t-1}, of the method ``step``; arguments as for :meth:`predict`."""
+        """x_{t-1}, of the method ``step``, which computes in full; arguments as for :meth:`predict`."""
         return self._step.execute(self._inputs(x_t, step_index, conditioning))[0].clone()
+
+    def advance(
+        self,
+        x_t: Tensor,
+        step_index: int,
+        feature: Tensor | None = None,
+        conditioning: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One step of a walk as the cache plan says: x_{t-1}, and the deep feature to give to the next one.
+
+        Args:
+            feature: what the step before returned, of these very pictures; None: the step is computed in full.
+        """
+        inputs, refreshes = self._inputs(x_t, step_index, conditioning), True
+        if self.sources is not None:
+            refreshes = self.sources[step_index] == step_index
+            if not refreshes and feature is not None:
+                return self._step_cached.execute([*inputs, feature.contiguous()])[0].clone(), feature
+        x_next, *kept = self._step.execute(inputs)
+        return x_next.clone(), kept[0].clone() if kept and refreshes else None
 
     def _inputs(self, x_t: Tensor, step_index: int, conditioning: dict[str, Any] | None) -> list[Tensor]:
         expected = (self.batch_size, *self.sample_shape)
@@ -116,6 +147,7 @@ class PTESampler:
     def sample(self, noise: Tensor, conditioning: dict[str, Any] | None = None, *, progress: bool = False) -> Tensor:
         """Walk the schedule from ``noise`` (N, C, H, W) to images in [-1, 1], as ``diffusion.sampling.sample`` does.
 
+        With a cache plan in the file, steps take a deep feature as it says.
         Any N will do: the last call of a step is filled up with copies of its last image. What a network's integers
         hide, XNNPACK hides, too: NaN or infinity inside of a step may leave finite images.
 
@@ -135,9 +167,9 @@ class PTESampler:
             for group in groups:
                 rows = group[rows_of(len(group), self.batch_size)]
                 x_t = noise[rows]
-                chosen = take_rows(conditioning or {}, rows)
+                chosen, feature = take_rows(conditioning or {}, rows), None
                 for index in range(len(self.timesteps)):
-                    x_t = self.step(x_t, index, chosen)
+                    x_t, feature = self.advance(x_t, index, feature, chosen)
                     if not x_t.isfinite().all():
                         raise FloatingPointError(
                             f"the program left the finite numbers in step {index + 1} of {len(self.timesteps)} "

@@ -30,11 +30,16 @@ from safetensors.torch import save_file
 
 from pqcad_ao import PTESampler, load_quantized, save_quantized
 from pqcad_ao.data import load_images, read_conditioning
+from pqcad_ao.diffusion.cache_plan import CachePlan, attach_cache_plan, cache_plan
+from pqcad_ao.diffusion.cache_walk import Walk
 from pqcad_ao.diffusion.calibration import calibration_set
+from pqcad_ao.diffusion.correction import CorrectionTable, correction_of
 from pqcad_ao.diffusion.trajectories import draw_trajectories
 from pqcad_ao.edge.seal import MARK, seal
 from pqcad_ao.evaluate.features import FeatureClassifier, RealFeatures, load_classifier
 from pqcad_ao.models import load_model, save_model
+from pqcad_ao.nn.files import CACHE, KIND
+from pqcad_ao.nn.state import required_state
 from pqcad_ao.pipeline import PipelineWalk
 from pqcad_ao.recipes.settings import load_settings
 from pqcad_ao.utils.files import digest
@@ -247,6 +252,39 @@ def _read_file(folder: Path) -> None:
         assert model(torch.zeros(1, *SHAPE), torch.tensor([10])).shape == (1, *SHAPE)
 
 
+def _make_kept(folder: Path) -> None:
+    model, timesteps, lines = Small(), [999, 749, 499, 249], torch.ones(4, 8)
+    quantize_(model, quick(), scheduler=cosine_scheduler(), sample_shape=SHAPE, progress=False)
+    plan = CachePlan(1, timesteps, [0, 0, 2, 2], lines, 0 * lines, [0.0, 0.5, 0.0, 0.5], 1000, 100)
+    attach_cache_plan(model, plan)
+    filters = torch.ones(4, SHAPE[0], 3, 3) / 9
+    required_state(model).correction = CorrectionTable("debias", "prediction", timesteps, filters, filters[:, :, 0, 0])
+    save_quantized(model, folder / "small.safetensors")
+
+
+def _change_kept(folder: Path, luck: random.Random) -> None:
+    """One of both, with a checksum of the file that fits as often as not."""
+    file = folder / "small.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata, tensors = opened.metadata(), {n: opened.get_tensor(n) for n in opened.keys()}  # noqa: SIM118
+    header, name = json.loads(metadata[KIND]), luck.choice((CACHE, "correction"))
+    metadata[KIND] = json.dumps({**header, name: change_json(header[name], luck)})
+    sealed = metadata.pop(CHECKSUM)
+    metadata[CHECKSUM] = checksum(tensors, metadata) if luck.random() < 0.8 else sealed
+    save_file(tensors, file, metadata)
+
+
+def _read_kept(folder: Path) -> None:
+    model = load_quantized(Small(), folder / "small.safetensors")
+    plan, table, x_t = cache_plan(model), correction_of(model), torch.zeros(1, *SHAPE)
+    assert plan is not None
+    feature = torch.zeros(1, plan.scale.shape[1], 2, 2)
+    walk = Walk(plan, lambda x_t, *_: (x_t, feature), lambda x_t, t, given, kept, *line: x_t + (kept * line[0]).sum())
+    assert all(walk(x_t, t).isfinite().all() for t in plan.timesteps)
+    assert table is not None
+    assert table.apply(x_t.expand(1, table.bias.shape[1], 8, 8), torch.tensor([0])).isfinite().all()
+
+
 def _points(folder: Path) -> None:
     assert calibration_set(Small(), cosine_scheduler(), SHAPE, quick(), folder=folder).x_t.isfinite().all()
 
@@ -335,6 +373,7 @@ def _make_settings(folder: Path) -> None:
 READERS: dict[str, Reader] = {
     "load_model": Reader(_make_model, _read_model, _change_model),
     "load_quantized": Reader(_make_file, _read_file, _change_any(change_safetensors)),
+    "cache plan and correction": Reader(_make_kept, _read_kept, _change_kept),
     "C_QC": Reader(_points, _points, _change_any(change_safetensors)),
     "C_QC of a pipeline": Reader(_walk, _walk, _change_any(change_safetensors)),
     "C_DC": Reader(_pictures, _pictures, _change_pictures),

@@ -1,15 +1,25 @@
 """Properties of feature caching: schedules, the correction's line, the plan's file, and walks that mix."""
 
 import itertools
+import warnings
+from typing import Any
 
 import pytest
 import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from pqcad_ao.cache import _Sums
-from pqcad_ao.diffusion.cache_plan import CachePlan, Walk, group_costs, optimal_starts, sources_of, uniform_starts
+from pqcad_ao.diffusion.cache_plan import CachePlan, group_costs, optimal_starts, sources_of, uniform_starts
+from pqcad_ao.diffusion.cache_walk import Walk
 
 SEEDS = st.integers(0, 2**31)
 
@@ -140,7 +150,7 @@ class Counted:
 def walked(plan: CachePlan, x_t: Tensor, conditioning: dict) -> list[Tensor]:
     """Every prediction of a walk that nothing disturbs."""
     network = Counted()
-    walk, seen = Walk(plan, network.full, network.shallow), []
+    walk, seen = Walk(plan, network.full, network.shallow, declared=True), []
     for t in plan.timesteps:
         seen.append(walk(x_t, t, **conditioning))
         x_t = x_t * 0.9 + seen[-1] * 1e-3
@@ -195,3 +205,87 @@ def test_a_picture_does_not_hang_on_how_the_batch_is_split(plan: CachePlan, size
     split = [walked(plan, part, {}) for part in x_t.split(sizes)]
     for step, prediction in enumerate(whole):
         assert torch.equal(prediction, torch.cat([parts[step] for parts in split]))
+
+
+class Smooth(Counted):
+    """As a network is: the prediction is no sum of what was there before."""
+
+    def full(self, x_t: Tensor, timesteps: Tensor, conditioning: dict) -> tuple[Tensor, Tensor]:
+        self.made.append("full")
+        return torch.tanh(x_t + timesteps[0] / 1000) * (1 + len(conditioning)), x_t.repeat(1, 2, 1, 1)
+
+    def shallow(self, x_t, timesteps, conditioning, feature, scale, shift) -> Tensor:
+        self.made.append("shallow")
+        return torch.tanh(x_t + timesteps[0] / 1000) * 0.9
+
+
+SOLVERS = {
+    "DDIM": lambda: DDIMScheduler(clip_sample=False, timestep_spacing="trailing"),
+    "DPM-Solver++ 2M": lambda: DPMSolverMultistepScheduler(),
+    "DPM-Solver++ 3M": lambda: DPMSolverMultistepScheduler(solver_order=3),
+    "UniPC": lambda: UniPCMultistepScheduler(),
+    "Euler": lambda: EulerDiscreteScheduler(),
+    "flow": lambda: FlowMatchEulerDiscreteScheduler(),
+}
+
+
+def walked_by(solver: str, walk: Walk, plan: CachePlan, *, guided: bool = False, dtype=torch.float32, **given) -> None:
+    """Sample as a pipeline does, under guidance with both halves in one batch."""
+    scheduler: Any = SOLVERS[solver]()
+    scheduler.set_timesteps(len(plan.timesteps))
+    x_t = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x_t = x_t * getattr(scheduler, "init_noise_sigma", 1.0)
+    for known, t in zip(plan.timesteps, scheduler.timesteps, strict=True):
+        scaled = scheduler.scale_model_input(x_t, t) if hasattr(scheduler, "scale_model_input") else x_t
+        prediction = walk(torch.cat([scaled, scaled]) if guided else scaled, known)
+        if guided:
+            # no row is as the other half's: a network sees another prompt there
+            negative, prompt = prediction.chunk(2)
+            prediction = negative + 5 * (prompt * 0.7 - negative)
+        x_t = scheduler.step(prediction.to(dtype), t, x_t, **given).prev_sample
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_steps_of_solvers_are_seen_to_come_one_after_another(solver: str, guided: bool):
+    plan, network = plan_of([0, 0, 0, 3, 3, 3, 6, 7]), Smooth()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        walked_by(solver, Walk(plan, network.full, network.shallow), plan, guided=guided)
+    expected = ["full" if source == step else "shallow" for step, source in enumerate(plan.sources)]
+    assert network.made == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_does_not_hide_a_step(dtype: torch.dtype):
+    plan, network = plan_of([0, 0, 2, 2, 2]), Smooth()
+    walked_by("DDIM", Walk(plan, network.full, network.shallow), plan, dtype=dtype)
+    assert network.made.count("full") == 2
+
+
+@pytest.mark.filterwarnings("ignore:what comes is not")
+def test_a_step_that_draws_noise_is_computed_in_full_where_nobody_says_that_it_is_one_walk():
+    plan = plan_of([0, 0, 2, 2])
+    for declared, fulls in ((False, 4), (True, 2)):
+        network = Smooth()
+        walk = Walk(plan, network.full, network.shallow, declared=declared)
+        walked_by("DDIM", walk, plan, eta=1.0, generator=torch.Generator().manual_seed(1))
+        assert network.made.count("full") == fulls
+
+
+@given(begun=st.integers(1, 7), seed=SEEDS, alike=st.floats(0, 0.9))
+@settings(max_examples=40)
+@pytest.mark.filterwarnings("ignore:what comes is not")
+def test_a_walk_that_was_broken_off_leaves_nothing_to_one_that_begins_at_the_next_step(
+    begun: int, seed: int, alike: float
+):
+    """Also where its pictures are partly those of the one before, as two of one seed are."""
+    plan, network = plan_of([0] * 8), Smooth()
+    walk, generator = Walk(plan, network.full, network.shallow), torch.Generator().manual_seed(seed)
+    x_t = torch.randn(2, 3, 6, 6, generator=generator)
+    for step in range(begun):
+        x_t = x_t * 0.9 + walk(x_t, plan.timesteps[step]) * 0.05
+    other = alike * x_t + (1 - alike) * torch.randn(x_t.shape, generator=generator)
+    network.made.clear()
+    walk(other, plan.timesteps[begun])
+    assert network.made == ["full"]
