@@ -1,9 +1,11 @@
 """``torch.compile(unet, backend="pqcad")``: found by name, one graph, no recompiling, the eager network's values."""
 
+import re
 import subprocess
 import sys
 import warnings
 import zipfile
+from collections import Counter
 
 import pytest
 import torch
@@ -19,12 +21,14 @@ from pqcad_ao.compile.backend import fuse, pqcad
 from pqcad_ao.compile.package import export_pt2, load_pt2
 from pqcad_ao.denoiser import Denoiser
 from pqcad_ao.diffusion.sampling import sample
+from pqcad_ao.graph.arguments import bind
 from pqcad_ao.graph.capture import capture
-from pqcad_ao.passes.attention_kernel import attention_kernel
+from pqcad_ao.passes.attention_kernel import ATTENTION, attention_kernel
 from pqcad_ao.passes.fold_timesteps import fold_timesteps
 from pqcad_ao.passes.fuse_addends import ADD, fuse_addends
-from pqcad_ao.passes.fuse_quantize import QUANTIZE, fuse_quantize
+from pqcad_ao.passes.fuse_quantize import CAT, GROUP_NORM, QUANTIZE, SILU, UPSAMPLE, fuse_quantize
 from pqcad_ao.passes.identities import drop_identities
+from pqcad_ao.passes.inline import traced
 from pqcad_ao.passes.join_linears import join_linears
 
 FUSED = torch.ops.pqcad.norm_silu_quantize
@@ -94,6 +98,58 @@ def test_addends_go_into_the_convolutions(quantized_unet):
     assert count(graph, CONV) == convolutions
     for expected, found in zip(before, graph(*inputs), strict=True):
         assert sqnr(expected, found) > 60
+
+
+KINDS = {
+    "convolutions": CONV,
+    "linears": LINEAR,
+    "fused quantizers": {FUSED},
+    "quantizers": QUANTIZE,
+    "attentions": ATTENTION,
+    "sums": ADD,
+    "left in floating point": CAT | GROUP_NORM | SILU | UPSAMPLE,
+}
+
+
+def of_the_image(graph: GraphModule) -> Counter[str]:
+    """How often each kind of operator stands in a fused graph, but for those of the timestep's embedding."""
+    # what a pass has put in by itself was not traced
+    image = [node for node in graph.graph.nodes if getattr(traced(node), "ndim", 4) > 2]
+    found = Counter(kind for node in image for kind, targets in KINDS.items() if node.target in targets)
+    found["addends"] = sum(bind(node)["addend"] is not None for node in image if node.target in CONV)
+    return found
+
+
+@torch.no_grad()
+def test_torch_compile_and_packages_run_the_same_operators(quantized_unet):
+    graph, _ = graph_of(quantized_unet, noise(), at(500))
+    package = bound(quantized_unet)
+    fuse(graph)
+    fuse(package)
+    compiled, expected = of_the_image(graph), of_the_image(package)
+    assert expected["left in floating point"] == 0
+    # a package knows that the grids of a block's queries, keys and values stay equal; compiled, they may be replaced
+    expected["fused quantizers"] += 2 * expected["attentions"]
+    assert compiled == expected
+    # where timesteps are an input, what a package has tables of reads packed weights, one projection for each block
+    assert count(graph, {torch.ops.pqcad.weight_only_linear}) == 8
+
+
+@torch.no_grad()
+def test_a_layers_numbers_are_guarded_as_one(small):
+    """A list would be guarded number by number, at every call."""
+    torch._dynamo.reset()
+    names: list[str] = []
+
+    def keep(entries) -> list[bool]:
+        names.extend(entry.name for entry in entries)
+        return [True] * len(entries)
+
+    compiled = torch.compile(small, backend=lambda graph, _: graph.forward, options={"guard_filter_fn": keep})
+    compiled(noise(), at(500))
+    numbers = r"\.(segments|kernel_size|stride|padding|dilation)"
+    assert any(re.search(numbers + "$", name) for name in names)
+    assert not [name for name in names if re.search(numbers + r"\[", name)]
 
 
 class Awkward(Plain):

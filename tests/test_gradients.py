@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from pqcad_ao import quantize_
 from pqcad_ao.nn.layers import QuantizedLayer
+from pqcad_ao.nn.linear import QuantizedLinear
+from pqcad_ao.nn.timestep import Timestep
 
 
 def gradient(network, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,6 +94,19 @@ def test_what_stands_beside_a_quantized_layer_learns(small):
     small(before(x), t).square().sum().backward()
     assert first.activation_bits
     assert before.weight.grad.abs().sum() > 0
+
+
+def test_a_layer_of_unquantized_activations_passes_gradients_on():
+    """Whose operator on packed weights, which has no gradient, stands in where none is recorded."""
+    generator = torch.Generator().manual_seed(0)
+    layer = QuantizedLinear(6, 5, True, 4, None, [6], Timestep(1, 1000))
+    layer.set_weight(torch.randint(-8, 8, (5, 6), generator=generator), torch.rand(5) + 0.1, torch.randn(5))
+    x = torch.randn(3, 6, generator=generator, requires_grad=True)
+    output = layer(x)
+    output.sum().backward()
+    torch.testing.assert_close(x.grad, layer.packed_weight().sum(0).expand(3, -1))
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), output)
 
 
 def test_exported_programs_hold_no_gradient(small):

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pqcad_ao.ops import dispatch
-from pqcad_ao.ops.packing import pack
+from pqcad_ao.ops.packing import pack, unpack
 from pqcad_ao.ops.reference import conv2d_accumulators, exact_dtype, linear_accumulators, unpack_conv_weight
 
 
@@ -176,6 +176,43 @@ def test_opcheck_conv2d(options):
 @pytest.mark.parametrize("options", LINEARS.values(), ids=LINEARS)
 def test_opcheck_linear(options):
     torch.library.opcheck(torch.ops.pqcad.linear.default, _linear_arguments(**options))
+
+
+def _weight_only_arguments(shape=(2,), features=7, bits=4, bias=True, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return (
+        torch.randn(*shape, features, generator=generator).to(dtype),
+        pack(_integers(generator, bits, 3, features), bits),
+        torch.rand(3, generator=generator) + 0.1,
+        torch.randn(3, generator=generator) if bias else None,
+        bits,
+    )
+
+
+WEIGHT_ONLY = {
+    "plain": {},
+    "one vector": {"shape": ()},
+    "tokens": {"shape": (2, 5), "bias": False},
+    "w3": {"bits": 3, "features": 20},
+    "empty": {"shape": (0,)},
+    "bf16": {"dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("options", WEIGHT_ONLY.values(), ids=WEIGHT_ONLY)
+def test_opcheck_weight_only_linear(options):
+    torch.library.opcheck(torch.ops.pqcad.weight_only_linear.default, _weight_only_arguments(**options))
+
+
+@pytest.mark.parametrize("options", WEIGHT_ONLY.values(), ids=WEIGHT_ONLY)
+def test_weight_only_linear_is_the_product_with_dequantized_weights(options):
+    x, packed, weight_scale, bias, bits = arguments = _weight_only_arguments(**options)
+    weight = unpack(packed, bits, x.shape[-1]).double() * weight_scale[:, None]
+    expected = F.linear(x.double(), weight, None if bias is None else bias.double())
+    output = torch.ops.pqcad.weight_only_linear(*arguments)
+    assert output.dtype == x.dtype
+    tolerance = 3e-2 if x.dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(output.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 6, 7), (2, 4, 1, 1)])

@@ -123,6 +123,31 @@ def test_linear_equals_the_reference(bits, segments, batch, out_features, bias, 
     torch.testing.assert_close(torch.ops.pqcad.linear(*arguments, addend), expected, rtol=1e-5, atol=bound)
 
 
+@needs_kernels
+@settings(max_examples=40)
+@given(st.integers(2, 8), st.integers(1, 300), st.integers(0, 9), st.integers(1, 70), st.booleans(), st.integers(0, 99))
+def test_weight_only_linear_equals_the_reference(bits, features, rows, out_features, bias, seed):
+    """On whole numbers, of which a float32 sum is exact in any order."""
+    generator = torch.Generator().manual_seed(seed)
+    arguments = (
+        integers(generator, 6, rows, features).float(),
+        pack(integers(generator, bits, out_features, features), bits),
+        torch.ones(out_features),
+        integers(generator, 8, out_features).float() if bias else None,
+        bits,
+    )
+    assert torch.equal(torch.ops.pqcad.weight_only_linear(*arguments), reference.weight_only_linear(*arguments))
+
+
+@needs_kernels
+def test_a_rows_sums_are_exact_copies_in_every_batch():
+    generator = torch.Generator().manual_seed(0)
+    x, stored = torch.randn(7, 50, generator=generator), pack(integers(generator, 4, 40, 50), 4)
+    rest = (stored, torch.rand(40, generator=generator), torch.randn(40, generator=generator), 4)
+    together = torch.ops.pqcad.weight_only_linear(x, *rest)
+    assert all(torch.equal(torch.ops.pqcad.weight_only_linear(row, *rest), together[i]) for i, row in enumerate(x))
+
+
 @st.composite
 def images(draw):
     """Arguments of ``pqcad::norm_silu_quantize``."""

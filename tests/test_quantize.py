@@ -145,7 +145,7 @@ def test_the_layers_are_what_the_plan_says(quantized_unet):
         layer = quantized_unet.get_submodule(row.fqn)
         assert isinstance(layer, QuantizedConv2d if row.kind == "conv2d" else QuantizedLinear)
         assert (layer.weight_bits, layer.activation_bits) == (row.weight_bits, row.activation_bits)
-        assert layer.segments == row.segments
+        assert layer.segments == tuple(row.segments)
         integers = layer.weight_integers()
         assert integers.min() >= -(2 ** (row.weight_bits - 1))
         assert integers.max() <= 2 ** (row.weight_bits - 1) - 1

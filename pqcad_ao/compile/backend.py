@@ -85,7 +85,8 @@ def devices(graph: GraphModule) -> set[torch.device]:
 def for_gpu(graph: GraphModule) -> dict[Any, Callable]:
     """Turn a fused graph's layers into Triton kernels, in place; returns Inductor's table of decompositions for it.
 
-    Quantizers that no kernel takes become plain PyTorch there, which Inductor fuses with what stands in front of them.
+    Quantizers and other operators that no kernel takes become plain PyTorch there, which Inductor fuses with what
+    stands in front of them.
     """
     from torch._inductor.decomposition import select_decomp_table
 
@@ -96,5 +97,6 @@ def for_gpu(graph: GraphModule) -> dict[Any, Callable]:
     plain: dict[Any, Callable] = {
         torch.ops.pqcad.quantize.default: reference.quantize,
         torch.ops.pqcad.norm_silu_quantize.default: reference.norm_silu_quantize,
+        torch.ops.pqcad.weight_only_linear.default: reference.weight_only_linear,
     }
     return {**select_decomp_table(), **plain}

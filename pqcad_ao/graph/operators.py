@@ -15,7 +15,7 @@ in ``pqcad_ao/ops/reference.py``, an ``opcheck`` in ``tests/test_ops.py``, and k
 ``pqcad_ao/ops/triton`` where it should be fast.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ class WeightLayout:
         return self.from_packed(packed_weight(rows, kernel_size), groups)
 
 
-def packed_weight(rows: Tensor, kernel_size: list[int]) -> Tensor:
+def packed_weight(rows: Tensor, kernel_size: Sequence[int]) -> Tensor:
     """(O, K) rows in the order in which they are packed to the packed operator's weight, (O, I / groups, *kernel)."""
     return rows.unflatten(1, (*kernel_size, -1)).movedim(-1, 1)
 

@@ -32,8 +32,8 @@ class QuantizedConv2d(QuantizedLayer):
         reduction = in_channels // groups * kernel_size[0] * kernel_size[1]
         super().__init__(out_channels, reduction, bias, weight_bits, activation_bits, segments, timestep)
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size, self.stride = list(kernel_size), list(stride)
-        self.padding, self.dilation = list(padding), list(dilation)
+        self.kernel_size, self.stride = tuple(kernel_size), tuple(stride)
+        self.padding, self.dilation = tuple(padding), tuple(dilation)
 
     @classmethod
     def like(

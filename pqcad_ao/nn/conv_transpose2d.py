@@ -26,7 +26,7 @@ class QuantizedConvTranspose2d(QuantizedConv2d):
 
     def __init__(self, *arguments: Any, spacing: list[int], border: list[int]) -> None:
         super().__init__(*arguments)  # of the convolution by one
-        self.spacing, self.border = list(spacing), list(border)
+        self.spacing, self.border = tuple(spacing), tuple(border)
 
     @classmethod
     def like(

@@ -22,7 +22,8 @@ class QuantizedLayer(nn.Module):
 
     Attributes:
         fqn: its name in its network. kind: the layer's row in ``graph.operators.OPERATORS``.
-        kernel_size, groups: of the packed operator's weight.
+        kernel_size, groups: of the packed operator's weight. Numbers stand in tuples: of one Dynamo guards the whole at
+            every call of a compiled network, of a list each number by itself.
 
     Buffers (scales and bias stay float32 whatever the network's type, so that bfloat16 does not move the grid):
         weight: (O, ceil(K·bits/8)) uint8, packed along the reduction dimension.
@@ -32,7 +33,7 @@ class QuantizedLayer(nn.Module):
 
     kind: str
     fqn = "?"  # until it stands in a network
-    kernel_size: list[int] = []  # noqa: RUF012  (replaced, never changed)
+    kernel_size: tuple[int, ...] = ()
     groups = 1
     float32_buffers = ("weight_scale", "bias", "input_scale")
     weight: Tensor
@@ -52,7 +53,7 @@ class QuantizedLayer(nn.Module):
         timestep: Timestep,
     ) -> None:
         super().__init__()
-        self.weight_bits, self.activation_bits, self.segments = weight_bits, activation_bits, list(segments)
+        self.weight_bits, self.activation_bits, self.segments = weight_bits, activation_bits, tuple(segments)
         self.reduction, self.timestep = reduction, timestep
         self.register_buffer(
             "weight", torch.zeros(out_features, packed_size(reduction, weight_bits), dtype=torch.uint8)
@@ -133,10 +134,7 @@ class QuantizedLayer(nn.Module):
         Args:
             x: what was quantized. scale: (B, segments), of its grid.
         """
-        # an exported program is for inference: there a network's norms, which require gradients, do not count.
-        # What torch.compiler.is_exporting() returns; of that Dynamo of torch 2.11 says True in torch.compile as well
-        exporting = torch.compiler._is_exporting_flag
-        if exporting or not (torch.is_grad_enabled() and x.requires_grad):
+        if not records_gradient(x):
             return output
         low = self.input_low[self.timestep.current(x.shape[0])]
         ends = (low * scale, (low + 2 ** (self.activation_bits or 0) - 1) * scale)
@@ -160,8 +158,16 @@ class QuantizedLayer(nn.Module):
 
     def _bits(self) -> str:
         activation = f"A{self.activation_bits}" if self.activation_bits else "A float"
-        split = f", split={self.segments}" if len(self.segments) > 1 else ""
+        split = f", split={list(self.segments)}" if len(self.segments) > 1 else ""
         return f"W{self.weight_bits}{activation[0]}{activation[1:]}{split}"
+
+
+def records_gradient(x: Tensor) -> bool:
+    """Whether what is computed of x is to have a gradient."""
+    # an exported program is for inference: there a network's norms, which require gradients, do not count.
+    # What torch.compiler.is_exporting() returns; of that Dynamo of torch 2.11 says True in torch.compile as well
+    exporting = torch.compiler._is_exporting_flag
+    return not exporting and torch.is_grad_enabled() and x.requires_grad
 
 
 def check_saved(name: str, value: Tensor, owner: nn.Module) -> None:

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from pqcad_ao.nn.layers import QuantizedLayer
+from pqcad_ao.nn.layers import QuantizedLayer, records_gradient
 from pqcad_ao.nn.timestep import Timestep
+from pqcad_ao.ops import reference
 
 
 class QuantizedLinear(QuantizedLayer):
@@ -35,7 +36,9 @@ class QuantizedLinear(QuantizedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.activation_bits is None:
-            return self.in_float(x)
+            # a timestep's embedding: of a text's many rows a product with the weights in memory is faster
+            few = x.dim() == 2 and not records_gradient(x) and not torch.compiler._is_exporting_flag
+            return torch.ops.pqcad.weight_only_linear(x, *self._stored()) if few else self.in_float(x)
         integers, scale = self.quantize_input(x, -1)
         output = torch.ops.pqcad.linear(
             integers, self.weight, self.weight_scale, scale, self.bias, self.weight_bits, self.segments, x.dtype
@@ -43,8 +46,10 @@ class QuantizedLinear(QuantizedLayer):
         return self.with_gradient(output, x, scale, -1)
 
     def in_float(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return nn.functional.linear(x, self.packed_weight().to(x.dtype), bias)
+        return reference.weight_only_linear(x, *self._stored())
+
+    def _stored(self) -> tuple[Tensor, Tensor, Tensor | None, int]:
+        return self.weight, self.weight_scale, self.bias, self.weight_bits
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self._bits()}"

@@ -13,6 +13,10 @@ ones, and where there are none PyTorch multiplies dequantized weights (``pqcad_a
     channels last.
 ``pqcad::linear``
     input: (B, ..., K) int8; weight, scales and bias alike; addend: (B, ..., O).
+``pqcad::weight_only_linear``
+    A linear layer whose activations stay in floating point. input: (..., K); weight, weight_scale and bias as above, in
+    the CPU's kernel sums are float32. For the few rows of a timestep's embedding: it has no gradient, and of many rows
+    a product with the weights widened in memory is faster.
 ``pqcad::quantize``
     Floating point to the integers clamp(round(input / scale), low, low + 2^bits - 1), int8. scale, low: (B, segments);
     channel_dim: along which the segments lie, 1 of 4 dimensions (the result is channels last) or the last. On a CPU
@@ -50,6 +54,11 @@ torch.library.define(
     "pqcad::linear",
     "(Tensor input, Tensor weight, Tensor weight_scale, Tensor input_scale, Tensor? bias, int weight_bits, "
     "int[] segments, ScalarType dtype, Tensor? addend=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.define(
+    "pqcad::weight_only_linear",
+    "(Tensor input, Tensor weight, Tensor weight_scale, Tensor? bias, int weight_bits) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.define(
@@ -135,7 +144,7 @@ def _default(name: str):
         return getattr(reference, name)(input, *args, **kwargs)
 
 
-for _name in ("conv2d", "linear", "quantize", "norm_silu_quantize", "attention"):
+for _name in ("conv2d", "linear", "weight_only_linear", "quantize", "norm_silu_quantize", "attention"):
     _default(_name)
 
 
@@ -168,6 +177,11 @@ def _(
 @torch.library.register_fake("pqcad::linear")
 def _(input, weight, weight_scale, input_scale, bias, weight_bits, segments, dtype, addend=None):
     return input.new_empty([*input.shape[:-1], weight_scale.shape[0]], dtype=dtype)
+
+
+@torch.library.register_fake("pqcad::weight_only_linear")
+def _(input, weight, weight_scale, bias, weight_bits):
+    return input.new_empty([*input.shape[:-1], weight_scale.shape[0]])
 
 
 @torch.library.register_fake("pqcad::quantize")

@@ -1,6 +1,6 @@
 """The operators' arithmetic in plain PyTorch: exact integer sums, carried by floating-point multiply-accumulates."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -145,7 +145,15 @@ def linear(input, weight, weight_scale, input_scale, bias, weight_bits, segments
     return _rescale(sums, weight_scale, input_scale, bias, addend, -1, dtype)
 
 
-def per_channel(values: Tensor, segments: list[int]) -> Tensor:
+def weight_only_linear(
+    input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, weight_bits: int
+) -> Tensor:
+    """``pqcad::weight_only_linear`` on any device; of plain operators, with their gradient."""
+    rows = unpack(weight, weight_bits, input.shape[-1]).float() * weight_scale[:, None]
+    return torch.nn.functional.linear(input, rows.to(input.dtype), None if bias is None else bias.to(input.dtype))
+
+
+def per_channel(values: Tensor, segments: Sequence[int]) -> Tensor:
     """(B, segments) to (B, channels): each segment's value for each of its channels."""
     # of plain views: a tensor of the counts would have to travel to a GPU at every call
     parts = values.unbind(1)

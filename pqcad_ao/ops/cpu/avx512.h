@@ -126,6 +126,7 @@ inline Floats dot_pairs(Floats sums, Bytes a, Bytes b) {
 // ------------------------------------------------------------------------------------------------------ floats
 
 inline Floats to_floats(Ints v) { return (Floats)_mm512_cvtepi32_ps((__m512i)v); }
+inline Floats byte_of_lanes(Bytes v, int byte) { return to_floats(((Ints)v << (24 - 8 * byte)) >> 24); }
 inline Floats fma(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 inline Floats min(Floats a, Floats b) { return (Floats)_mm512_min_ps((__m512)a, (__m512)b); }
 inline Floats max(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }

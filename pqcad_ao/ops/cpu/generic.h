@@ -161,6 +161,9 @@ inline Floats dot_pairs(const Floats& sums, const Bytes& a, const Bytes& b) {
 inline Floats to_floats(const Ints& v) {
   return Floats::each([&](int i) { return (float)v.lane[i]; });
 }
+inline Floats byte_of_lanes(const Bytes& v, int byte) {  // the signed byte of that number in every lane
+  return Floats::each([&](int l) { return (float)(int8_t)v.lane[4 * l + byte]; });
+}
 inline Floats fma(const Floats& a, const Floats& b, const Floats& c) {  // a b + c, rounded once
   return Floats::each([&](int i) { return std::fma(a.lane[i], b.lane[i], c.lane[i]); });
 }

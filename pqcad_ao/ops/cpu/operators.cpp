@@ -14,6 +14,7 @@
 #include "attention.h"
 #include "direct.h"
 #include "quantize.h"
+#include "weight_only.h"
 #include "winograd.h"
 
 namespace {
@@ -29,11 +30,7 @@ void check_grid(const char* name, const Tensor& values, at::IntArrayRef segments
                     " has shape ", values.sizes(), ": expected (batch, segments) = (", batch, ", ", segments.size(), ")");
 }
 
-void check(const Tensor& input, const Tensor& weight, const Tensor& input_scale, const std::optional<Tensor>& bias,
-           int64_t bits, at::IntArrayRef segments, int64_t channels, int64_t rows, int64_t reduction) {
-  TORCH_CHECK_TYPE(input.scalar_type() == at::kChar, "input is ", input.scalar_type(),
-                   ": the pqcad operators take int8 integers (quantize first)");
-  check_grid("input_scale", input_scale, segments, input.size(0), channels);
+void check_weight(const Tensor& weight, const std::optional<Tensor>& bias, int64_t bits, int64_t rows, int64_t reduction) {
   TORCH_CHECK_VALUE(bits >= 2 && bits <= 8, "weight_bits=", bits, ": allowed are 2 to 8");
   TORCH_CHECK_VALUE(weight.scalar_type() == at::kByte && weight.dim() == 2 && weight.size(0) == rows &&
                         weight.size(1) == (reduction * bits + 7) / 8,
@@ -41,6 +38,14 @@ void check(const Tensor& input, const Tensor& weight, const Tensor& input_scale,
                     (reduction * bits + 7) / 8, ")");
   TORCH_CHECK_VALUE(!bias || bias->numel() == rows, "bias has ", bias ? bias->numel() : 0, " values: expected ", rows);
   TORCH_CHECK_VALUE(reduction > 0, "no input channels");
+}
+
+void check(const Tensor& input, const Tensor& weight, const Tensor& input_scale, const std::optional<Tensor>& bias,
+           int64_t bits, at::IntArrayRef segments, int64_t channels, int64_t rows, int64_t reduction) {
+  TORCH_CHECK_TYPE(input.scalar_type() == at::kChar, "input is ", input.scalar_type(),
+                   ": the pqcad operators take int8 integers (quantize first)");
+  check_grid("input_scale", input_scale, segments, input.size(0), channels);
+  check_weight(weight, bias, bits, rows, reduction);
   TORCH_CHECK_VALUE(reduction < (int64_t)1 << 16, "sums of ", reduction, " products: 65535 fit in 32 bits");
 }
 
@@ -129,6 +134,28 @@ Tensor linear(const Tensor& input, const Tensor& weight, const Tensor& weight_sc
   return output.to(dtype);
 }
 
+Tensor weight_only_linear(const Tensor& input, const Tensor& weight, const Tensor& weight_scale,
+                          const std::optional<Tensor>& bias, int64_t weight_bits) {
+  TORCH_CHECK_VALUE(input.dim() >= 1, "input has no dimension: expected (..., K)");
+  TORCH_CHECK_TYPE(at::isFloatingType(input.scalar_type()), "input is ", input.scalar_type(), ": expected floating point");
+  Problem p{};
+  p.C = input.size(-1), p.O = weight_scale.numel(), p.B = p.C > 0 ? input.numel() / p.C : 0, p.bits = (int)weight_bits;
+  p.H = p.W = p.OH = p.OW = p.KH = p.KW = p.SH = p.SW = p.DH = p.DW = p.groups = 1;
+  check_weight(weight, bias, weight_bits, p.O, p.C);
+  auto shape = input.sizes().vec();
+  shape.back() = p.O;
+  Tensor output = at::empty(shape, input.options().dtype(at::kFloat));
+  if (output.numel() > 0) {
+    const Tensor x = input.to(at::kFloat).contiguous(), w = weight.contiguous(),
+                 s = weight_scale.to(at::kFloat).contiguous(), b = bias ? bias->to(at::kFloat).contiguous() : Tensor();
+    p.weight = w.const_data_ptr<uint8_t>(), p.row = w.size(1), p.weight_scale = s.const_data_ptr<float>();
+    p.bias = b.defined() ? b.const_data_ptr<float>() : nullptr, p.output = output.mutable_data_ptr<float>();
+    fill_parts(p, {p.C});
+    weight_only(p, x.const_data_ptr<float>());
+  }
+  return output.to(input.scalar_type());
+}
+
 Tensor norm_silu_quantize(at::TensorList inputs, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
                           int64_t norm_groups, double eps, bool silu, const Tensor& scale, const Tensor& low,
                           at::IntArrayRef segments, int64_t bits, int64_t upsample) {
@@ -213,6 +240,7 @@ Tensor attention_op(const Tensor& query, const Tensor& key, const Tensor& value,
 TORCH_LIBRARY_IMPL(pqcad, CPU, m) {
   m.impl("conv2d", conv2d);
   m.impl("linear", linear);
+  m.impl("weight_only_linear", weight_only_linear);
   m.impl("quantize", quantize_op);
   m.impl("norm_silu_quantize", norm_silu_quantize);
   m.impl("attention", attention_op);
