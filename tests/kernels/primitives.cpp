@@ -99,6 +99,7 @@ void bytes() {
   same("even_first", even_first(a.own), plain::even_first(a.expected));
   same("low_nibbles", low_nibbles(a.own), plain::low_nibbles(a.expected));
   same("high_nibbles", high_nibbles(a.own), plain::high_nibbles(a.expected));
+  for (int n = 0; n < 4; n++) same("byte_of_lanes", byte_of_lanes(a.own, n), plain::byte_of_lanes(a.expected, n));
   same("+ of bytes", a.own + b.own, a.expected + b.expected);
   same("- of bytes", a.own - b.own, a.expected - b.expected);
   const int value = between(-128, 255);

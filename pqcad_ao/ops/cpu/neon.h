@@ -122,6 +122,7 @@ inline Floats dot_pairs(Floats sums, Bytes a, Bytes b) {
 // ------------------------------------------------------------------------------------------------------ floats
 
 inline Floats to_floats(Ints v) { return (Floats)vcvtq_f32_s32((int32x4_t)v); }
+inline Floats byte_of_lanes(Bytes v, int byte) { return to_floats(((Ints)v << (24 - 8 * byte)) >> 24); }
 inline Floats fma(Floats a, Floats b, Floats c) {
   return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 }
