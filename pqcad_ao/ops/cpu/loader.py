@@ -18,8 +18,8 @@ from pqcad_ao.utils.files import unfinished_folder
 from pqcad_ao.utils.machine import cpu_identity
 
 IN_THEIR_PLACE = (
-    "PyTorch's own products of dequantized weights run in their place, somewhat slower than full precision, and take four "
-    "bytes a weight beside the packed ones"
+    "PyTorch's own products of dequantized weights run in their place, somewhat slower than full precision, and take "
+    "four bytes a weight beside the packed ones"
 )
 
 _loading = threading.Lock()
