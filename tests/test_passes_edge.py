@@ -207,41 +207,38 @@ def test_rounding_in_float32_is_torchs_and_saturates():
     assert ROUNDER + 2**8 < 2**24, "the grid's integers stay exact"
 
 
+def group_norm(affine: bool) -> nn.Module:
+    return nn.GroupNorm(3, 12, affine=affine)
+
+
+def layer_norm(affine: bool) -> nn.Module:
+    return nn.LayerNorm(12, eps=1e-3, elementwise_affine=affine)
+
+
 @pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("shape", [(2, 12, 5, 7), (2, 12, 9)], ids=["image", "sequence"])
+@pytest.mark.parametrize(
+    ("make", "decompose", "shape"),
+    [
+        (group_norm, decompose_group_norm, (2, 12, 5, 7)),
+        (group_norm, decompose_group_norm, (2, 12, 9)),
+        (layer_norm, decompose_layer_norm, (2, 5, 12)),
+        (layer_norm, decompose_layer_norm, (3, 12)),
+    ],
+    ids=["group norm of an image", "of a sequence", "layer norm of tokens", "of rows"],
+)
 @torch.no_grad()
-def test_group_norm(shape, affine):
-    norm = nn.GroupNorm(3, 12, affine=affine)
+def test_norm(make, decompose, shape, affine):
+    norm = make(affine)
     if affine:
         nn.init.normal_(norm.weight)
         nn.init.normal_(norm.bias)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     graph = torch.export.export(norm, (x,)).module(check_guards=False)
-    decompose_group_norm(graph)
-    assert aten.group_norm.default not in targets(graph)
+    decompose(graph)
+    assert not {aten.group_norm.default, aten.layer_norm.default} & set(targets(graph))
     assert torch.allclose(graph(x), norm(x), atol=1e-5)
     shifted = x + 1000  # a mean far above the deviation: a difference of squares would lose it
-    exact = F.group_norm(shifted.double(), 3, *(p.double() if affine else p for p in (norm.weight, norm.bias)))
-    assert (graph(shifted) - exact).abs().max() < 3 * (norm(shifted) - exact).abs().max() + 1e-4
-
-
-@pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("shape", [(2, 5, 12), (3, 12)], ids=["tokens", "rows"])
-@torch.no_grad()
-def test_layer_norm(shape, affine):
-    norm = nn.LayerNorm(12, eps=1e-3, elementwise_affine=affine)
-    if affine:
-        nn.init.normal_(norm.weight)
-        nn.init.normal_(norm.bias)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    graph = torch.export.export(norm, (x,)).module(check_guards=False)
-    decompose_layer_norm(graph)
-    assert aten.layer_norm.default not in targets(graph)
-    assert torch.allclose(graph(x), norm(x), atol=1e-5)
-    shifted = x + 1000  # a mean far above the deviation: a difference of squares would lose it
-    exact = F.layer_norm(
-        shifted.double(), (12,), *(p.double() if affine else p for p in (norm.weight, norm.bias)), norm.eps
-    )
+    exact = copy.deepcopy(norm).double()(shifted.double())
     assert (graph(shifted) - exact).abs().max() < 3 * (norm(shifted) - exact).abs().max() + 1e-4
 
 
