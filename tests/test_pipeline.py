@@ -17,6 +17,7 @@ from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
     StableDiffusionInpaintPipeline,
@@ -26,7 +27,7 @@ from pipelines import CALLS, PROMPTS, TEXT, dit, vae
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pqcad_ao import plan, quantize_
+from pqcad_ao import load_quantized, plan, quantize_, save_quantized
 from pqcad_ao.denoiser import predict
 from pqcad_ao.nn.state import quantized_state
 from pqcad_ao.pipeline import PipelineWalk, network_of
@@ -34,6 +35,7 @@ from pqcad_ao.utils.tensor_files import read_tensors, write_tensors
 
 CLASSES = [3, 7, 500]
 GUIDED = {"class_labels": CLASSES, "guidance_scale": 3.0}
+FLOWS = {"sd3": 1.0, "flux": 1 / 1000}  # of the text pipelines, with the factor of their time
 
 
 @pytest.fixture
@@ -116,6 +118,8 @@ def test_from_prompts_to_the_same_picture_in_a_fresh_process(name, tmp_path):
     with torch.no_grad():
         outputs = [predict(net, points.x_t, points.timesteps, points.conditioning) for net in (full, network)]
     assert sqnr(*outputs) > 25
+    known = quantized_state(network).timestep
+    assert (known.continuous, known.time_scale) == (name in FLOWS, FLOWS.get(name, 1.0))
     pipeline.save_pretrained(tmp_path / "model")
     pictures = {"eager": draw(pipeline, name)}
     peft.inject_adapter_in_model(lora(), network)
@@ -151,6 +155,21 @@ save_file(found, folder + "/found.safetensors")
     for key, picture in pictures.items():
         assert torch.equal(found[key], picture), key
     torch.testing.assert_close(found["compiled"], found["eager"], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_flow_with_a_fixed_shift_in_a_file_of_its_own(tmp_path):
+    pytest.importorskip("transformers")
+    pipeline = TEXT["flux"](tmp_path / "tokens")
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    expected, fresh = draw(pipeline, "flux"), copy.deepcopy(pipeline.transformer)
+    options = {"weight_bits": 8, "activation_bits": 8}
+    quantize_(pipeline, quick(**options), prompts=PROMPTS, call=CALLS["flux"], progress=False)
+    found = draw(pipeline, "flux")
+    assert sqnr(expected, found) > 20
+    save_quantized(pipeline.transformer, tmp_path / "transformer.safetensors")
+    pipeline.transformer = load_quantized(fresh, tmp_path / "transformer.safetensors")
+    assert torch.equal(draw(pipeline, "flux"), found)
 
 
 SCHEDULERS = (DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler, LCMScheduler)
