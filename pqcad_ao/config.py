@@ -375,7 +375,8 @@ class CADConfig(AOBaseConfig):
         weight_pairs: part of their alignment that asks to help both steps of every pair, 0 to 1.
         guidance: where the conditioning holds guidance: ``"kept"``, the student is guided as the reference is, in two
             calls a step; or ``"baked"``, it learns to land there in one call without guidance (Meng et al. 2023, for
-            one scale). Draw with it without guidance then, in a pipeline with ``guidance_scale=1``.
+            one scale). Draw with it without guidance then, in a pipeline with ``guidance_scale=1``; a quantized student
+            remembers that, and warns where it is guided again.
 
     Raises:
         ValueError: a value outside its range; the message says which and what is allowed.

@@ -18,6 +18,10 @@ WITHOUT_ROWS = ("img_ids", "txt_ids")
 
 # Of the conditioning, for guidance: how strong it is, and what of the conditioning is otherwise in the other call.
 GUIDANCE_SCALE, NEGATIVE = "guidance_scale", "negative"
+GUIDED_AGAIN = (
+    "this network was distilled with guidance='baked': one call of it does what guidance of {:g} does, and it is "
+    "guided again. Leave guidance_scale and negative out of the conditioning; in a pipeline write guidance_scale=1"
+)
 
 
 def with_rows(conditioning: dict[str, Any]) -> dict[str, Any]:

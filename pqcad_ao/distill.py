@@ -134,6 +134,7 @@ def distill_(
     for network in (student, reference):
         set_time_scale(network, time_scale)
     _check_student(student, reference, ddim)
+    _check_baked(student, config, conditioning or {})
     keeps: dict[str, Any] = {"folder": folder, "callback": callback, "progress": progress}
     alike = (student.state_dict(), reference.state_dict(), settings_of(ddim), config, images, conditioning)
     with shared_run(folder, *alike):
@@ -187,6 +188,17 @@ def compress(
         pictures = checked_trajectories(unet, ddim, shape, cad, conditioning, images=images, **keeps)
         quantize_(student, pq, filter_fn, scheduler=ddim, **given)
         return student, teach(student, unet, ddim, shape, cad, pictures, **keeps)
+
+
+def _check_baked(student: nn.Module, config: CADConfig, conditioning: dict[str, Any]) -> None:
+    """Raises ValueError: a student that was taught to do without guidance would be taught under guidance."""
+    state = quantized_state(student)
+    scale = None if state is None else state.timestep.guidance
+    if scale is not None and config.guidance == "kept" and denoiser.GUIDANCE_SCALE in conditioning:
+        raise ValueError(
+            f"one call of the student does what guidance of {scale:g} does, and guidance='kept' would guide it again: "
+            "write CADConfig(guidance='baked')"
+        )
 
 
 def _check_student(student: nn.Module, reference: nn.Module, ddim: Sampler) -> None:

@@ -1,6 +1,7 @@
 """Classifier-free guidance: its two calls while a network is calibrated and while it is distilled."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from networks import SHAPE, Small, cosine_scheduler, quick
 from pipelines import CALLS, PROMPTS, TEXT, dit
 from torch import Tensor
 
-from pqcad_ao import CADConfig, distill_, quantize_
+from pqcad_ao import CADConfig, distill_, load_quantized, quantize_, save_quantized
 from pqcad_ao.denoiser import check_conditioning, predict, unguided
 from pqcad_ao.diffusion.calibration import calibration_set
 from pqcad_ao.diffusion.sampling import sample
@@ -145,6 +146,43 @@ def test_a_student_lands_in_one_call_where_guidance_does():
 
     own = unguided(given)
     assert error(student, own) < 0.5 * min(error(reference, own), error(reference, given))
+
+
+def test_a_quantized_student_remembers_that_guidance_is_baked_in(tmp_path):
+    reference, scheduler = Labelled(), cosine_scheduler()
+    student, options = copy.deepcopy(reference), {"sample_shape": SHAPE, "progress": False}
+    quantize_(student, quick(), scheduler=scheduler, conditioning=guidance(), **options)
+    length = {"steps": 4, "iterations": 1, "batch_size": 4, "points": 4, "teacher_weight": 1.0}
+    baked, kept = (CADConfig(**length, guidance=mode) for mode in ("baked", "kept"))
+    distill_(student, reference, scheduler, baked, conditioning=guidance(), **options)
+    with pytest.raises(ValueError, match=r"does what guidance of 3 does, .* write CADConfig\(guidance='baked'\)"):
+        distill_(student, reference, scheduler, kept, conditioning=guidance(), **options)
+    save_quantized(student, tmp_path / "network.safetensors")
+    loaded, noise = load_quantized(reference, tmp_path / "network.safetensors"), torch.randn(2, *SHAPE)
+    assert loaded._pqcad_timestep.guidance == SCALE
+    with pytest.warns(UserWarning, match=r"guidance of 3 does, and it is guided again\. .* write guidance_scale=1"):
+        sample(loaded, scheduler, noise, 2, conditioning=guidance(2))
+    own = guidance(2)["labels"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sample(loaded, scheduler, noise, 2, conditioning={"labels": own})
+        loaded(noise[:1].repeat(2, 1, 1, 1), 999, own)  # two prompts, one noise
+    with pytest.warns(UserWarning, match="guided again"):  # as pipelines call it under guidance
+        loaded(noise[:1].repeat(2, 1, 1, 1), 499, own)
+
+
+def test_a_student_that_does_without_is_not_guided_when_it_teaches():
+    reference, scheduler = Labelled(), cosine_scheduler()
+    student, options = copy.deepcopy(reference), {"sample_shape": SHAPE, "progress": False}
+    quantize_(student, quick(), scheduler=scheduler, conditioning=guidance(), **options)
+    student._pqcad_timestep.guidance = SCALE
+    config = CADConfig(steps=4, iterations=1, batch_size=4, points=4, teacher_weight=1.0, guidance="baked")
+    keeps = {"folder": None, "callback": None, "progress": False}
+    pictures = checked_trajectories(reference, scheduler, SHAPE, config, guidance(), images=None, **keeps)
+    run, taught = _Halving(student, reference, scheduler, pictures, config, 0, SHAPE), []
+    run._walked = lambda teacher, x_t, step, given: taught.append(given) or x_t
+    run.update()
+    assert [given.keys() for given in taught] == [{"labels"}]
 
 
 def test_baking_wants_guidance():

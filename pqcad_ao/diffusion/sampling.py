@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from pqcad_ao.denoiser import predict, take_rows
+from pqcad_ao.denoiser import GUIDANCE_SCALE, GUIDED_AGAIN, predict, take_rows
 from pqcad_ao.diffusion.correction import CorrectionTable, correction_of
 from pqcad_ao.diffusion.noise import RectifiedFlow
 from pqcad_ao.diffusion.process import FLOWS, as_sampler, clip_of, is_flow
@@ -97,6 +97,8 @@ def sample(
     Returns:
         (N, C, H, W) float tensor, on the noise's device.
 
+    Warns where a network is sampled otherwise than it was made for: by its timesteps, process, clipping or guidance.
+
     Raises:
         ValueError: the correction was fitted to another walk.
         FloatingPointError: NaN or infinity in the noise or after a step; names the step and, where the network can be
@@ -111,7 +113,10 @@ def sample(
     timesteps = scheduler.timesteps
     shown = timesteps.to(noise.device)
     conditioning = conditioning or {}
-    _check_walk(getattr(unet, "_pqcad_timestep", None), scheduler)
+    known = getattr(unet, "_pqcad_timestep", None)
+    _check_walk(known, scheduler)
+    if getattr(known, "guidance", None) is not None and GUIDANCE_SCALE in conditioning:
+        warnings.warn(GUIDED_AGAIN.format(known.guidance), stacklevel=3)  # of what is decorated with no_grad
     table = correction_of(unet) if correction == "own" else correction
     if table is not None:
         table.check(timesteps.tolist(), conditioning, cached=_walk_of(unet) is not None)

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from pqcad_ao.config import CADConfig, PQCADConfig
-from pqcad_ao.denoiser import evaluation_mode, guided, placement, predict_float32, take_rows, time_scale, unguided
+from pqcad_ao.denoiser import (
+    GUIDANCE_SCALE,
+    evaluation_mode,
+    guided,
+    placement,
+    predict_float32,
+    take_rows,
+    time_scale,
+    unguided,
+)
 from pqcad_ao.diffusion.cache_plan import drop_cache_plan
 from pqcad_ao.diffusion.correction import drop_correction
 from pqcad_ao.diffusion.ddim import DDIMSchedule
@@ -132,8 +141,9 @@ class _Halving:
         self.error_gain = self.schedule.error_gain(starts, self.jump)
         self.log: list[DistillUpdate] = []
         self.first: float | None = None
-        conditioning = images.conditioning
-        if quantized_state(student) is None:
+        conditioning, state = images.conditioning, quantized_state(student)
+        self.baked = state is not None and state.timestep.guidance is not None
+        if state is None:
             self.skeleton = to_learn(student)
             captured = capture(self.skeleton, shape, conditioning)
             self.graph, rows = captured.graph, resolve(captured, self.skeleton, PQCADConfig()).quantized
@@ -245,8 +255,8 @@ class _Halving:
         if end is not None:
             targets["reference"] = self._target(end, x_t, step)
         if self.teacher is not None:
-            # as it was before this run: one that no run has taught is guided
-            taught = own if self.number else conditioning
+            # as it was before this run: one that was not taught to do without is guided
+            taught = own if self.number or self.baked else conditioning
             targets["teacher"] = self._target(self._walked(self.teacher, x_t, step, taught), x_t, step)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             prediction = guided(self.forward, x_t, self.schedule.timesteps[step], own)
@@ -314,6 +324,8 @@ class _Halving:
             layer.train(network.get_submodule(fqn).training)
         adopt(network, self.graph, layers)
         state.timestep.schedule, state.timestep.call.visited = schedule, None
+        if self.config.guidance == "baked":
+            state.timestep.guidance = float(self.images.conditioning[GUIDANCE_SCALE])
         state.distilled = [*before.distilled, *self.log]
         attach(network, state)
 

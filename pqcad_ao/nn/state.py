@@ -23,7 +23,7 @@ from pqcad_ao.utils.fields import at_default
 
 FORMAT = 1
 FIELDS = {"quant_method", "format", "config", "plan", "timestep_groups", "num_train_timesteps", "transitions"}
-OPTIONAL = {"schedule", "continuous", "time_scale", "clip", "correction"}
+OPTIONAL = {"schedule", "continuous", "time_scale", "clip", "guidance", "correction"}
 WEIGHTS = "weights"  # field of a config.json, beside those of a state: the checksum of what was saved with it
 ATTRIBUTE = "_pqcad_state"  # of a quantized network
 
@@ -119,6 +119,8 @@ def _of_time(timestep: Timestep) -> dict[str, Any]:
         fields["time_scale"] = timestep.time_scale
     if timestep.clip is not None:
         fields["clip"] = timestep.clip
+    if timestep.guidance is not None:
+        fields["guidance"] = timestep.guidance
     return fields
 
 
@@ -136,6 +138,9 @@ def _time_from(values: dict[str, Any]) -> Timestep:
     schedule, timestep.clip = values.get("schedule"), values.get("clip")
     if timestep.clip is not None and not (isinstance(timestep.clip, float) and 0 <= timestep.clip < inf):
         raise ValueError(f"clip is {timestep.clip!r}")
+    timestep.guidance = values.get("guidance")
+    if timestep.guidance is not None and not (isinstance(timestep.guidance, float) and abs(timestep.guidance) < inf):
+        raise ValueError(f"guidance is {timestep.guidance!r}")
     if schedule is not None and not _is_schedule(schedule, timestep):
         raise ValueError(f"schedule is {schedule}, expected are falling timesteps from {counts[1] - 1} to 0")
     timestep.schedule = schedule
@@ -185,6 +190,21 @@ def required_state(model: nn.Module, otherwise: str = "") -> QuantizedState:
     if getattr(model, "is_quantized", False) or any(type(value) is not nn.Parameter for value in model.parameters()):
         raise ValueError(f"this {kind} was quantized by something else: load it in full precision and call quantize_")
     raise ValueError(f"this {kind} is not quantized by pqcad_ao: call quantize_ first{otherwise}")
+
+
+def check_layers(model: nn.Module, state: QuantizedState) -> None:
+    """Look whether the layers that were quantized are still there.
+
+    Raises:
+        ValueError: one of them was replaced since.
+    """
+    for row in state.plan.quantized:
+        layer = model.get_submodule(row.fqn)
+        if not isinstance(layer, QuantizedLayer):
+            raise ValueError(
+                f"{row.fqn} of this {type(model).__name__} was quantized, and is a {type(layer).__name__} now: replace "
+                "layers before quantize_, and remove adapters first"
+            )
 
 
 def make_layers(model: nn.Module, state: QuantizedState) -> dict[str, QuantizedLayer]:

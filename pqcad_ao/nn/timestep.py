@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pqcad_ao.denoiser import set_time_scale, timestep_group, timestep_position
+from pqcad_ao.denoiser import GUIDED_AGAIN, set_time_scale, timestep_group, timestep_position
 
 ATTRIBUTE = "_pqcad_timestep"  # of a quantized network
 LOOKED_AT = 2  # first calls of a network
@@ -58,6 +58,7 @@ class Timestep:
         self.position = 1  # of the timestep among the arguments of the network's forward
         self.schedule: list | None = None  # the timesteps that the network was distilled for
         self.clip: float | None = None  # range of x_0 in the sampler it was calibrated on, 0 of none; None: unknown
+        self.guidance: float | None = None  # scale of the guidance that one call of it does the work of
         self.looked_at = 0  # calls, by :func:`check_scale`
         self._calls = _Calls()
 
@@ -140,6 +141,17 @@ def check_schedule(state: Timestep, timesteps: list) -> None:
         )
 
 
+def check_unguided(state: Timestep, timesteps: Tensor, sample: Tensor) -> None:
+    """Warn where a pipeline guides a network that was taught to do without: both halves of its batch are one sample.
+
+    It is looked at where a walk ends, for it may begin with one noise for several prompts.
+    """
+    half, schedule = len(sample) // 2, state.schedule or [0]
+    at_end = _in_schedule(state, timesteps[0].item()) == schedule[-1]
+    if at_end and half and len(sample) == 2 * half and torch.equal(sample[:half], sample[half:]):
+        warnings.warn(GUIDED_AGAIN.format(state.guidance), stacklevel=3)
+
+
 def _in_schedule(state: Timestep, timestep: float) -> float:
     """The timestep of a schedule that a rounded one stands for; where timesteps are counted, none is rounded."""
     nearest = min(state.schedule or [timestep], key=lambda known: abs(known - timestep))
@@ -179,6 +191,8 @@ def bind_timestep(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         check_scale(state, timesteps)
         if state.schedule is not None:
             check_schedule(state, timesteps.tolist())
+        if state.guidance is not None:
+            check_unguided(state, timesteps, sample)
     timesteps = timesteps.to(sample.device)
     if timesteps.shape[0] != 1 and timesteps.shape[0] != sample.shape[0]:
         raise ValueError(
