@@ -30,6 +30,7 @@ from pqcad_ao.diffusion.cache_plan import cache_plan
 from pqcad_ao.diffusion.noise import Sampler
 from pqcad_ao.diffusion.process import as_sampler, class_of, read_scheduler
 from pqcad_ao.diffusion.schedule import shown, timesteps_of
+from pqcad_ao.nn.diffusers_plugin import check_loadable
 from pqcad_ao.nn.state import Method, quantized_state
 from pqcad_ao.pages.card import NAME as CARD
 from pqcad_ao.pages.card import is_users, write_card
@@ -238,7 +239,8 @@ def save_model(
     Raises:
         OSError: the folder cannot be written, or there is no room for both models; the one before stays.
         TypeError: the network is no diffusers model.
-        ValueError: ``quality`` does not say what the card does.
+        ValueError: ``quality`` does not say what the card does; or what is saved could not be loaded, for a layer was
+            replaced.
 
     Example:
         >>> save_model(quantized, scheduler, "model").name
@@ -250,6 +252,7 @@ def save_model(
             f"save_model writes diffusers models, and a {type(unet).__name__} is none: write save_quantized(model, "
             "path)"
         )
+    check_loadable(unet, quantized_state(unet))
     folder = Path(folder)
     with only_run_in(folder):
         _finish_saving(folder)

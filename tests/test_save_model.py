@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from networks import cosine_scheduler, sd3_transformer
+from torch import nn
 
 from pqcad_ao.denoiser import predict
 from pqcad_ao.models import load_model, save_model
@@ -30,6 +31,15 @@ def models(quantized_unet):
     attach(distilled, state)
     changed = DDIMScheduler.from_config(scheduler.config, clip_sample=True)
     return (quantized_unet, scheduler), (distilled, changed)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 8, 3, padding=1), nn.Sequential(nn.Conv2d(1, 8, 3, padding=1))])
+def test_a_replaced_layer_is_named_before_anything_is_written(layer, tiny_unet, quantized_unet, scheduler, tmp_path):
+    for unet in (copy.deepcopy(tiny_unet), quantized_unet):
+        unet.conv_in = layer
+        with pytest.raises(ValueError, match=r"could not be loaded, .* network: conv_in\..* register_to_config"):
+            save_model(unet, scheduler, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_of_a_flow(tiny_unet, scheduler, tmp_path):

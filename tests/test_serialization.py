@@ -16,8 +16,9 @@ from torch import nn
 from torchao.core.config import config_to_dict
 from torchao.quantization import Int8WeightOnlyConfig
 
-from pqcad_ao import load_quantized, plan, quantize_, save_quantized
+from pqcad_ao import CADConfig, distill_, load_quantized, plan, quantize_, save_quantized
 from pqcad_ao.config import config_from_json
+from pqcad_ao.models import save_model
 from pqcad_ao.nn.layers import QuantizedLayer
 from pqcad_ao.ops.packing import packed_size
 
@@ -401,6 +402,17 @@ def test_what_could_not_be_loaded_is_not_saved(quantized_unet, tmp_path):
     _assert_same(unet, UNet2DModel.from_pretrained(tmp_path))
 
 
+def test_what_a_file_of_an_own_network_could_not_be_loaded_from_is_not_saved(tmp_path):
+    network, options = Small(), {"scheduler": cosine_scheduler(), "sample_shape": SHAPE, "progress": False}
+    quantize_(network, quick(), **options)
+    network.first = nn.Conv2d(1, 8, 3, padding=1)
+    with pytest.raises(ValueError, match=r"first of this Small was quantized, and is a Conv2d now: replace layers bef"):
+        save_quantized(network, tmp_path / "network.safetensors")
+    with pytest.raises(ValueError, match="first of this Small was quantized, and is a Conv2d now"):
+        distill_(network, Small(), cosine_scheduler(), CADConfig(steps=4), sample_shape=SHAPE, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_changed_between_two_saves_is_saved(quantized_unet, tmp_path):
     quantized_unet.save_pretrained(tmp_path)
     quantized_unet.register_to_config(note="tuned")
@@ -410,9 +422,21 @@ def test_what_changed_between_two_saves_is_saved(quantized_unet, tmp_path):
 
 
 def test_a_full_precision_network_with_a_quantized_ones_config_is_named(quantized_unet, tmp_path):
-    UNet2DModel.from_config(quantized_unet.config).save_pretrained(tmp_path)
+    fresh = UNet2DModel.from_config(quantized_unet.config)
+    fresh.save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match=r"in floating point, .*: delete quantization_config from config\.json"):
-        UNet2DModel.from_pretrained(tmp_path)
+        UNet2DModel.from_pretrained(tmp_path / "plain")
+    # each of the three ways that the message names
+    file = tmp_path / "plain" / "config.json"
+    config = {name: value for name, value in json.loads(file.read_text()).items() if name != "quantization_config"}
+    file.write_text(json.dumps(config))
+    save_model(fresh, cosine_scheduler(), tmp_path / "model")
+    again = UNet2DModel.from_config({n: v for n, v in quantized_unet.config.items() if n != "quantization_config"})
+    again.load_state_dict(fresh.state_dict())
+    again.save_pretrained(tmp_path / "made")
+    for place in (tmp_path / "plain", tmp_path / "model" / "unet", tmp_path / "made"):
+        loaded = UNet2DModel.from_pretrained(place)
+        assert all(torch.equal(value, fresh.state_dict()[name]) for name, value in loaded.state_dict().items())
 
 
 def test_loading_does_not_quantize(tiny_dir, saved):

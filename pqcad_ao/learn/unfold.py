@@ -10,7 +10,7 @@ from pqcad_ao.denoiser import cast_floats
 from pqcad_ao.graph.capture import capture
 from pqcad_ao.learn.ptq import prepare
 from pqcad_ao.learn.training import to_learn
-from pqcad_ao.nn.state import quantized_state, required_state
+from pqcad_ao.nn.state import check_layers, required_state
 from pqcad_ao.prepare.observe import activation_quantizers, weight_quantizers
 
 
@@ -52,10 +52,11 @@ def dequantized_state(model: nn.Module, reference: nn.Module) -> dict[str, torch
     """A quantized network's state as the full-precision network has it, weights dequantized.
 
     Raises:
-        ValueError: the reference's state has other names or shapes.
+        ValueError: the reference's state has other names or shapes, or a quantized layer was replaced.
     """
-    plan = quantized_state(model).plan
-    layers: dict[str, Any] = {row.fqn: model.get_submodule(row.fqn) for row in plan.quantized}
+    state = required_state(model)
+    check_layers(model, state)
+    layers: dict[str, Any] = {row.fqn: model.get_submodule(row.fqn) for row in state.plan.quantized}
     values = {name: v for name, v in model.state_dict().items() if name.rpartition(".")[0] not in layers}
     for fqn, layer in layers.items():
         values[f"{fqn}.weight"] = layer.dequantized_weight()

@@ -1,5 +1,6 @@
 """Saving and loading through diffusers: the quantizer that ``from_pretrained`` finds."""
 
+import inspect
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -57,23 +58,26 @@ INSTEAD: dict[str, Callable] = {"num_parameters": _num_parameters, "fuse_qkv_pro
 
 def skeleton_of(model: Any) -> Any:
     """The full-precision network that a diffusers network's configuration makes, on the meta device."""
-    config = {name: value for name, value in model.config.items() if name != "quantization_config"}
+    taken = inspect.signature(type(model).__init__).parameters
+    config = {name: value for name, value in model.config.items() if name in taken}
     with torch.device("meta"):
         return type(model).from_config(config)
 
 
-def check_loadable(model: Any, state: QuantizedState) -> None:
-    """Look whether a quantized network is what it will be loaded as.
+def check_loadable(model: Any, state: QuantizedState | None) -> None:
+    """Look whether a diffusers network, with the state of a quantized one, is what it will be loaded as.
 
     Raises:
-        ValueError: it has other tensors than its configuration and its plan make.
+        ValueError: it has other tensors than its configuration and its plan make. In full precision it may have more,
+            such as fused projections.
     """
     skeleton = skeleton_of(model)
     try:
-        for fqn, layer in make_layers(skeleton, state).items():
+        for fqn, layer in ({} if state is None else make_layers(skeleton, state)).items():
             skeleton.set_submodule(fqn, layer)
         own, made = ({name: v.shape for name, v in net.state_dict().items()} for net in (model, skeleton))
-        wrong = sorted(name for name in own.keys() | made.keys() if own.get(name) != made.get(name))
+        names = made.keys() if state is None else own.keys() | made.keys()
+        wrong = sorted(name for name in names if own.get(name) != made.get(name))
     except ValueError as error:
         wrong = [str(error)]
     if wrong:
@@ -162,7 +166,8 @@ class PQCADDiffusersQuantizer(DiffusersQuantizer):
             raise ValueError(
                 "config.json says that pqcad_ao quantized the network, and its weights are in floating point, as those "
                 "of one that from_config(quantized.config) made: delete quantization_config from config.json, and it "
-                "loads as what it is"
+                "loads as what it is. diffusers asks nobody before it saves such a network: save it with save_model, "
+                "or make it of a configuration without that entry"
             )
         # state_dict still holds the saved type; param_value was cast to torch_dtype
         check_saved(param_name, state_dict[param_name], owner)

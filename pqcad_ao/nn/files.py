@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from pqcad_ao.diffusion.cache_plan import CachePlan, attach_cache_plan, cache_plan
 from pqcad_ao.nn.diffusers_plugin import attach
 from pqcad_ao.nn.layers import QuantizedLayer, check_saved
-from pqcad_ao.nn.state import insert_layers, make_layers, quantized_state, required_state, state_from_dict
+from pqcad_ao.nn.state import (
+    check_layers,
+    insert_layers,
+    make_layers,
+    quantized_state,
+    required_state,
+    state_from_dict,
+)
 from pqcad_ao.utils.tensor_files import read_tensors, write_tensors
 
 KIND = "pqcad"  # of the file, as its metadata names it
@@ -21,12 +28,14 @@ def save_quantized(model: nn.Module, path: str | Path) -> None:
     """Save a quantized module that is no diffusers model (those have ``save_pretrained``) as one safetensors file.
 
     Raises:
-        ValueError: the module is not quantized. OSError: the place cannot be written.
+        ValueError: the module is not quantized, or a layer of it was replaced since. OSError: the place cannot be
+            written.
 
     Example:
         >>> save_quantized(quantized, "network.safetensors")
     """
     state = required_state(model)
+    check_layers(model, state)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # copies, since safetensors refuses tensors that share memory (tied weights)
