@@ -5,16 +5,11 @@ and a share of each batch and of all that is drawn and measured, so K processes 
 floating-point sums. What is killed goes on with the same command and the same ``--out``.
 """
 
-import contextlib
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from cyclopts import App
-from torch import distributed as dist
 
 from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.data import some_images
@@ -22,8 +17,8 @@ from pqcad_ao.denoiser import sample_shape
 from pqcad_ao.distill import compress
 from pqcad_ao.models import load_model, save_model
 from pqcad_ao.nn.state import quantized_state
-from pqcad_ao.utils.machine import check_device
 from pqcad_ao.utils.options import NONE_GIVEN, WRITTEN, command_line, options
+from pqcad_ao.utils.processes import process_group
 
 if TYPE_CHECKING:
     Quantizing = dict[str, Any]
@@ -31,23 +26,6 @@ if TYPE_CHECKING:
 else:  # made at run time, where no type checker looks
     Quantizing = options(PQCADConfig, "Quantizing (PQCADConfig)", without=(), **WRITTEN)
     Distilling = options(CADConfig, "Distilling (CADConfig)", without=())
-
-
-@contextlib.contextmanager
-def processes(device: str) -> Iterator[tuple[int, torch.device]]:
-    """This process's rank and device; under torchrun, the group of all is there meanwhile."""
-    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    place = check_device(f"cuda:{local}" if device == "cuda" else device)
-    if "WORLD_SIZE" not in os.environ:
-        yield rank, place
-        return
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
-    try:
-        yield rank, place
-    finally:
-        dist.destroy_process_group()
 
 
 def run(
@@ -68,7 +46,7 @@ def run(
         device: cpu, or cuda: a GPU for each process.
     """
     config, halving = PQCADConfig(**pq), CADConfig(**cad)
-    with processes(device) as (rank, place):
+    with process_group(device) as (rank, place):
         teacher, scheduler = load_model(model)
         images = None
         if data is not None:

@@ -3,6 +3,7 @@
 How they distill is in ``test_recipe_cad.py``.
 """
 
+import json
 import os
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 WORKER = Path(__file__).with_name("together.py")
 pytestmark = pytest.mark.slow
@@ -54,6 +56,32 @@ def test_two_processes_make_what_one_does(alone, tmp_path):
     for case in ("progressive", "fixed"):
         same(together[case], alone[case])
     assert len(alone["progressive"]["moves"]) >= 2  # a ladder was walked down
+
+
+def test_commands_share_their_work(tmp_path):
+    """Under torchrun the command makes the group: two processes print once, and write what one does."""
+    quick = ["--mode", "ptq", "--calibration-points", "8", "--calibration-steps", "2", "--calibration-batch-size", "1"]
+    quality, weights = [], []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        said = cli(processes, "compress", "--model", "demo", "--out", out, *quick, "--groups", "4", "--threads", "1")
+        assert said.count("bytes of weights") == 1
+        sampling = ["--n", "8", "--steps", "2", "--batch-size", "2", "--threads", "1"]
+        assert cli(processes, "eval", "--model", out, *sampling, "--json", out / "quality.json").count("FID") == 1
+        quality.append(json.loads((out / "quality.json").read_text()))
+        weights.append(load_file(out / "unet" / "diffusion_pytorch_model.safetensors"))
+        assert not (out / "unfinished").exists()
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+    assert quality[0]["fid"] == pytest.approx(quality[1]["fid"], rel=1e-6)
+
+
+def cli(processes: int, *argv: Any) -> str:
+    """What a command prints, in one process or by torchrun."""
+    many = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable, *many, "-m", "pqcad_ao.cli", *map(str, argv)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment())
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def test_a_process_that_is_killed_ends_the_others_and_leaves_a_checkpoint(alone, tmp_path):

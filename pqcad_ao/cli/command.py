@@ -1,10 +1,12 @@
 """The ``pqcad`` command: its commands, and what it says of bad input."""
 
+import io
 import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from cyclopts import App, Parameter
@@ -26,6 +28,8 @@ BAD_INPUT = (
     RuntimeError,
     ImportError,
 )
+
+SHARED = (commands.compress, commands.evaluate)  # the commands that processes under torchrun share
 
 app = App(
     name="pqcad",
@@ -96,10 +100,32 @@ def run(command: Callable[..., dict[str, Any]], arguments: dict[str, Any], commo
     if common.threads is not None:
         torch.set_num_threads(common.threads)
     disturbed = busy()
-    result = command(**arguments)
+    with shared(command, arguments) as (first, mine):
+        result = command(**mine)
+    if not first:
+        return
     pictures, log = result.pop("pictures", {}), result.pop("log", [])  # for the page alone
     if common.json is not None:
         write_json(common.json, result)
     if common.report is not None:
         facts = {"command": common.command, "seed": common.seed, **describe(torch.get_num_threads())}
         write_report(common.report, {**facts, "busy": disturbed, **result}, pictures=pictures, log=log)
+
+
+@contextmanager
+def shared(command: Callable[..., Any], arguments: dict[str, Any]) -> Iterator[tuple[bool, dict[str, Any]]]:
+    """Whether this process is the one that writes, and a command's arguments here, among those that torchrun started.
+
+    Of the others nothing is printed; each has a GPU of its own, where they are on GPUs.
+    """
+    from pqcad_ao.utils.processes import process_group
+
+    if command not in SHARED:
+        yield True, arguments
+        return
+    with process_group(arguments.get("device", "cpu")) as (rank, place):
+        if rank == 0:
+            yield True, {**arguments, "device": str(place)}
+            return
+        with redirect_stdout(io.StringIO()):
+            yield False, {**arguments, "device": str(place)}

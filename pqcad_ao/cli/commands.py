@@ -104,16 +104,21 @@ def following(unet: "nn.Module") -> "nn.Module":
 def sampled(
     unet: "nn.Module", scheduler: Any, conditioning: dict[str, Any], n: int, steps: int, batch_size: int, seed: int
 ) -> "Tensor":
-    """``n`` images (N, C, H, W) in [-1, 1] from noise that ``seed`` and N alone decide, and from every row in turn."""
+    """``n`` images (N, C, H, W) in [-1, 1] from noise that ``seed`` and N alone decide, and from every row in turn.
+
+    Of several processes each draws some, and all have all.
+    """
     import torch
 
     from pqcad_ao.denoiser import placement, sample_shape, spread_rows
     from pqcad_ao.diffusion.sampling import sample
+    from pqcad_ao.utils.processes import rank_and_world
 
+    share = rank_and_world()
     noise = torch.randn(n, *sample_shape(unet), generator=torch.Generator().manual_seed(seed)).to(placement(unet)[0])
     rows = spread_rows(conditioning, torch.arange(n), n)
-    walked = following(unet)
-    return sample(walked, scheduler, noise, steps, batch_size=batch_size, conditioning=rows, progress=True).cpu()
+    options: dict[str, Any] = {"batch_size": batch_size, "conditioning": rows}
+    return sample(following(unet), scheduler, noise, steps, **options, share=share, progress=share[0] == 0).cpu()
 
 
 def demo(
@@ -227,6 +232,7 @@ def compress(
     from pqcad_ao.nn.state import quantized_state
     from pqcad_ao.plan import plan as plan_of
     from pqcad_ao.quantize import quantize_
+    from pqcad_ao.utils.processes import rank_and_world
 
     _check_distilling(distill, halvings, data, cad)
     config = (PQCADConfig.fast if fast else PQCADConfig)(**pq, seed=common.seed)
@@ -242,7 +248,7 @@ def compress(
     given = conditioned(unet, model, conditioning)
     if dry_run:
         return forecast(unet, scheduler, config, halving, given)
-    full, pictures = weight_bytes(unet), {}
+    full, pictures, first = weight_bytes(unet), {}, rank_and_world()[0] == 0
 
     def draw(name: str, steps: int) -> None:
         if common.report is not None:
@@ -259,8 +265,8 @@ def compress(
             images = None if data is None else some_images(data, sample_shape(unet), halving.points, halving.seed)
             unet, scheduler = compressed(unet, scheduler, config, halving, images=images, **keeps)
         seconds = time.perf_counter() - begin
-        size = save_model(unet, scheduler, out).stat().st_size
-    if folder is None:
+        size = save_model(unet, scheduler, out).stat().st_size if first else 0
+    if folder is None and first:
         shutil.rmtree(work, ignore_errors=True)
     draw("compressed", steps_of(unet))
     resolved, state = plan_of(unet), quantized_state(unet)
@@ -372,6 +378,7 @@ def evaluate(
     from pqcad_ao.evaluate.fid import image_quality
     from pqcad_ao.models import load_model
     from pqcad_ao.pages.card import check_replaceable, write_card
+    from pqcad_ao.utils.processes import rank_and_world
 
     if card:
         check_replaceable(Path(model))
@@ -390,14 +397,15 @@ def evaluate(
         real = RealFeatures.from_images(pictures, network)
     extract_features(torch.zeros(2, *shape), network)  # images that do not fit are refused before sampling
     images = sampled(unet, scheduler, given, n, steps, batch_size, common.seed)
-    quality = image_quality(images, network, real, seed=common.seed, bootstrap=bootstrap)
+    share = rank_and_world()
+    quality = image_quality(images, network, real, seed=common.seed, bootstrap=bootstrap, share=share)
     interval = f" [{quality['fid_ci'][0]:.2f}, {quality['fid_ci'][1]:.2f}]" if "fid_ci" in quality else ""
     kid = "" if quality["kid"] is None else f", KID {quality['kid']:.5f} ± {quality['kid_std']:.5f}"
     covers = ""
     if quality["recall"] is not None:
         covers = f", precision {quality['precision']:.3f}, recall {quality['recall']:.3f}"
     print(f"FID {quality['fid']:.3f}{interval}{kid}{covers} ({quality['n']} images, {steps} steps)")
-    if card:
+    if card and share[0] == 0:
         write_card(unet, Path(model), quality={**quality, "steps": steps})
     shown = {f"{model}, {steps} steps": images[:GRID]}
     return {**quality, "steps": steps, "seed": common.seed, "model": model, "pictures": shown}

@@ -1,5 +1,6 @@
 """The processes that share a run under torchrun; without it, this one alone."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -7,6 +8,32 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+from pqcad_ao.utils.machine import check_device
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[tuple[int, torch.device]]:
+    """This process's rank and device; under torchrun, the group of all is there meanwhile.
+
+    Args:
+        device: ``"cuda"``: a GPU for each process.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    place = check_device(f"cuda:{local}" if device == "cuda" else device)
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        yield rank, place
+        return
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
+    try:
+        yield rank, place
+    finally:
+        dist.destroy_process_group()
 
 
 def rank_and_world() -> tuple[int, int]:
