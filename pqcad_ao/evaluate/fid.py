@@ -99,7 +99,8 @@ def _fid_kid(features: Tensor, real: RealFeatures, seed: int, bootstrap: int) ->
     given = nn.Identity()  # torchmetrics' feature network: the features are there already
     given.num_features = d  # type: ignore[assignment]
     mean, cov = real.mean.double().cpu(), real.cov.double().cpu()
-    frechet = FrechetInceptionDistance(feature=given)
+    # of several processes each has all features, and torchmetrics would take the sum over processes for more of them
+    frechet = FrechetInceptionDistance(feature=given, sync_on_compute=False)
     frechet.real_features_sum = mean * real.n
     frechet.real_features_cov_sum = cov * (real.n - 1) + real.n * mean.outer(mean)
     frechet.real_features_num_samples = torch.tensor(real.n)
@@ -112,7 +113,7 @@ def _fid_kid(features: Tensor, real: RealFeatures, seed: int, bootstrap: int) ->
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore", UserWarning)  # that features are kept in memory
             torch.manual_seed(seed)
-            kernel = KernelInceptionDistance(feature=given, subset_size=subset)
+            kernel = KernelInceptionDistance(feature=given, subset_size=subset, sync_on_compute=False)
             kernel.real_features = [real.features.double().cpu()]
             kernel.update(features, real=False)
             kid, kid_std = (value.item() for value in kernel.compute())
