@@ -48,6 +48,7 @@ ACTIVATION_BITS = range(2, 9)
 LEARNING = (  # idle without learning
     *("trainable", "sensitive_share", "local_weight", "global_weight", "time_rounding", "sample_weights"),
     *("weight_rate", "weight_temperature", "weight_pairs", "weight_validation", "weight_tasks", "weight_every"),
+    "shard",
 )
 MAX_BATCH = 63  # diffusers 0.42 branches at a batch of 64 in Upsample2D; one captured graph holds one branch
 
@@ -172,6 +173,8 @@ class PQCADConfig(AOBaseConfig):
             ``"clusters"``, as many, one of each cluster of all the group's points (Q&C's TAP); walked to for that are
             all ``learning_points``, in ``mode="ptq"`` as well.
         cluster_alpha: how much the pictures count for a cluster, from 0 to 1; the rest are their timesteps.
+        shard: of several processes each keeps a part of the weights that learn, of their gradients and of Adam's
+            moments, and has a layer's whole weight while it computes: for networks whose learning no device holds.
 
     Raises:
         ValueError, TypeError: a value outside its range; the message says which and what is allowed.
@@ -229,6 +232,7 @@ class PQCADConfig(AOBaseConfig):
     weight_every: int = later(20)
     calibration_selection: Selection = later("first")
     cluster_alpha: float = later(0.5)
+    shard: bool = later(False)
 
     def __post_init__(self) -> None:
         if self.weight_bits is None:
@@ -291,8 +295,9 @@ class PQCADConfig(AOBaseConfig):
         check_numbers(self, ("local_weight", "global_weight"), most=1000)
         if self.local_weight + self.global_weight == 0:
             raise ValueError("local_weight=0 and global_weight=0 leave nothing to learn from")
-        if not isinstance(self.time_rounding, bool):
-            raise TypeError(f"time_rounding={self.time_rounding!r}: write True or False")
+        for name in ("time_rounding", "shard"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}={getattr(self, name)!r}: write True or False")
         if self.time_rounding and self.mode == "progressive":
             raise ValueError(
                 "time_rounding=True with mode='progressive': every width of a ladder rounds anew; write mode='fixed'"
@@ -377,6 +382,7 @@ class CADConfig(AOBaseConfig):
             calls a step; or ``"baked"``, it learns to land there in one call without guidance (Meng et al. 2023, for
             one scale). Draw with it without guidance then, in a pipeline with ``guidance_scale=1``; a quantized student
             remembers that, and warns where it is guided again.
+        shard: as for :class:`PQCADConfig`; of a quantized student.
 
     Raises:
         ValueError: a value outside its range; the message says which and what is allowed.
@@ -419,9 +425,10 @@ class CADConfig(AOBaseConfig):
     weight_temperature: float = later(1.0)
     weight_pairs: float = later(0.5)
     guidance: Guidance = later("kept")
+    shard: bool = later(False)
 
     def __post_init__(self) -> None:
-        for name in ("check_betas", "direct", "renoised"):
+        for name in ("check_betas", "direct", "renoised", "shard"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r}: write True or False")
         check_fields(self, ("steps", "halvings", "iterations", "points"))

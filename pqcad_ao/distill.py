@@ -134,7 +134,7 @@ def distill_(
     for network in (student, reference):
         set_time_scale(network, time_scale)
     _check_student(student, reference, ddim)
-    _check_baked(student, config, conditioning or {})
+    _check_config(student, config, conditioning or {})
     keeps: dict[str, Any] = {"folder": folder, "callback": callback, "progress": progress}
     alike = (student.state_dict(), reference.state_dict(), settings_of(ddim), config, images, conditioning)
     with shared_run(folder, *alike):
@@ -190,9 +190,14 @@ def compress(
         return student, teach(student, unet, ddim, shape, cad, pictures, **keeps)
 
 
-def _check_baked(student: nn.Module, config: CADConfig, conditioning: dict[str, Any]) -> None:
-    """Raises ValueError: a student that was taught to do without guidance would be taught under guidance."""
+def _check_config(student: nn.Module, config: CADConfig, conditioning: dict[str, Any]) -> None:
+    """Raises ValueError: what the configuration asks for does not go with the student."""
     state = quantized_state(student)
+    if config.shard and state is None:
+        raise ValueError(
+            "shard=True divides the weights of quantized layers, and the student is in full precision: quantize_ it "
+            "first, or leave shard out"
+        )
     scale = None if state is None else state.timestep.guidance
     if scale is not None and config.guidance == "kept" and denoiser.GUIDANCE_SCALE in conditioning:
         raise ValueError(

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from networks import SHAPE, Small, cosine_scheduler, quick
 from torch import distributed as dist
 
-from pqcad_ao import quantize_
+from pqcad_ao import CADConfig, PQCADConfig, distill_, quantize_
 from pqcad_ao.utils import processes, runs
 from pqcad_ao.utils.processes import in_turn, naming_the_lost
 from pqcad_ao.utils.runs import shared_run
@@ -72,3 +72,13 @@ def test_a_batch_that_cannot_be_shared_is_refused(second_of_two):
     config = quick(mode="fixed", batch_size=5)
     with pytest.raises(ValueError, match="batch_size=5 cannot be shared by 2 processes: give a multiple"):
         quantize_(Small(), config, scheduler=cosine_scheduler(), sample_shape=SHAPE)
+
+
+def test_parts_are_of_the_weights_of_quantized_layers_that_learn():
+    with pytest.raises(ValueError, match=r"shard=True divides .*, and the student is in full precision: quantize_ it"):
+        distill_(Small(), Small(), cosine_scheduler(), CADConfig(steps=4, shard=True), sample_shape=SHAPE)
+    with pytest.raises(ValueError, match="shard: mode='ptq' learns nothing"):
+        PQCADConfig(mode="ptq", shard=True)
+    for kind in (PQCADConfig, CADConfig):
+        with pytest.raises(TypeError, match="shard=2: write True or False"):
+            kind(shard=2)

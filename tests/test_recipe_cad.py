@@ -79,11 +79,11 @@ sys.exit(cad.main(sys.argv[1:]))
 """
 
 
-def start(folder: Path, processes: int, dies_at: int = -1) -> subprocess.CompletedProcess:
+def start(folder: Path, processes: int, *more: str, dies_at: int = -1) -> subprocess.CompletedProcess:
     worker = folder.parent / "worker.py"
     worker.write_text(WORKER)
     many = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    recipe = ["--model", "demo", "--out", str(folder), *PQ, *CAD]
+    recipe = ["--model", "demo", "--out", str(folder), *PQ, *CAD, *more]
     command = [sys.executable, *many, str(worker), str(dies_at), *recipe]
     return subprocess.run(command, capture_output=True, text=True, timeout=400)
 
@@ -132,6 +132,13 @@ def test_two_processes_learn_what_one_does(alone, tmp_path):
         assert sum(batches) == len(Path(f"{alone}-{what}-0").read_text().split())
         assert abs(batches[0] - batches[1]) <= 1
     assert len(list((tmp_path / "out" / "work").glob("c_qc-*.safetensors"))) == 1
+
+
+@pytest.mark.slow
+def test_two_processes_learn_with_weights_in_parts_what_one_does(alone, tmp_path):
+    done = start(tmp_path / "out", 2, "--cad.shard")
+    assert done.returncode == 0, done.stderr[-2000:]
+    same_run(tmp_path / "out", alone)
 
 
 @pytest.mark.slow

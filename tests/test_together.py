@@ -34,11 +34,12 @@ def start(out: Path, processes: int, *cases: str) -> dict[str, Any]:
 
 
 CASES = ("calibrated", "progressive", "fixed")
+SHARDED = ("sharded", "sharded fixed")
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> dict[str, Any]:
-    return start(tmp_path_factory.mktemp("alone") / "out", 1, *CASES)
+    return start(tmp_path_factory.mktemp("alone") / "out", 1, *CASES, "sharded")
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> None:
@@ -56,6 +57,21 @@ def test_two_processes_make_what_one_does(alone, tmp_path):
     for case in ("progressive", "fixed"):
         same(together[case], alone[case])
     assert len(alone["progressive"]["moves"]) >= 2  # a ladder was walked down
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_weights_in_parts_learn_what_whole_ones_do(processes, alone, tmp_path):
+    together = start(tmp_path / "out", processes, "sharded")
+    for case in SHARDED:
+        same(together[case], alone[case])
+    same(together["sharded"], alone["progressive"])  # with whole weights
+    watched, expected = together["watched"], torch.arange(7.0, dtype=torch.float64).view(7, 1)
+    assert watched["whole"] > 4 * 8 * 3000
+    assert watched["kept"] == pytest.approx(watched["whole"] / processes, rel=0.01)
+    # layer after layer: a weight as it was gathered, and as it is quantized
+    assert watched["gathered"] <= 3 * watched["largest"] < watched["whole"] / 4
+    assert torch.equal(together["divided"]["whole"], expected)
+    assert torch.equal(together["divided"]["gradient"], expected * (processes + 1))
 
 
 def test_commands_share_their_work(tmp_path):
@@ -84,12 +100,13 @@ def cli(processes: int, *argv: Any) -> str:
     return done.stdout
 
 
-def test_a_process_that_is_killed_ends_the_others_and_leaves_a_checkpoint(alone, tmp_path):
+@pytest.mark.parametrize("case", ["progressive", "sharded"])
+def test_a_process_that_is_killed_ends_the_others_and_leaves_a_checkpoint(case, alone, tmp_path):
     """As on two machines, whose torchrun does not know of the other's processes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(WORKER), str(tmp_path / "out"), "11", "progressive"]
+    command = [sys.executable, str(WORKER), str(tmp_path / "out"), "11", case]
     group = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": 2}
     ranks = [
         subprocess.Popen(command, env=environment(RANK=rank, **group), stderr=subprocess.PIPE, text=True)
@@ -105,5 +122,5 @@ def test_a_process_that_is_killed_ends_the_others_and_leaves_a_checkpoint(alone,
             process.kill()
     assert ranks[0].returncode == 1
     assert "process 0 of 2 waited in vain for another one, which ended" in errors
-    assert f"{tmp_path / 'out-work' / 'progressive'} keeps what was done" in errors
-    same(start(tmp_path / "out", 1, "progressive")["progressive"], alone["progressive"])
+    assert f"{tmp_path / 'out-work' / case} keeps what was done" in errors
+    same(start(tmp_path / "out", 1, case)[case], alone["progressive"])

@@ -19,13 +19,16 @@ from diffusers import DDIMPipeline, UNet2DModel
 from networks import SHAPE, TINY_UNET, Small, cosine_scheduler
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from pqcad_ao import PQCADConfig, denoiser, quantize_
 from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.evaluate.features import FeatureClassifier, extract_features
 from pqcad_ao.learn import progressive, training
+from pqcad_ao.prepare import fake_quant
+from pqcad_ao.prepare.observe import parts_of
 from pqcad_ao.utils.files import digest
-from pqcad_ao.utils.processes import of_all, rank_and_world
+from pqcad_ao.utils.processes import of_all, part_of, rank_and_world, whole_of
 
 CALIBRATION: dict[str, Any] = {
     "calibration_points": 24,
@@ -68,6 +71,59 @@ def learned(mode: str, folder: Path, **more: Any) -> dict[str, Any]:
     quantize_(network, config, scheduler=cosine_scheduler(), folder=folder, **options())
     state = network._pqcad_state
     return {"state": network.state_dict(), "log": [update.loss for update in state.log], "moves": state.transitions}
+
+
+class Watch:
+    """How many bytes a process has of quantized layers' weights while it learns.
+
+    Attributes:
+        kept: of its parts, their gradients and Adam's moments for them, the most after an update.
+        whole: of the same in one process. largest: of the largest weight.
+        gathered: of whole weights, gathered or quantized, the most at a time.
+    """
+
+    def __init__(self) -> None:
+        self.kept = self.whole = self.largest = self.gathered = 0
+        self._there: list[tuple[StorageWeakRef, int]] = []
+        for owner, name in ((fake_quant, "whole_of"), (fake_quant.WeightFakeQuantize, "forward")):
+            setattr(owner, name, self._seen(getattr(owner, name)))
+        clip = training.Learner._clip
+
+        def clipping(learner: training.Learner) -> None:
+            clip(learner)
+            self._count(learner)
+
+        training.Learner._clip = clipping  # type: ignore[method-assign]
+
+    def _seen(self, function: Any) -> Any:
+        def seen(*args: Any) -> Tensor:
+            found = function(*args)
+            if getattr(args[0], "form", args) is None:  # a fake quantizer whose weight is not in parts yet
+                return found
+            storage = found.untyped_storage()
+            there = [(ref, size) for ref, size in self._there if not ref.expired()]
+            self._there = [(ref, size) for ref, size in there if ref.cdata != storage._cdata]
+            self._there.append((StorageWeakRef(storage), storage.nbytes()))
+            self.gathered = max(self.gathered, sum(size for _, size in self._there))
+            return found
+
+        return seen
+
+    def _count(self, learner: training.Learner) -> None:
+        parts = parts_of(learner.graph)
+        kept = [tensor for part in parts for tensor in (part, part.grad, *learner.optimizer.state[part].values())]
+        self.kept = max(self.kept, sum(t.untyped_storage().nbytes() for t in kept if t is not None and t.dim()))
+        sizes = [8 * form.numel() for form in parts.values()]
+        self.whole, self.largest = 4 * sum(sizes), max(sizes, default=0)
+
+
+def divided() -> dict[str, Tensor]:
+    """A tensor of a length that the processes do not divide, whole again, and what its part's gradient is, too."""
+    values = torch.arange(7.0).view(7, 1)
+    part = part_of(values, values).requires_grad_()
+    whole = whole_of(part, values)
+    (whole.square() * (1 + rank_and_world()[0])).sum().backward()
+    return {"whole": whole.detach(), "gradient": whole_of(part.grad, values)}
 
 
 def options() -> dict[str, Any]:
@@ -121,6 +177,15 @@ def main() -> None:
         made["progressive"] = learned("progressive", work / "progressive")
     if "fixed" in cases:
         made["fixed"] = learned("fixed", work / "fixed", **SELECTIVE)
+    if "sharded" in cases:
+        watch = Watch() if rank_and_world()[1] > 1 else None
+        made["sharded"] = learned("progressive", work / "sharded", shard=True)
+        # no weights of samples: in the gradient by a key's bias, which is zero, they measure rounding
+        local = {name: SELECTIVE[name] for name in ("trainable", "local_weight")}
+        made["sharded fixed"] = learned("fixed", work / "sharded-fixed", **local, shard=True)
+        if watch is not None:
+            made["watched"] = vars(watch) | {"_there": None}
+            made["divided"] = divided()
     assert len({*of_all(digest(made))}) == 1, "the processes have learned different networks"
     if rank_and_world()[0] == 0:
         torch.save(made, out)

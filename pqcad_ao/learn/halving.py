@@ -34,6 +34,7 @@ from pqcad_ao.graph.capture import capture
 from pqcad_ao.graph.plan import PlanRow, resolve
 from pqcad_ao.learn.reweighing import shown
 from pqcad_ao.learn.selective import choose, learner_of
+from pqcad_ao.learn.shards import shard
 from pqcad_ao.learn.training import data_parallel, more_of, read_checkpoint, to_learn, train_loop
 from pqcad_ao.learn.unfold import unfold
 from pqcad_ao.learn.weights import SampleWeights
@@ -150,7 +151,6 @@ class _Halving:
         else:
             self.graph, self.skeleton = unfold(student, reference, shape, conditioning)
             rows = required_state(student).plan.quantized
-        self.teacher = copy.deepcopy(self.graph) if config.teacher_weight else None
         self.key = digest(
             self.graph.state_dict(),
             reference.state_dict(),
@@ -163,6 +163,9 @@ class _Halving:
             self.schedule.timesteps,
             number,
         )
+        if config.shard:
+            shard(self.graph)
+        self.teacher = copy.deepcopy(self.graph) if config.teacher_weight else None
         self.weights: SampleWeights | None = None
         if config.sample_weights == "groups":
             slot = torch.arange(learned, device=self.device)

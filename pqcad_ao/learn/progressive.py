@@ -21,6 +21,7 @@ from pqcad_ao.graph.plan import Plan
 from pqcad_ao.learn.reweighing import Reweighing, shown
 from pqcad_ao.learn.selective import choose, learner_of, local_loss, time_projections
 from pqcad_ao.learn.sensitivity import perturbation_loss
+from pqcad_ao.learn.shards import shard
 from pqcad_ao.learn.time_projections import fit_time_projections
 from pqcad_ao.learn.training import data_parallel, more_of, read_checkpoint, train_loop
 from pqcad_ao.learn.transition import MomentumTransition
@@ -208,6 +209,8 @@ class _Run:
             raise ValueError(
                 "the network's output is zero on the whole calibration set: there is nothing to learn from"
             )
+        if config.shard:
+            shard(graph)
         self.reach = None if reach is None else reach.square() / reach.square().mean()
         self.reweighing: Reweighing | None = None
         if config.sample_weights in ("groups", "aligned"):

@@ -31,10 +31,10 @@ def fit_time_projections(graph: GraphModule, names: Sequence[str], points: Calib
     quantizers = weight_quantizers(graph)
     for name, s in zip(names, inputs, strict=True):
         module, weight = quantizers[name]
-        mean, W = s.mean(0), weight.to(torch.float64, copy=True)
+        mean, W = s.mean(0), module.whole(weight).to(torch.float64, copy=True)
         scale = module.scale.double()[:, None]
         integers = rounded(W, scale, (s - mean).T @ (s - mean) / len(s), module.quant_min, module.quant_max)
-        weight.copy_(integers * scale)
+        weight.copy_(module.kept(integers * scale))
         try:
             bias = graph.get_parameter(f"unet.{name}.bias")
         except AttributeError:  # a layer without one keeps its mean error

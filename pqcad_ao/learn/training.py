@@ -13,9 +13,11 @@ from torch import distributed as dist
 from torch.fx import GraphModule
 from torch.nn.parallel import DistributedDataParallel
 
+from pqcad_ao.passes.recompute import recompute_weights
+from pqcad_ao.prepare.observe import parts_of
 from pqcad_ao.utils.fields import entries
 from pqcad_ao.utils.files import whole_file
-from pqcad_ao.utils.processes import of_all, rank_and_world, to_first
+from pqcad_ao.utils.processes import fill_in, mean_of_all, of_all, part_of, rank_and_world, to_first, whole_of
 from pqcad_ao.utils.progress import tqdm
 from pqcad_ao.utils.runs import only_run_in
 from pqcad_ao.utils.tensor_files import read_tensors, write_tensors
@@ -42,9 +44,14 @@ def to_learn(network: nn.Module) -> nn.Module:
 
 
 def data_parallel(graph: GraphModule) -> Callable[..., Any]:
-    """A graph to call; of several processes, each with a part of the batch, gradients become the mean over all."""
+    """A graph to call; of several processes, each with a part of the batch, gradients become the mean over all.
+
+    Where weights are in parts, :class:`Learner` sees to that.
+    """
     if rank_and_world()[1] == 1:
         return graph
+    if parts_of(graph):
+        return recompute_weights(graph)
     # some parameters (the next width's scales) take no part in a forward; as views, gradients are there once
     return DistributedDataParallel(graph, find_unused_parameters=True, gradient_as_bucket_view=True)
 
@@ -56,7 +63,8 @@ class Learner:
     norm that is clipped.
 
     Of several processes, whose gradients are the same, each keeps the moments of some parameters and moves them; the
-    scales, of which there are few, all move.
+    scales, of which there are few, all move. Of weights in parts each moves its own part. A checkpoint holds all of it
+    whole, whatever the number of processes.
 
     Args:
         graph: the fake-quantized graph, whose parameters must be its own. parameters: of it, that learn at
@@ -77,9 +85,11 @@ class Learner:
         self.learning_rate, self.scale_learning_rate = learning_rate, scale_learning_rate
         learning = {parameter: parameter.requires_grad for parameter in parameters}
         self.rank, self.world = rank_and_world()
-        by_size = sorted(learning, key=lambda parameter: parameter.numel(), reverse=True)
+        self.parts = parts_of(graph)
+        whole = [parameter for parameter in learning if parameter not in self.parts]
+        by_size = sorted(whole, key=lambda parameter: parameter.numel(), reverse=True)
         self.mover = {parameter: number % self.world for number, parameter in enumerate(by_size)}
-        self.optimizer = torch.optim.Adam([p for p in learning if self.mover[p] == self.rank], lr=0.0)
+        self.optimizer = torch.optim.Adam([p for p in learning if self.mover.get(p, self.rank) == self.rank], lr=0.0)
         graph.requires_grad_(False)
         for parameter, learns in learning.items():
             parameter.requires_grad_(learns)
@@ -92,8 +102,9 @@ class Learner:
         """
         network = [p for name, p in self.graph.named_parameters() if name.startswith("unet.") and p.requires_grad]
         scales = [group["scale"] for group in self.optimizer.param_groups if "scale" in group]
-        learning = [parameter for parameter in (*self.mover, *scales) if parameter.requires_grad]
-        return {"trained_parameters": sum(map(torch.numel, network)), "adam_bytes": 8 * sum(map(torch.numel, learning))}
+        learning = [p for p in (*self.mover, *self.parts, *scales) if p.requires_grad]
+        trained, moved = (sum(self.parts.get(p, p).numel() for p in found) for found in (network, learning))
+        return {"trained_parameters": trained, "adam_bytes": 8 * moved}
 
     def add_scales(self, quantizers: Iterable[Any]) -> None:
         """Scales learn at a rate relative to their own size, so each is a group."""
@@ -118,8 +129,7 @@ class Learner:
         for group, size in zip(scales, sizes, strict=True):
             group["lr"] = pace * self.scale_learning_rate * size
         loss.backward()
-        # in the order of names, which a resumed run shares: the norm of all depends on the order in its last bit
-        torch.nn.utils.clip_grad_norm_([p for p in self.graph.parameters() if p.grad is not None], LARGEST_GRADIENT)
+        self._clip()
         self.optimizer.step()
         self.graph.zero_grad()
         if self.world > 1:
@@ -127,6 +137,23 @@ class Learner:
         with torch.no_grad():
             for group in scales:
                 group["scale"].clamp_(min=SMALLEST_SCALE)
+
+    @torch.no_grad()
+    def _clip(self) -> None:
+        """Clip the norm of all gradients together; beside weights in parts, average the others' gradients first."""
+        # in the order of names, which a resumed run shares: the norm of all depends on the order in its last bit
+        found = {parameter: parameter.grad for parameter in self.graph.parameters() if parameter.grad is not None}
+        if not self.parts:
+            nn.utils.clip_grad_norm_(found, LARGEST_GRADIENT)
+            return
+        whole = [gradient for parameter, gradient in found.items() if parameter not in self.parts]
+        mean = mean_of_all(torch.cat([gradient.reshape(-1) for gradient in whole]))
+        for gradient, values in zip(whole, mean.split([gradient.numel() for gradient in whole]), strict=True):
+            gradient.copy_(values.view(gradient.shape))
+        parts = [gradient for parameter, gradient in found.items() if parameter in self.parts]
+        square = nn.utils.get_total_norm(parts).square()
+        norm = (fill_in(square) + mean.square().sum()).sqrt()
+        nn.utils.clip_grads_with_norm_(found, LARGEST_GRADIENT, norm)
 
     @torch.no_grad()
     def _exchange(self) -> None:
@@ -140,30 +167,50 @@ class Learner:
             for parameter, value in zip(moved, values.split([p.numel() for p in moved]), strict=True):
                 parameter.copy_(value.view(parameter.shape))
 
+    @torch.no_grad()
     def save(self, path: Path, header: dict[str, Any], more: dict[str, Tensor] | None = None) -> None:
         """Write graph, moments, ``more`` tensors of the run and the header, whole or not at all.
 
         Of several processes, which all call this, the first one does, with everyone's moments.
         """
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.graph.named_parameters()}
-        moments = {
-            f"adam.{entry}.{names[parameter]}": value.contiguous()
-            for parameter, state in self.optimizer.state.items()
-            for entry, value in state.items()
-        }
+        forms = self._forms()
+        tensors: dict[str, Tensor] = {f"run.{name}": value.contiguous() for name, value in (more or {}).items()}
+        moments: dict[str, Tensor] = {}
+        for parameter, state in self.optimizer.state.items():
+            kept = tensors if parameter in self.parts else moments  # the first one has all of what was in parts
+            for entry, value in state.items():
+                kept[f"adam.{entry}.{names[parameter]}"] = self._whole(value, forms.get(names[parameter])).contiguous()
         if self.world > 1:
             moments = to_first(moments)
-        if self.rank != 0:
-            return
-        tensors: dict[str, Tensor] = {f"run.{name}": value.contiguous() for name, value in (more or {}).items()}
         for name, value in self.graph.state_dict().items():  # cloned: a module may be there under two names
-            tensors[f"graph.{name}"] = value.detach().clone(memory_format=torch.contiguous_format)
-        write_tensors(path, {**tensors, **moments}, {KIND: json.dumps(header)})
+            found = self._whole(value.detach(), forms.get(name))
+            if self.rank == 0:
+                tensors[f"graph.{name}"] = found.clone(memory_format=torch.contiguous_format)
+        if self.rank == 0:
+            write_tensors(path, {**tensors, **moments}, {KIND: json.dumps(header)})
+
+    def _forms(self) -> dict[str, Tensor]:
+        """Of the weights in parts, by name."""
+        named = self.graph.named_parameters(remove_duplicate=False)
+        return {name: self.parts[parameter] for name, parameter in named if parameter in self.parts}
+
+    def _whole(self, value: Tensor, form: Tensor | None) -> Tensor:
+        """A parameter's value or moment; where it is a part of this form, the whole on the first one's CPU."""
+        if form is None or not value.dim():  # Adam's count of updates
+            return value
+        whole = whole_of(value, form)
+        return whole.cpu() if self.rank == 0 else whole.new_empty(0)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over what :func:`read_checkpoint` found."""
-        self.graph.load_state_dict({k.removeprefix("graph."): v for k, v in tensors.items() if k.startswith("graph.")})
-        parameters = dict(self.graph.named_parameters())
+        forms, parameters = self._forms(), dict(self.graph.named_parameters())
+
+        def mine(name: str, value: Tensor) -> Tensor:
+            return part_of(value, forms[name]) if name in forms and value.dim() else value
+
+        graph = {name.removeprefix("graph."): value for name, value in tensors.items() if name.startswith("graph.")}
+        self.graph.load_state_dict({name: mine(name, value) for name, value in graph.items()})
         for name, value in tensors.items():
             kind, _, rest = name.partition(".")
             if kind == "adam":
@@ -171,7 +218,7 @@ class Learner:
                 found = parameters[parameter]
                 place = found.device if entry != "step" else value.device  # Adam counts on the CPU
                 if self.mover.get(found, self.rank) == self.rank:
-                    self.optimizer.state[found][entry] = value.to(place)
+                    self.optimizer.state[found][entry] = mine(parameter, value).to(place)
 
 
 def more_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

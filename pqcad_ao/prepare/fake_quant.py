@@ -8,7 +8,7 @@ from pqcad_ao.diffusion.calibration import SAMPLES
 from pqcad_ao.graph.operators import OUTPUT_FIRST, WeightLayout
 from pqcad_ao.ops.reference import per_channel
 from pqcad_ao.prepare.grids import Bound, fit_activation_grid, fit_weight_scale, weight_range
-from pqcad_ao.utils.processes import in_turn
+from pqcad_ao.utils.processes import in_turn, part_of, whole_of
 
 # Values kept of each of them, layer and segment: those at either end one by one, for a handful decides how far a
 # grid of six or eight bits should reach, and a random draw misses them; and some between, which stand for all others.
@@ -107,6 +107,15 @@ class WeightFakeQuantize(_Blending):
         self.qscheme, self.ch_axis = torch.per_channel_symmetric, 0
         self.scale = nn.Parameter(torch.ones(channels))
         self.next_scale = nn.Parameter(torch.ones(channels))
+        self.form: Tensor | None = None  # of the weight, on the meta device, where each process has a part of it
+
+    def whole(self, weight: Tensor) -> Tensor:
+        """The layer's weight as it is in one process; of several that have parts of it, all call this alike."""
+        return weight if self.form is None else whole_of(weight, self.form)
+
+    def kept(self, weight: Tensor) -> Tensor:
+        """Invert :meth:`whole`."""
+        return weight if self.form is None else part_of(weight, self.form)
 
     @property
     def quant_min(self) -> int:
@@ -138,6 +147,7 @@ class WeightFakeQuantize(_Blending):
         return fake_quantize(weight, scale.view(-1, *[1] * (weight.dim() - 1)), low, high, gradient_scale)
 
     def forward(self, weight: Tensor) -> Tensor:
+        weight = self.whole(weight)
         if not self.fake_quant_enabled[0]:
             return weight
         x = self._by_output(weight.float())

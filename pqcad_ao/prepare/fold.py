@@ -28,7 +28,7 @@ def fold(prepared: GraphModule, model: nn.Module, resolved: Plan, timestep: Time
         form = quantized_class(operator)
         layer = form.like(original, row.weight_bits, row.activation_bits, row.segments, timestep)
         layer.to(original.weight.device)
-        weight = prepared.get_parameter(f"unet.{weight_fqn(node)}").detach().float()
+        weight = weights.whole(prepared.get_parameter(f"unet.{weight_fqn(node)}")).detach().float()
         rows = operator.layout.rows(weight, arguments.get("groups", 1))
         integers = quantize(rows, weights.scale[:, None], weights.quant_min, weights.quant_max)
         bias = None if original.bias is None else prepared.get_parameter(f"unet.{fqn}.bias")

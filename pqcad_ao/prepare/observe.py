@@ -41,6 +41,11 @@ def activation_quantizers(graph: GraphModule) -> dict[str, ActivationFakeQuantiz
     return {fqn: module for fqn, module in sources.items() if isinstance(module, ActivationFakeQuantize)}
 
 
+def parts_of(graph: GraphModule) -> dict[Tensor, Tensor]:
+    """The weights of which each process has a part, and the forms of the whole, on the meta device."""
+    return {weight: module.form for module, weight in weight_quantizers(graph).values() if module.form is not None}
+
+
 @contextmanager
 def weights_in_full_precision(graph: GraphModule) -> Iterator[None]:
     """Let every weight pass as it is."""
@@ -74,7 +79,8 @@ def observe(
         module.forget()
         module.enable_observer()
         module.disable_fake_quant()
-    total = len(range(0, len(points), batch_size)[rank::world])
+    count = len(range(0, len(points), batch_size))
+    total = len(range(count)[rank::world])
     batches = islice(points.batches(batch_size), rank, None, world)
     bar = tqdm(batches, total=total, desc="observing", disable=not progress, leave=False)
     try:
@@ -82,6 +88,10 @@ def observe(
             graph(*batch)
             if callback is not None:
                 callback("observe", done + 1, total)
+        for module in quantizers:
+            module.disable_observer()
+        if total < -(-count // world) and parts_of(graph):
+            graph(*next(points.batches(batch_size)))  # the others have one more, and want this one's parts of weights
     finally:
         for module in quantizers:
             module.disable_observer()
@@ -92,12 +102,16 @@ def observe(
             module.join(parts)
 
 
-def _fit_each(quantizers: Mapping[str, Any], fit: Callable[[str], None]) -> None:
-    """Fit every quantizer by its layer's name; of several processes each fits some, and all take those grids over."""
+def _fit_each(quantizers: Mapping[str, Any], fit: Callable[[str], None], look: Callable[[str], Any]) -> None:
+    """Fit every quantizer by its layer's name; of several processes each fits some, and all take those grids over.
+
+    Args:
+        look: called with the names of the others' layers meanwhile, whose weights may be in parts.
+    """
     rank, world = rank_and_world()
     mine = list(quantizers)[rank::world]
-    for fqn in mine:
-        fit(fqn)
+    for number, fqn in enumerate(quantizers):
+        (fit if number % world == rank else look)(fqn)
     if world == 1:
         return
     fitted = {fqn: (quantizers[fqn].position(), _on_cpu(quantizers[fqn].state_dict())) for fqn in mine}
@@ -119,14 +133,18 @@ def fit_weights(graph: GraphModule, bits: dict[str, int], *, blend: bool = False
     """
     found = weight_quantizers(graph)
 
-    def fit(fqn: str) -> None:
+    def whole(fqn: str) -> Tensor:
         module, weight = found[fqn]
-        if not blend:
-            module.fit(weight.detach(), bits[fqn])
-        elif bits[fqn] != module.bits:
-            module.begin(weight.detach(), bits[fqn])
+        return module.whole(weight.detach())
 
-    _fit_each({fqn: module for fqn, (module, _) in found.items()}, fit)
+    def fit(fqn: str) -> None:
+        (module, _), weight = found[fqn], whole(fqn)
+        if not blend:
+            module.fit(weight, bits[fqn])
+        elif bits[fqn] != module.bits:
+            module.begin(weight, bits[fqn])
+
+    _fit_each({fqn: module for fqn, (module, _) in found.items()}, fit, whole)
 
 
 def fit_activations(
@@ -164,6 +182,6 @@ def fit_activations(
             callback("fit", done, mine)
 
     with tqdm(total=mine, desc="fitting activations", disable=not progress, leave=False) as bar:
-        _fit_each(quantizers, fit)
+        _fit_each(quantizers, fit, lambda _: None)
     for module in quantizers.values():
         module.forget()

@@ -95,6 +95,51 @@ def rows_by_rank(values: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def part_of(whole: Tensor, form: Tensor) -> Tensor:
+    """This process's part of a tensor: as many of its values as each other's, in order, zeros behind the last.
+
+    Args:
+        form: of its shape, on any device; the values are taken in the order in which this one has them in memory.
+    """
+    rank, world = rank_and_world()
+    length = -(-whole.numel() // world)
+    values = whole.permute(_order(form)).flatten()[rank * length : (rank + 1) * length]
+    return torch.cat([values, values.new_zeros(length - len(values))])
+
+
+def whole_of(part: Tensor, form: Tensor) -> Tensor:
+    """The tensor, in memory like ``form``, of which the processes have parts; its gradient becomes that of the part.
+
+    What each process finds for the whole is averaged, for each has an equal part of a batch. All call this alike.
+    """
+    return _Whole.apply(part, form)
+
+
+def _order(form: Tensor) -> list[int]:
+    return sorted(range(form.dim()), key=form.stride, reverse=True)
+
+
+class _Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, form: Tensor) -> Tensor:
+        _, world = rank_and_world()
+        ctx.order = order = _order(form)
+        values = part.new_empty(world * len(part))
+        dist.all_gather_into_tensor(values, part.contiguous())
+        whole = values[: form.numel()].view([form.shape[dim] for dim in order])
+        return whole.permute([order.index(dim) for dim in range(form.dim())])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        _, world = rank_and_world()
+        length = -(-gradient.numel() // world)
+        values = gradient.permute(ctx.order).flatten()
+        values = torch.nn.functional.pad(values, (0, world * length - len(values)))
+        part = values.new_empty(length)
+        dist.reduce_scatter_tensor(part, values)  # the sum: gloo has no mean
+        return part.div_(world), None
+
+
 def mean_of_all(values: Tensor) -> Tensor:
     """The mean over all processes, the same bits in each."""
     return fill_in(values.clone()) / rank_and_world()[1]
