@@ -97,6 +97,10 @@ SQNR_FLOOR = {
     "pqcad_w4a4_pt2": 0,
     "pqcad_w4a5_pt2": 0,
     "pqcad_w4a6_pt2": 0,
+    "torch_compile_fp32_avx2": 60,
+    "pqcad_w4a4_avx2": 0,
+    "pqcad_w4a4_pt2_avx2": 0,
+    "pqcad_w4a6_pt2_avx2": 0,
 }
 
 
@@ -121,6 +125,16 @@ def test_every_row(tiny_dir):
 
 def _worker_spec(name, folder, model):
     return {"name": name, "model": str(model), "seed": 0, "threads": 1, "batch": 2, "folder": str(folder)}
+
+
+@pytest.mark.slow
+def test_rows_of_avx2_run_without_avx512(tiny_dir):
+    if "avx2" not in machine.cpu_flags():
+        pytest.skip("this machine has no AVX2")
+    result = cpu.bench_compile(str(tiny_dir), rows=["torch_compile_fp32_avx2", "pqcad_w4a4_avx2"], **COMMON)
+    rows = _rows(result)
+    assert rows["torch_compile_fp32_avx2"]["sqnr_db_vs_fp32"] > 60
+    assert "(AVX2, exact integers)" in rows["pqcad_w4a4_avx2"]["arithmetic"]
 
 
 def test_worker_that_fails_gives_the_reason(tiny_dir, tmp_path):

@@ -5,7 +5,7 @@ import operator
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -275,10 +275,21 @@ def export_package(model: str, path: str, batch: str, conditioning: str, bits: s
 
 @dataclass(frozen=True)
 class Row:
-    """How a contender is built, and the packages without which it is skipped."""
+    """How a contender is built, the packages without which it is skipped, and the variables that its process gets."""
 
     build: Callable[[Workload], Contender]
     requires: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+# A processor that ends at AVX2, as far as PyTorch, oneDNN, MKL, Inductor's generated code and our kernels go
+AVX2 = {
+    "ATEN_CPU_CAPABILITY": "avx2",  # Inductor's vectors, too
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "TORCHINDUCTOR_CPP_MARCH": "x86-64-v3",
+    "PQCAD_CPU_KERNELS": "avx2",
+}
 
 
 ROWS = {
@@ -296,4 +307,8 @@ ROWS = {
     # Winograd stays exact: two more bits of the activations cost next to no time
     "pqcad_w4a5_pt2": Row(partial(build_pqcad_pt2, bits=5)),
     "pqcad_w4a6_pt2": Row(partial(build_pqcad_pt2, bits=6)),
+    "torch_compile_fp32_avx2": Row(build_torch_compile_fp32, environment=AVX2),
+    "pqcad_w4a4_avx2": Row(build_pqcad_w4a4, environment=AVX2),
+    "pqcad_w4a4_pt2_avx2": Row(partial(build_pqcad_pt2, bits=4), environment=AVX2),
+    "pqcad_w4a6_pt2_avx2": Row(partial(build_pqcad_pt2, bits=6), environment=AVX2),
 }

@@ -143,7 +143,10 @@ class Worker:
         self.name = spec["name"]
         folder = Path(spec["folder"])
         threads = str(spec["threads"])
-        environment = os.environ | {
+        of_row = ROWS[self.name].environment if self.name in ROWS else {}  # the machine's is no row
+        environment = {
+            **os.environ,
+            **of_row,
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
             "TORCHINDUCTOR_CACHE_DIR": str(folder / f"inductor-{self.name}"),  # compile_s is from scratch for all
