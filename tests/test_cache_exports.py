@@ -83,6 +83,7 @@ def test_a_plan_of_another_feature_is_refused(small: Small):
 # --------------------------------------------------------------------------------------------------------- .pte
 
 
+@pytest.mark.slow
 def test_a_pte_follows_the_plan(small: Small, tmp_path: Path):
     pytest.importorskip("executorch.exir", reason="executorch is not installed: pip install pqcad_ao[edge]")
     plan = cache_plan(planned(small))
