@@ -220,10 +220,24 @@ def _lower(
             feature = stepping.graph.find_nodes(op="placeholder")[-1]
             given.append(torch.zeros(feature.meta["val"].shape))
             correct_feature(stepping, cached.scale, cached.shift)
+        elif cached is not None:
+            _give_feature_by_rows(stepping)
         add_sampling_step(stepping, timesteps, factors, process_of(scheduler).clip, correction)
         exported[ending] = torch.export.export(stepping, tuple(given))
     program, calls = lower_sampler(exported, torch.export.export(_Image(), (x_t,)), constants)
     return seal(program), calls
+
+
+def _give_feature_by_rows(full: GraphModule) -> None:
+    """Let a program give its feature in the layout in which the other one, exported on its own, reads it."""
+    (output,) = full.graph.find_nodes(op="output")
+    *others, feature = output.args[0]
+    with full.graph.inserting_before(output):
+        clone = torch.ops.aten.clone.default
+        rows = full.graph.call_function(clone, (feature,), {"memory_format": torch.contiguous_format})
+    rows.meta["val"] = feature.meta["val"].contiguous()
+    output.args = ((*others, rows),)
+    full.recompile()
 
 
 class _Image(nn.Module):
