@@ -78,6 +78,19 @@ def cache_split(graph: GraphModule, branch: int = 1) -> CacheSplit:
     return CacheSplit(*programs, sizes(feature)[1:], *counts)
 
 
+def give_feature_by_rows(full: GraphModule) -> None:
+    """Let ``full`` give its feature in the layout in which a ``shallow`` that is exported on its own reads it; in
+    place."""
+    (output,) = full.graph.find_nodes(op="output")
+    *others, feature = output.args[0]
+    with full.graph.inserting_before(output):
+        clone = torch.ops.aten.clone.default
+        rows = full.graph.call_function(clone, (feature,), {"memory_format": torch.contiguous_format})
+    rows.meta["val"] = feature.meta["val"].contiguous()
+    output.args = ((*others, rows),)
+    full.recompile()
+
+
 def _copied(graph: Graph) -> Graph:
     copied, copies = Graph(), dict[Node, Node]()
     for node in graph.nodes:

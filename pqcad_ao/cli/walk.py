@@ -19,13 +19,14 @@ else:  # made at run time, where no type checker looks
     Correcting = options(Correction, "Correcting (Correction)", size=(Count, Parameter()))
 
 
-def opened(model: str, device: str, conditioning: Path | None) -> "tuple[nn.Module, Any, dict[str, Any]]":
-    """A network, its scheduler, and its conditioning."""
+def opened(model: str, steps: int | None, device: str, conditioning: Path | None) -> "tuple[nn.Module, dict[str, Any]]":
+    """A network, and how it is sampled: scheduler, steps and conditioning."""
     from pqcad_ao.models import load_model
 
     unet, scheduler = load_model(model)
     unet.to(device)
-    return unet, scheduler, conditioned(unet, model, conditioning)
+    given = conditioned(unet, model, conditioning)
+    return unet, {"scheduler": scheduler, "num_inference_steps": steps or steps_of(unet), "conditioning": given}
 
 
 def cache(
@@ -62,14 +63,13 @@ def cache(
     config = CacheConfig(**keeping, seed=common.seed)
     if not dry_run:
         check_writable(out)
-    unet, scheduler, given = opened(model, device, conditioning)
+    unet, walked = opened(model, steps, device, conditioning)
     full = None if reference is None else load_network(reference).to(device)
-    steps = steps or steps_of(unet)
+    steps = walked["num_inference_steps"]
     if dry_run:
-        return forecast_cache(unet, full, config, steps, given)
-    asked: dict[str, Any] = {"scheduler": scheduler, "num_inference_steps": steps, "conditioning": given}
-    kept = cache_(unet, config, reference=full, **asked)
-    save_model(unet, scheduler, out)
+        return forecast_cache(unet, full, config, steps, walked["conditioning"])
+    kept = cache_(unet, config, reference=full, **walked)
+    save_model(unet, walked["scheduler"], out)
     print(f"{kept}\n{out}: samples in {steps} steps, {len(kept.refresh)} of them in full")
     macs = {"full_macs": kept.full_macs, "shallow_macs": kept.shallow_macs, "mean_macs": kept.mean_macs}
     return {"out": str(out), "steps": steps, "refresh": kept.refresh, "staleness": kept.staleness, **macs}
@@ -107,14 +107,13 @@ def correct(
     config = Correction(**correcting, seed=common.seed)
     if not dry_run:
         check_writable(out)
-    unet, scheduler, given = opened(model, device, conditioning)
+    unet, walked = opened(model, steps, device, conditioning)
     full = load_network(reference).to(device)
-    steps = steps or steps_of(unet)
+    steps = walked["num_inference_steps"]
     if dry_run:
-        return forecast_correction(unet, full, config, steps, given)
-    asked: dict[str, Any] = {"scheduler": scheduler, "num_inference_steps": steps, "conditioning": given}
-    table = correct_(following(unet), config, reference=full, **asked)
-    save_model(unet, scheduler, out)
+        return forecast_correction(unet, full, config, steps, walked["conditioning"])
+    table = correct_(following(unet), config, reference=full, **walked)
+    save_model(unet, walked["scheduler"], out)
     gains = table.filters.sum((2, 3))
     shown = f"{config.width}x{config.width}, means multiplied by {gains.min():.3f} to {gains.max():.3f}"
     print(f"{out}: {table.kind} of the {table.where} in {steps} steps, {shown}")

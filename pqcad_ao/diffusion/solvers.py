@@ -34,7 +34,7 @@ def dpmpp_2m(
     slope, before = _slopes(schedule), None
     for taken in range(steps):
         at = step + taken
-        x_0 = schedule.clipped(schedule.x_0_and_noise(predict(x_t, schedule.timesteps[at]), x_t, at)[0])
+        x_0 = _image(predict, schedule, x_t, at)
         ahead = x_0 if before is None else x_0 + _at(slope, at, x_t) * (x_0 - before)
         x_t, before = schedule.step_towards(ahead, x_t, at), x_0
         if meet is not None:
@@ -52,11 +52,11 @@ def unipc(
     not.
     """
     slope, (first, second) = _slopes(schedule), _corrections(schedule)
-    start = before = earlier = None  # of the step before this one: x_t, x_0, and the x_0 before that
+    start, before, earlier = x_t, None, None  # of the step before this one: x_t, x_0, and the x_0 before that
     for taken in range(steps):
         at = step + taken
-        x_0 = schedule.clipped(schedule.x_0_and_noise(predict(x_t, schedule.timesteps[at]), x_t, at)[0])
-        if start is not None and before is not None:
+        x_0 = _image(predict, schedule, x_t, at)
+        if before is not None:
             if earlier is None:
                 middle = before + (x_0 - before) / 2
             else:
@@ -74,9 +74,19 @@ def unipc(
     return x_t
 
 
+def _image(predict: Predict, schedule: DDIMSchedule, x_t: Tensor, step: Tensor) -> Tensor:
+    """The x_0 that a network sees in x_t, within the sampler's range."""
+    return schedule.clipped(schedule.x_0_and_noise(predict(x_t, schedule.timesteps[step]), x_t, step)[0])
+
+
 def _at(values: Tensor, step: Tensor, like: Tensor) -> Tensor:
     """Those of each sample's step, to be multiplied with images."""
     return values[step].view(-1, *[1] * (like.dim() - 1))
+
+
+def _lengths(schedule: DDIMSchedule) -> Tensor:
+    """Of each step in λ = log(alpha_t / sigma_t), (S,) float64."""
+    return (schedule.alphas.double().log() - schedule.sigmas.double().log()).diff()
 
 
 def _slopes(schedule: DDIMSchedule) -> Tensor:
@@ -85,7 +95,7 @@ def _slopes(schedule: DDIMSchedule) -> Tensor:
     r = h of the step before / h of this one, with h its length in λ = log(alpha_t / sigma_t). After a start without
     signal, where λ is -inf, it is 0.
     """
-    length = (schedule.alphas.double().log() - schedule.sigmas.double().log()).diff()
+    length = _lengths(schedule)
     slope = torch.zeros_like(length)
     slope[1:-1] = length[1:-1] / (2 * length[:-2])
     return slope.to(schedule.alphas.dtype)
@@ -96,7 +106,7 @@ def _corrections(schedule: DDIMSchedule) -> tuple[Tensor, Tensor]:
 
     For the coefficients ρ of its quadrature B(h)·ρ·(1, r) = (φ_2(h)·h, 2·φ_3(h)·h), with r as in :func:`_slopes`.
     """
-    h = (schedule.alphas.double().log() - schedule.sigmas.double().log()).diff()
+    h = _lengths(schedule)
     ratio = 2 * _slopes(schedule).double()  # of h to that of the step before
     decay = torch.expm1(-h)
     linear = (decay / -h - 1) / decay

@@ -29,6 +29,7 @@ from pqcad_ao.graph.operators import layer_fqn, operator_of, packed_operator
 from pqcad_ao.nn.layers import QuantizedLayer
 from pqcad_ao.nn.state import quantized_state, required_state
 from pqcad_ao.passes.attention import decompose_attention
+from pqcad_ao.passes.cache_split import give_feature_by_rows
 from pqcad_ao.passes.correct_feature import correct_feature
 from pqcad_ao.passes.fold_constants import fold_constants
 from pqcad_ao.passes.fold_timesteps import fold_timesteps
@@ -221,23 +222,11 @@ def _lower(
             given.append(torch.zeros(feature.meta["val"].shape))
             correct_feature(stepping, cached.scale, cached.shift)
         elif cached is not None:
-            _give_feature_by_rows(stepping)
+            give_feature_by_rows(stepping)
         add_sampling_step(stepping, timesteps, factors, process_of(scheduler).clip, correction)
         exported[ending] = torch.export.export(stepping, tuple(given))
     program, calls = lower_sampler(exported, torch.export.export(_Image(), (x_t,)), constants)
     return seal(program), calls
-
-
-def _give_feature_by_rows(full: GraphModule) -> None:
-    """Let a program give its feature in the layout in which the other one, exported on its own, reads it."""
-    (output,) = full.graph.find_nodes(op="output")
-    *others, feature = output.args[0]
-    with full.graph.inserting_before(output):
-        clone = torch.ops.aten.clone.default
-        rows = full.graph.call_function(clone, (feature,), {"memory_format": torch.contiguous_format})
-    rows.meta["val"] = feature.meta["val"].contiguous()
-    output.args = ((*others, rows),)
-    full.recompile()
 
 
 class _Image(nn.Module):
