@@ -109,7 +109,7 @@ def test_every_row(tiny_dir):
     pytest.importorskip("nncf")
     result = cpu.bench_compile(str(tiny_dir), **COMMON)
     rows = _rows(result)
-    assert list(rows) == list(contenders.ROWS)
+    assert list(rows) == [name for name, row in contenders.ROWS.items() if not row.walks_only]
     for name, row in rows.items():
         assert "skipped" not in row, row
         _check_row(row)
@@ -123,8 +123,32 @@ def test_every_row(tiny_dir):
     assert sizes["pqcad_w4a4"] < 0.5
 
 
+@pytest.mark.slow
+def test_walks(tiny_dir, tmp_path):
+    names = ["pqcad_w4a6_pt2_half", "pqcad_w4a6_pt2_half_cached"]
+    result = cpu.bench_compile(str(tiny_dir), rows=names, walk=4, json_path=tmp_path / "walks.json", **COMMON)
+    rows = _rows(result)
+    assert list(rows) == [contenders.REFERENCE, *names]
+    for row in rows.values():
+        assert "skipped" not in row, row
+        _check_row(row)
+        assert row["sqnr_db_vs_fp32"] is None
+    steps = cpu.bench_compile(str(tiny_dir), rows=[contenders.REFERENCE], **COMMON)
+    assert result["roofline"][0]["gmac"] == pytest.approx(4 * steps["roofline"][0]["gmac"])
+    assert "picture in 4 steps" in drawing.table(result)
+
+
+def test_rows_of_walks_alone_need_a_walk():
+    with pytest.raises(ValueError, match="pqcad_w4a6_pt2_half.*give walk=20"):
+        cpu.check_rows(["pqcad_w4a6_pt2_half"])
+    with pytest.raises(ValueError, match="walk=5: pqcad_w4a6_pt2_half take 1/2 of the steps"):
+        cpu.check_rows(["pqcad_w4a6_pt2_half"], walk=5)
+    assert not any(contenders.ROWS[name].walks_only for name in cpu.check_rows(None))
+
+
 def _worker_spec(name, folder, model):
-    return {"name": name, "model": str(model), "seed": 0, "threads": 1, "batch": 2, "folder": str(folder)}
+    common = {"seed": 0, "threads": 1, "batch": 2, "walk": None}
+    return {"name": name, "model": str(model), "folder": str(folder), **common}
 
 
 @pytest.mark.slow

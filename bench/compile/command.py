@@ -14,6 +14,7 @@ def bench_compile(
     rounds: Whole = 7,
     iterations: Whole | None = None,
     rows: Names | None = None,
+    walk: Whole | None = None,
     plot: Path | None = None,
     common: Shared = COMMON,
 ) -> dict[str, Any]:
@@ -30,6 +31,7 @@ def bench_compile(
         rounds: turns of each contender.
         iterations: timed steps in a turn; 3 if not given, on a GPU 10.
         rows: names with commas between; all if not given. A name that is not there is answered with those that are.
+        walk: time whole pictures in this many steps, half of them in rows for distilled networks, and not single steps.
         plot: a picture that receives a bar chart.
 
     Raises:
@@ -37,7 +39,7 @@ def bench_compile(
     """
     from pqcad_ao.bench.compile import cpu, drawing, gpu
 
-    asked = {"batches": batches, "iterations": iterations, "rows": rows, "json_path": common.json}
+    asked = {"batches": batches, "iterations": iterations, "rows": rows, "json_path": common.json, "walk": walk}
     given = {name: value for name, value in asked.items() if value is not None}
     if device == "cpu":
         result = cpu.bench_compile(
@@ -45,8 +47,8 @@ def bench_compile(
         )
         print(drawing.table(result))
         return result
-    if plot or common.threads:
-        raise ValueError("--plot and --threads belong to --device cpu")
+    if plot or common.threads or walk:
+        raise ValueError("--plot, --threads and --walk belong to --device cpu")
     result = gpu.bench_compile_gpu(model, device=device, rounds=rounds, seed=common.seed, **given)
     print(gpu.table(result))
     return result

@@ -13,7 +13,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from pqcad_ao.bench.compile.workload import CALIBRATION_IMAGES, TRAJECTORY_STEPS, Step, Workload, float_model
+from pqcad_ao.bench.compile.workload import CALIBRATION_IMAGES, Step, Workload, float_model
 from pqcad_ao.utils.machine import native_bf16
 
 REFERENCE = "torch_eager_fp32"
@@ -29,12 +29,14 @@ class Contender:
             library packs for itself are not in it; they are in ``step_peak_rss_bytes``.
         arithmetic: what the machine executes.
         backend: what runs the graph.
+        sampled: what :func:`~pqcad_ao.diffusion.sampling.sample` walks with; None: ``call`` alone.
     """
 
     call: Callable[..., Tensor]
     resident_weight_bytes: int
     arithmetic: str
     backend: str
+    sampled: Callable[..., Tensor] | None = None
 
 
 def tensor_bytes(tensors: Sequence[Tensor]) -> int:
@@ -240,14 +242,19 @@ def build_pqcad_cached(work: Workload, shallow: bool) -> Contender:
     return Contender(call, module_bytes(cut.shallow), ops.arithmetic(), "pqcad")
 
 
-def build_pqcad_pt2(work: Workload, bits: int) -> Contender:
-    """The same network compiled ahead of time for the schedule, by a process that is gone when the steps are timed."""
+def build_pqcad_pt2(work: Workload, bits: int, part: int = 1, cached: bool = False) -> Contender:
+    """The same network compiled ahead of time for the schedule, by a process that is gone when the steps are timed.
+
+    Args:
+        part: the schedule has this part of the steps, as a distilled network takes. cached: features are kept for one.
+    """
     from pqcad_ao import ops
     from pqcad_ao.compile.package import load_pt2
 
     package, rows = work.folder / "unet.pt2", dict(zip(work.names, work.example[2:], strict=True))
     torch.save(rows, work.folder / "conditioning.pt")
-    arguments = [work.model, str(package), str(len(work.example[0])), str(work.folder / "conditioning.pt"), str(bits)]
+    given = [len(work.example[0]), work.folder / "conditioning.pt", bits, work.steps // part, int(cached)]
+    arguments = [work.model, str(package), *map(str, given)]
     code = "import sys; from pqcad_ao.bench.compile.contenders import export_package; export_package(*sys.argv[1:])"
     done = subprocess.run([sys.executable, "-c", code, *arguments], stdout=sys.stderr, check=False)
     if done.returncode:
@@ -258,28 +265,38 @@ def build_pqcad_pt2(work: Workload, bits: int) -> Contender:
         return loaded(x_t, timesteps[:1], **dict(zip(work.names, values, strict=True)))
 
     # what the package holds beside the packed weights is code and tables of the schedule: all of it counts
-    return Contender(call, package.stat().st_size, ops.arithmetic(), "pqcad, AOTInductor, one schedule")
+    backend = "pqcad, AOTInductor, one schedule"
+    return Contender(call, package.stat().st_size, ops.arithmetic(), backend, loaded)
 
 
 @torch.no_grad()
-def export_package(model: str, path: str, batch: str, conditioning: str, bits: str) -> None:
+def export_package(model: str, path: str, batch: str, conditioning: str, bits: str, steps: str, cached: str) -> None:
     """What :func:`build_pqcad_pt2` runs in a process of its own."""
+    from pqcad_ao.cache import cache_
     from pqcad_ao.compile.package import export_pt2
 
     unet, scheduler = float_model(model)
     rows = torch.load(conditioning)
     quantize_fixed(unet, scheduler, rows, int(bits))
-    options: dict[str, Any] = {"num_inference_steps": TRAJECTORY_STEPS, "batch_size": int(batch)}
-    export_pt2(unet, path, scheduler=scheduler, conditioning=rows or None, min_sqnr_db=0.0, **options)
+    given: dict[str, Any] = {"scheduler": scheduler, "num_inference_steps": int(steps), "conditioning": rows or None}
+    if int(cached):
+        cache_(unet, progress=False, **given)
+    export_pt2(unet, path, batch_size=int(batch), min_sqnr_db=0.0, **given)
 
 
 @dataclass(frozen=True)
 class Row:
-    """How a contender is built, the packages without which it is skipped, and the variables that its process gets."""
+    """How a contender is built, the packages without which it is skipped, and the variables that its process gets.
+
+    Attributes:
+        part: of a walk's steps that it takes. A row that differs from another in its walk alone has no single step.
+    """
 
     build: Callable[[Workload], Contender]
     requires: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    part: int = 1
+    walks_only: bool = False
 
 
 # A processor that ends at AVX2, as far as PyTorch, oneDNN, MKL, Inductor's generated code and our kernels go
@@ -307,6 +324,10 @@ ROWS = {
     # Winograd stays exact: two more bits of the activations cost next to no time
     "pqcad_w4a5_pt2": Row(partial(build_pqcad_pt2, bits=5)),
     "pqcad_w4a6_pt2": Row(partial(build_pqcad_pt2, bits=6)),
+    # speed hangs on the number of steps, and not on whether the network was taught to need no more
+    "pqcad_w4a6_pt2_half": Row(partial(build_pqcad_pt2, bits=6, part=2), part=2, walks_only=True),
+    "pqcad_w4a6_pt2_cached": Row(partial(build_pqcad_pt2, bits=6, cached=True), walks_only=True),
+    "pqcad_w4a6_pt2_half_cached": Row(partial(build_pqcad_pt2, bits=6, part=2, cached=True), part=2, walks_only=True),
     "torch_compile_fp32_avx2": Row(build_torch_compile_fp32, environment=AVX2),
     "pqcad_w4a4_avx2": Row(build_pqcad_w4a4, environment=AVX2),
     "pqcad_w4a4_pt2_avx2": Row(partial(build_pqcad_pt2, bits=4), environment=AVX2),

@@ -28,16 +28,22 @@ from pqcad_ao.utils.progress import tqdm
 PAUSE = 0.25  # seconds between turns; OpenMP threads of libiomp spin for 0.2 after their last work
 
 
-def check_rows(rows: Sequence[str] | None) -> list[str]:
+def check_rows(rows: Sequence[str] | None, walk: int | None = None) -> list[str]:
     """The rows to measure, the reference first, which is always among them.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, a row that is about walks where steps are timed, or a walk that has no such part.
     """
+    allowed = [name for name, row in ROWS.items() if walk or not row.walks_only]
     unknown = [name for name in rows or () if name not in ROWS]
     if unknown:
-        raise ValueError(f"rows={', '.join(map(repr, unknown))}: allowed are {', '.join(ROWS)}")
-    return [name for name in ROWS if rows is None or name in rows or name == REFERENCE]
+        raise ValueError(f"rows={', '.join(map(repr, unknown))}: allowed are {', '.join(allowed)}")
+    if apart := [name for name in rows or () if name not in allowed]:
+        raise ValueError(f"rows={', '.join(map(repr, apart))}: these differ in their walk alone, give walk=20 as well")
+    names = [name for name in allowed if rows is None or name in rows or name == REFERENCE]
+    if walk and (odd := [name for name in names if walk % ROWS[name].part]):
+        raise ValueError(f"walk={walk}: {', '.join(odd)} take 1/{ROWS[odd[0]].part} of the steps, give a multiple")
+    return names
 
 
 def check_counts(name: str, values: Sequence[int]) -> list[int]:
@@ -61,6 +67,7 @@ def bench_compile(
     iterations: int = 3,
     threads: int | None = None,
     rows: Sequence[str] | None = None,
+    walk: int | None = None,
     seed: int = 0,
     json_path: str | Path | None = None,
     plot_path: str | Path | None = None,
@@ -75,6 +82,7 @@ def bench_compile(
         rounds: turns of each contender.
         iterations: timed steps in a turn, after one that is not timed.
         threads: for every contender; None: all available cores.
+        walk: time whole pictures, in this many steps, half of them in rows for distilled networks; None: single steps.
         rows: names from ``ROWS``; None: all. ``torch_eager_fp32`` is always measured, the others are compared with it.
         seed: of the inputs.
         json_path: where the result goes as JSON.
@@ -85,8 +93,8 @@ def bench_compile(
         The JSON's content. ``rows`` holds one dict for each name and batch: ``ms`` (median over all timed steps),
         ``ms_min``, ``ms_max``, ``runs`` (timed steps), ``ratio_vs_torch_eager_fp32`` (eager's time over this row's in
         the same round, median over rounds: above 1 is faster), ``ratio_min``, ``ratio_max``, ``gmacs`` (the float
-        network's multiply-accumulates over ``ms``, in G/s), ``resident_weight_bytes``, ``peak_rss_bytes`` (building
-        included),
+        network's multiply-accumulates, of all of a walk's steps, over ``ms``, in G/s), ``resident_weight_bytes``,
+        ``peak_rss_bytes`` (building included),
         ``step_peak_rss_bytes`` (stepping only), ``base_rss_bytes`` (the process before it loads the network),
         ``compile_s`` (from the float network to the first output, calibration included), ``sqnr_db_vs_fp32`` (over
         batches from sampling trajectories; None: no difference), ``arithmetic``, ``backend``, ``idle_cpu_s`` (CPU time
@@ -100,7 +108,9 @@ def bench_compile(
         OSError: there is no folder for the files.
         RuntimeError: the reference itself cannot run.
     """
-    names, sizes = check_rows(rows), check_counts("batches", batches)
+    if walk is not None:
+        check_count("walk", walk)
+    names, sizes = check_rows(rows, walk), check_counts("batches", batches)
     check_counts("rounds", [rounds])
     check_counts("iterations", [iterations])
     threads = check_threads(threads)
@@ -108,11 +118,18 @@ def bench_compile(
     chart = None if plot_path is None else check_writable(plot_path)
     float_model(model)  # what is wrong with it is said before any process starts
     result: dict[str, Any] = {"benchmark": "compile", "model": model, "seed": seed, **describe(threads)}
-    result |= {"rounds": rounds, "iterations": iterations, "roofline": [], "rows": []}
+    result |= {"walk": walk, "rounds": rounds, "iterations": iterations, "roofline": [], "rows": []}
     with tqdm(total=len(sizes) * len(names) * (1 + rounds), desc="bench compile", disable=not progress) as bar:
         for batch in sizes:
             with tempfile.TemporaryDirectory(prefix="pqcad-bench-") as folder:
-                spec = {"model": model, "seed": seed, "threads": threads, "batch": batch, "folder": folder}
+                spec = {
+                    "model": model,
+                    "seed": seed,
+                    "threads": threads,
+                    "batch": batch,
+                    "folder": folder,
+                    "walk": walk,
+                }
                 facts, measured = _measure(spec, names, rounds, iterations, bar)
             result["parameters"] = facts.pop("parameters")
             result["roofline"].append(facts)
@@ -134,6 +151,7 @@ def _measure(
         batch = _Batch(spec, names, workers, bar)
         try:
             machine, facts = batch.start(MACHINE)
+            facts["gmac"] *= spec["walk"] or 1
         except Failed as error:
             raise RuntimeError(f"the network's inputs could not be made: {error}") from error
         batch.build()

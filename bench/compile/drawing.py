@@ -6,6 +6,11 @@ from typing import Any
 from tabulate import tabulate
 
 
+def timed(result: dict[str, Any]) -> str:
+    """What a row's milliseconds are of."""
+    return f"picture in {result['walk']} steps, or a distilled network's half" if result.get("walk") else "step"
+
+
 def table(result: dict[str, Any]) -> str:
     """The result as text: rows, what was skipped and why, the roofline, the machine."""
     header = [
@@ -35,16 +40,16 @@ def table(result: dict[str, Any]) -> str:
             "-" if sqnr is None else f"{sqnr:.1f}",
         ]
         body.append([row["name"], row["batch"], *times, *rates, *megabytes, f"{row['compile_s']:.0f}"])
-    lines = [tabulate(body, header, disable_numparse=True, colalign=("left",) + ("right",) * 10), *skipped]
+    lines = [f"ms are of a {timed(result)}"] if result.get("walk") else []
+    lines += [tabulate(body, header, disable_numparse=True, colalign=("left",) + ("right",) * 10), *skipped]
     for line in result["roofline"]:
         peaks = [
             f"{kind} {line[f'peak_gmacs_{kind}']:.0f} GMAC/s = {line[f'ms_at_peak_{kind}']:.2f} ms"
             for kind in ("fp32", "bf16", "int8")
             if line[f"peak_gmacs_{kind}"]
         ]
-        lines.append(
-            f"batch {line['batch']}: {line['gmac']:.2f} GMAC a step; at this machine's peak: {'; '.join(peaks)}"
-        )
+        work = f"batch {line['batch']}: {line['gmac']:.2f} GMAC a {timed(result)}"
+        lines.append(f"{work}; at this machine's peak: {'; '.join(peaks)}")
     arithmetic = {row["name"]: row["arithmetic"] for row in result["rows"] if "arithmetic" in row}
     lines += [f"{name} executes: {what}" for name, what in arithmetic.items() if name == "pqcad_w4a4"]
     for row in result["rows"]:
@@ -80,7 +85,7 @@ def plot(result: dict[str, Any], path: str | Path) -> None:
     for axis, line in zip(axes[0], result["roofline"], strict=False):
         rows = [row for row in measured if row["batch"] == line["batch"]]
         texts = [f"{row['ms']:.1f} ({row['ratio_vs_torch_eager_fp32']:.2f}×)" for row in rows]
-        bars(axis, rows, [row["ms"] for row in rows], texts, f"ms a step, batch {line['batch']}")
+        bars(axis, rows, [row["ms"] for row in rows], texts, f"ms a {timed(result)}, batch {line['batch']}")
         for kind, style in (("fp32", "--"), ("int8", ":")):
             if line[f"ms_at_peak_{kind}"]:
                 axis.axvline(line[f"ms_at_peak_{kind}"], color="gray", linestyle=style, label=f"{kind} peak")

@@ -11,14 +11,16 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from pqcad_ao.bench.compile.contenders import REFERENCE, ROWS
+from pqcad_ao.bench.compile.contenders import REFERENCE, ROWS, Contender
 from pqcad_ao.bench.compile.workload import Step, Workload, float_model, gmac_per_step, trajectory_inputs
+from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.evaluate.sqnr import sqnr_db
 from pqcad_ao.utils.machine import peak_gmacs, peak_rss_bytes, reset_peak_rss, rss_bytes, timed
 
@@ -43,19 +45,26 @@ def contend(spec: dict[str, Any]) -> tuple[dict[str, Any], Callable[[int], dict[
     inputs = torch.load(folder / "inputs.pt")
     base = rss_bytes()
     unet, scheduler = float_model(spec["model"])
+    walk, row = spec["walk"], ROWS[spec["name"]]
     work = Workload(unet, scheduler, threads=spec["threads"], model=spec["model"], folder=folder, **inputs)
+    work.steps = walk or work.steps
     example = work.example
     start = time.perf_counter()
-    contender = ROWS[spec["name"]].build(work)
-    contender.call(*example)
+    contender = row.build(work)
+    run = partial(contender.call, *example)
+    if walk:
+        run = partial(walked, contender, scheduler, work.names, example, walk // row.part)
+    run()
     compile_s = time.perf_counter() - start
-    outputs = [contender.call(*batch).float().clone() for batch in work.check]
+    outputs = [run()] if walk else [contender.call(*batch).float().clone() for batch in work.check]
     if not all(output.isfinite().all() for output in outputs):
         raise FloatingPointError("its output holds NaN or infinity")
-    if spec["name"] == REFERENCE:
-        torch.save(outputs, folder / "reference.pt")
-    sqnr = sqnr_db(torch.stack(torch.load(folder / "reference.pt")), torch.stack(outputs))
-    operators = {} if contender.backend.startswith("openvino") else operator_ms(contender.call, example)
+    sqnr, operators = math.inf, {}  # walks of other steps end in other pictures
+    if not walk:
+        if spec["name"] == REFERENCE:
+            torch.save(outputs, folder / "reference.pt")
+        sqnr = sqnr_db(torch.stack(torch.load(folder / "reference.pt")), torch.stack(outputs))
+        operators = {} if contender.backend.startswith("openvino") else operator_ms(contender.call, example)
     del unet, work, inputs, outputs
     release_memory()
     facts = {
@@ -67,7 +76,17 @@ def contend(spec: dict[str, Any]) -> tuple[dict[str, Any], Callable[[int], dict[
         "sqnr_db_vs_fp32": sqnr if math.isfinite(sqnr) else None,
         "operators_ms": operators,
     }
-    return facts, lambda iterations: {"ms": timed(lambda: contender.call(*example), iterations)}
+    return facts, lambda iterations: {"ms": timed(run, iterations)}
+
+
+def walked(contender: Contender, scheduler: Any, names: list[str], example: tuple[Tensor, ...], steps: int) -> Tensor:
+    """The pictures of a whole walk from the example's x_t, as noise, with its conditioning."""
+
+    def step(x_t: Tensor, timesteps: Tensor, **given: Tensor) -> Tensor:
+        return contender.call(x_t, timesteps, *given.values())
+
+    given = dict(zip(names, example[2:], strict=True))
+    return sample(contender.sampled or step, scheduler, example[0], steps, conditioning=given)
 
 
 def operator_ms(call: Callable[..., Tensor], example: tuple[Tensor, ...]) -> dict[str, float]:

@@ -73,6 +73,7 @@ class Workload:
         calibration: batches of (x_t, timesteps, *conditioning) from full-precision trajectories.
         check: more of them, from other noise, on which the outputs are compared.
         model: what the network was loaded as. folder: for files of this run.
+        steps: of the walk that is timed, or that the single step is one of.
     """
 
     unet: nn.Module
@@ -83,6 +84,7 @@ class Workload:
     threads: int
     model: str
     folder: Path
+    steps: int = TRAJECTORY_STEPS
 
     @property
     def example(self) -> tuple[Tensor, ...]:
