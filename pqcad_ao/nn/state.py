@@ -27,16 +27,12 @@ OPTIONAL = {"schedule", "continuous", "time_scale", "clip", "guidance", "correct
 WEIGHTS = "weights"  # field of a config.json, beside those of a state: the checksum of what was saved with it
 ATTRIBUTE = "_pqcad_state"  # of a quantized network
 
-for _kind in (
-    PQCADConfig,
-    CADConfig,
-    CacheConfig,
-):  # as torchao knows its own; their module imports neither it nor PyTorch
+for _kind in (PQCADConfig, CADConfig, CacheConfig):  # as torchao knows its own; their files import no PyTorch
     AOBaseConfig.register(_kind)
 # torchao rebuilds a config from JSON by calling whatever a module on this list has under the name that the JSON gives
-# (torchao 0.18, core/config.py). That module holds nothing but configurations and checks of numbers; the package, which
-# holds import_module and load_pt2, must never stand there.
-ALLOWED_AO_MODULES.add(PQCADConfig.__module__)
+# (torchao 0.18, core/config.py). The face of that folder holds nothing but configurations and their words; the package,
+# which holds import_module and load_pt2, must never stand there.
+ALLOWED_AO_MODULES.add("pqcad_ao.config")
 
 
 class Method(str, Enum):
