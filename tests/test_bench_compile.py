@@ -139,7 +139,7 @@ def test_walks(tiny_dir, tmp_path):
 
 
 def test_rows_of_walks_alone_need_a_walk():
-    with pytest.raises(ValueError, match="pqcad_w4a6_pt2_half.*give walk=20"):
+    with pytest.raises(ValueError, match=r"pqcad_w4a6_pt2_half.*give walk=20"):
         cpu.check_rows(["pqcad_w4a6_pt2_half"])
     with pytest.raises(ValueError, match="walk=5: pqcad_w4a6_pt2_half take 1/2 of the steps"):
         cpu.check_rows(["pqcad_w4a6_pt2_half"], walk=5)
