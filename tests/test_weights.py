@@ -223,6 +223,46 @@ def test_a_samples_gradient_is_its_own_whoever_is_beside_it(seed, count):
         torch.testing.assert_close(together, one, rtol=1e-4, atol=1e-6)
 
 
+class Attending(nn.Module):
+    """A norm that takes out its shift, and attention, which takes out what is added to every key."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        names = ("to_shift", "to_q", "to_k", "to_v", "to_out")
+        self.layers = nn.ModuleDict({name: nn.Linear(4, 4) for name in names})
+        self.probes = nn.ModuleDict({name: Probe(-1) for name in names})
+
+    def forward(self, x_t: torch.Tensor) -> torch.Tensor:
+        layer = {name: nn.Sequential(layer, self.probes[name]) for name, layer in self.layers.items()}
+        shifted = x_t + layer["to_shift"](x_t.mean(1))[:, None]
+        normed = nn.functional.instance_norm(shifted.transpose(1, 2)).transpose(1, 2)
+        attention = nn.functional.scaled_dot_product_attention
+        mixed = attention(*(layer[name](normed)[:, None] for name in ("to_q", "to_k", "to_v")))
+        return layer["to_out"](mixed[:, 0])
+
+
+@settings(max_examples=5)
+@given(st.integers(0, 2**16), st.sampled_from([({"to_shift", "to_k"}, False), ({"to_k"}, True)]))
+def test_layers_that_change_nothing_leave_the_cosines_as_they_are(seed, case):
+    """Their gradients are zero but for rounding, which as large as the others' would draw every cosine to zero."""
+    (idle, bfloat16), graph = case, Attending(seed)
+    if "to_shift" not in idle:
+        graph.probes["to_shift"] = nn.Identity()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        y = graph(torch.randn(12, 9, 4, generator=torch.Generator().manual_seed(seed)))
+    (y.float() - 1).square().sum().backward()
+    names = [name for name, probe in graph.probes.items() if isinstance(probe, Probe)]
+    gradients = take_gradients(graph)
+    of_all = samples(12).joined(gradients, follow=True)
+    of_others = [gradient for name, gradient in zip(names, gradients, strict=True) if name not in idle]
+    without = samples(12).joined(of_others, follow=True)
+    assert agreement(of_all) == pytest.approx(agreement(without), abs=0.005)
+    rows = torch.arange(12) % 2
+    tasks = [torch.stack([P[rows == task].mean(0) for task in range(2)]) for P in (of_all, without)]
+    torch.testing.assert_close(alignment(of_all, tasks[0], 0.5), alignment(without, tasks[1], 0.5), rtol=0, atol=0.005)
+
+
 def test_no_task_decides_by_which_measure_gradients_are_compared():
     """The first look: with tasks in the other order, the same cosine."""
     torch.manual_seed(1)
