@@ -8,7 +8,7 @@ OUT ?= demo-out
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: venv demo test test-slow lint docs sbom
+.PHONY: venv demo test test-slow lint docs wheel sbom
 
 venv: $(INSTALLED)
 
@@ -35,6 +35,10 @@ lint: $(INSTALLED)
 docs: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python docs/support.py
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -c docs . build/site
+
+# dist/pqcad_ao-*.whl with the CPU kernels compiled; without isolation, for they want the headers of .venv's PyTorch
+wheel: $(INSTALLED)
+	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
 
 # what .venv holds, with versions and licences, as CycloneDX; the tool stands apart, so that it is not in it
 sbom: $(INSTALLED)

@@ -17,7 +17,7 @@ from pqcad_ao.compile.backend import fuse
 from pqcad_ao.diffusion.process import FAMILY
 from pqcad_ao.edge.export import _capture, _rewrite
 from pqcad_ao.graph.operators import OPERATORS, call_site, packed_operator
-from pqcad_ao.ops.cpu.loader import source
+from pqcad_ao.ops.cpu.build import source
 from pqcad_ao.ops.dispatch import LEAST_CAPABILITY
 from pqcad_ao.ops.triton import kernels
 from pqcad_ao.passes.to_triton import to_triton

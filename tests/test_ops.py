@@ -309,10 +309,10 @@ def test_samples_do_not_touch_each_other(batch, order):
 
 def test_unquantized_input_is_an_error():
     x, *rest = _conv2d_arguments()
-    with pytest.raises(TypeError, match=r"(?i)input is .*float.* take int8"):
+    with pytest.raises(ValueError, match=r"(?i)input is .*float.* take int8"):
         torch.ops.pqcad.conv2d(x.float(), *rest)
     x, *rest = _linear_arguments()
-    with pytest.raises(TypeError, match=r"(?i)input is .*int.* take int8"):
+    with pytest.raises(ValueError, match=r"(?i)input is .*int.* take int8"):
         torch.ops.pqcad.linear(x.int(), *rest)
 
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from pqcad_ao.ops.cpu import instructions, loader
-from pqcad_ao.ops.cpu.instructions import INSTRUCTION_SETS, SWITCH
+from pqcad_ao.ops.cpu.build import AVX512, INSTRUCTION_SETS, InstructionSet
+from pqcad_ao.ops.cpu.instructions import SWITCH
 from pqcad_ao.utils import code_cache
 
 AVX2 = INSTRUCTION_SETS["avx2"]
@@ -45,8 +46,9 @@ def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "value", "names"),
     [
-        ("avx2 fma avx512f avx512bw avx512vl avx512_vnni", "", ["AVX512-VNNI", "AVX2"]),
-        ("avx2 fma avx512f avx512bw avx512vl avx512_vnni", "avx2", ["AVX2"]),
+        (f"{AVX512} avx2 avx512_bf16", "", ["AVX512-VNNI with BF16", "AVX512-VNNI", "AVX2"]),
+        (f"{AVX512} avx2", "", ["AVX512-VNNI", "AVX2"]),
+        (f"{AVX512} avx2", "avx2", ["AVX2"]),
         ("avx2 fma avx_vnni", "1", ["AVX-VNNI", "AVX2"]),
         ("avx2 fma avx512f", "", ["AVX2"]),
         ("fp asimd asimddp", "", ["NEON dotprod"]),
@@ -76,7 +78,9 @@ def test_a_compiler_that_fails_is_a_warning(monkeypatch, tmp_path, error):
 def test_a_processor_without_the_instructions_is_a_warning(monkeypatch):
     monkeypatch.delenv(SWITCH, raising=False)
     monkeypatch.setattr(instructions, "cpu_flags", set)
-    with pytest.warns(UserWarning, match=r"need one of AVX512-VNNI, .*AVX2.*four bytes a weight") as warned:
+    with pytest.warns(
+        UserWarning, match=r"need one of AVX512-VNNI with BF16, AVX512-VNNI, .*AVX2.*four bytes a weight"
+    ) as warned:
         assert loader._load.__wrapped__() == ""
     assert len(warned) == 1
 
@@ -116,9 +120,10 @@ def builds(monkeypatch, tmp_path) -> list[Path]:
     """Where libraries were compiled; ``tmp_path / "cache"`` is the user's folder, and a library returns a number."""
     made: list[Path] = []
 
-    def compiled(text: str, options: tuple[str, ...], folder: Path) -> Path:
+    def compiled(text: str, chosen: InstructionSet, folder: Path) -> Path:
         made.append(folder)
-        (folder / "kernels.c").write_text("int answer(void) { return 42; }")
+        says = f'const char *pqcad_cpu_kernels(void) {{ return "{chosen.name}"; }}'
+        (folder / "kernels.c").write_text(f"int answer(void) {{ return 42; }} {says}")
         command = ["gcc", "-shared", "-fPIC", str(folder / "kernels.c"), "-o", str(folder / "kernels.so")]
         subprocess.run(command, check=True)
         return folder / "kernels.so"
@@ -187,15 +192,65 @@ def test_without_a_cache_the_library_is_compiled_all_the_same(builds, tmp_path):
 
 
 @needs_gcc
-def test_each_processor_torch_and_instruction_set_has_a_library_of_its_own(builds, tmp_path, monkeypatch):
+def test_each_torch_and_instruction_set_has_a_library_of_its_own(builds, monkeypatch):
     loader._library(AVX2)
     monkeypatch.setattr(torch, "__version__", "9.9")
     loader._library(AVX2)
-    monkeypatch.setattr(loader, "cpu_identity", lambda: "another")
-    loader._library(AVX2)
-    assert len(builds) == 3
+    assert len(builds) == 2
     loader._library(INSTRUCTION_SETS["avx-vnni"])
-    assert len(builds) == 4
+    assert len(builds) == 3
+
+
+# ---------------------------------------------------------------------------------------------- those of a wheel
+
+
+@pytest.fixture
+def shipped(builds, monkeypatch, tmp_path) -> Path:
+    """Where the package's own library for AVX2 lies, which answers with a number of its own."""
+    monkeypatch.setattr(loader, "FOLDER", tmp_path)
+    path = tmp_path / f"{loader.library_name(AVX2, loader.source())}.so"
+    (tmp_path / "shipped.c").write_text("int answer(void) { return 7; }")
+    subprocess.run(["gcc", "-shared", "-fPIC", str(tmp_path / "shipped.c"), "-o", str(path)], check=True)
+    return path
+
+
+@needs_gcc
+def test_what_the_wheel_brought_is_neither_compiled_nor_kept(shipped, builds, tmp_path):
+    assert loader._library(AVX2).answer() == 7
+    assert builds == []
+    assert not (tmp_path / "cache").exists()
+
+
+@needs_gcc
+@pytest.mark.parametrize("other", ["sources", "instruction set", "ABI", "file"])
+def test_what_does_not_fit_is_compiled(shipped, builds, monkeypatch, other):
+    """Made of other sources, for other instructions, or of symbols that this PyTorch has not; or no library at all."""
+    wanted = AVX2
+    if other == "sources":
+        monkeypatch.setattr(loader, "source", lambda: "another text")
+    elif other == "instruction set":
+        wanted = INSTRUCTION_SETS["neon-dotprod"]
+    elif other == "ABI":
+        shipped.with_suffix(".c").write_text(
+            "int torch_of_tomorrow(void); int answer(void) { return torch_of_tomorrow(); }"
+        )
+        command = ["gcc", "-shared", "-fPIC", str(shipped.with_suffix(".c")), "-o", str(shipped)]
+        subprocess.run(command, check=True)
+    else:
+        shipped.write_bytes(b"no library")
+    assert loader._library(wanted).answer() == 42
+    assert len(builds) == 1
+
+
+@needs_gcc
+def test_another_processor_with_the_same_home_takes_what_it_has(builds, monkeypatch):
+    """Each process chooses anew, and what another processor wanted stays in the cache beside it."""
+    monkeypatch.delenv(SWITCH, raising=False)
+    monkeypatch.setattr(os, "register_at_fork", lambda **hooks: None)
+    for flags, name in 2 * ((f"{AVX512} avx2", "AVX512-VNNI"), ("avx2 fma", "AVX2")):
+        monkeypatch.setattr(instructions, "cpu_flags", lambda flags=flags: set(flags.split()))
+        assert loader._load.__wrapped__() == name
+    assert len(builds) == 2
 
 
 def test_without_a_folder_for_torchs_own_compiler_the_import_says_what_to_set():

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from pqcad_ao.ops.cpu import instructions, loader
+from pqcad_ao.ops.cpu import build, instructions, loader
 from pqcad_ao.utils.machine import cpu_flags
 
 FOLDER = Path(loader.__file__).parent
@@ -47,7 +46,7 @@ def test_an_instruction_set_states_every_primitive_and_no_other(name):
 
 def test_what_is_compiled_holds_every_file_once():
     """The cache of compiled libraries goes by this text: a changed header has to change it."""
-    lines = loader.source().splitlines()
+    lines = build.source().splitlines()
     own = re.compile('#include "|#pragma once')
     assert not list(filter(own.match, lines))
     for path in SOURCES:
@@ -74,12 +73,11 @@ sys.exit(pytest.main(sys.argv[2:]))
 def test_the_loops_are_as_exact_with_primitives_in_plain_cpp(tmp_path):
     """A second instruction set is a file of primitives: here one of other sizes, of signed bytes, and of no vectors."""
     text, library = tmp_path / "kernels.cpp", tmp_path / "kernels.so"
-    text.write_text(loader.source())
-    options = ["-std=c++20", "-O2", "-DPQCAD_GENERIC=4", "-shared", "-fPIC", "-fopenmp"]
-    options += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    text.write_text(build.source())
+    options = ["-std=c++20", "-O2", "-DPQCAD_GENERIC=4", "-shared", "-fPIC", build.LEAST_TORCH]
     options += [argument for path in include_paths() for argument in ("-isystem", path)]
     options += [f"-L{path}" for path in library_paths()]
-    subprocess.run(["g++", str(text), *options, "-ltorch_cpu", "-lc10", "-o", str(library)], check=True)
+    subprocess.run(["g++", str(text), *options, "-ltorch_cpu", "-o", str(library)], check=True)
     chosen = ["-p", "no:cacheprovider", str(TESTS), "-k", "equals or exact or addends or at_once or threads or refused"]
     command = [sys.executable, "-c", WITH_LIBRARY, str(library), *chosen]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -95,40 +93,45 @@ class Build:
     """How programs are built for an instruction set, and what their innermost product has to be.
 
     Attributes:
-        options: of the compiler. needs: features that a processor must have to run them; None: it is only looked at.
+        options: of the compiler. needs: features that a processor must have to run them.
         product: the instruction that multiplies. rows: of activations for each number of registers of weights.
         tools: prefix of the compiler's and objdump's name. emulator: that runs them elsewhere.
     """
 
     options: tuple[str, ...]
-    needs: tuple[str, ...] | None
+    needs: tuple[str, ...]
     product: str
     rows: dict[int, int]
     tools: str = ""
     emulator: str = ""
 
 
-OF_AVX = ("-march=x86-64", "-mavx2", "-mfma")
+def _build(key: str, product: str, rows: dict[int, int], *options: str, tools: str = "", emulator: str = "") -> Build:
+    chosen = build.INSTRUCTION_SETS[key]
+    return Build((*chosen.options, *options), tuple(chosen.features), product, rows, tools, emulator)
+
+
+TWO, FOUR = {1: 12, 2: 6}, {1: 24, 2: 12, 3: 8, 4: 6}
+ON_ARM = platform.machine() == "aarch64"
 BUILDS = {
-    "AVX2": Build(OF_AVX, ("avx2", "fma"), "vpmaddubsw", {1: 8, 2: 4}),
-    "AVX-VNNI": Build((*OF_AVX, "-mavxvnni"), ("avx2", "fma", "avx_vnni"), "vpdpbusd", {1: 12, 2: 6}),
+    "AVX2": _build("avx2", "vpmaddubsw", {1: 8, 2: 4}),
+    "AVX-VNNI": _build("avx-vnni", "vpdpbusd", TWO),
     # the same in the encoding of a processor with AVX512
     "AVX-VNNI as AVX512 encodes it": Build(
-        (*OF_AVX, "-mavx512vl", "-mavx512vnni"), ("avx2", "fma", "avx512vl", "avx512_vnni"), "vpdpbusd", {1: 12, 2: 6}
-    ),
-    "AVX512-VNNI": Build(
-        ("-march=x86-64", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma"),
-        ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma"),
+        (*build.INSTRUCTION_SETS["avx2"].options, "-mavx512vl", "-mavx512vnni"),
+        ("avx2", "fma", "avx512vl", "avx512_vnni"),
         "vpdpbusd",
-        {1: 24, 2: 12, 3: 8, 4: 6},
+        TWO,
     ),
-    "NEON dotprod": Build(
-        ("-march=armv8.2-a+dotprod", "-static"),
-        ("asimd", "asimddp"),
+    "AVX512-VNNI": _build("avx512-vnni", "vpdpbusd", FOUR),
+    "AVX512-VNNI with BF16": _build("avx512-bf16", "vpdpbusd", FOUR),
+    "NEON dotprod": _build(
+        "neon-dotprod",
         "sdot",
         {1: 12, 2: 8, 3: 6, 4: 4},
-        "" if platform.machine() == "aarch64" else "aarch64-linux-gnu-",
-        "" if platform.machine() == "aarch64" else "qemu-aarch64",
+        "-static",
+        tools="" if ON_ARM else "aarch64-linux-gnu-",
+        emulator="" if ON_ARM else "qemu-aarch64",
     ),
 }
 # AVX2 is what most processors without AVX512 have; the others take minutes of a busy machine
@@ -139,12 +142,11 @@ EACH = pytest.mark.parametrize(
 
 def _program(name: str, source: str, folder: Path) -> Path:
     """A program of ``tests/kernels`` for an instruction set, with the optimizations that the kernels get."""
-    build, program = BUILDS[name], folder / "program"
-    compiler = f"{build.tools}g++"
-    if shutil.which(compiler) is None or (build.tools == "" and (platform.machine() == "aarch64") != (name[0] == "N")):
+    how, program = BUILDS[name], folder / "program"
+    compiler = f"{how.tools}g++"
+    if shutil.which(compiler) is None or (how.tools == "" and (name[0] == "N") != ON_ARM):
         pytest.skip(f"no {compiler} for {name}")
-    options = ["-std=c++20", "-O3", "-ffp-contract=off", "-fno-trapping-math", "-fno-tree-loop-vectorize", "-w"]
-    options += [f"-I{FOLDER}", f"-I{ALONE}", *build.options]
+    options = [*build.OPTIMIZED, f"-I{FOLDER}", f"-I{ALONE}", *how.options]
     subprocess.run([compiler, *options, str(ALONE / source), "-o", str(program)], check=True)
     return program
 
@@ -152,11 +154,11 @@ def _program(name: str, source: str, folder: Path) -> Path:
 @EACH
 @pytest.mark.parametrize("source", ["primitives.cpp", "sums.cpp"])
 def test_primitives_and_sums_are_those_of_plain_cpp(name, source, tmp_path):
-    build = BUILDS[name]
-    runner = [build.emulator] if build.emulator else []
-    if build.emulator and shutil.which(build.emulator) is None:
-        pytest.skip(f"no {build.emulator}")
-    if not build.emulator and not set(build.needs) <= cpu_flags():
+    how = BUILDS[name]
+    runner = [how.emulator] if how.emulator else []
+    if how.emulator and shutil.which(how.emulator) is None:
+        pytest.skip(f"no {how.emulator}")
+    if not how.emulator and not set(how.needs) <= cpu_flags():
         pytest.skip(f"this processor has no {name}")
     command = [*runner, str(_program(name, source, tmp_path))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -177,10 +179,10 @@ def _products(library: str | Path, objdump: str = "objdump") -> list[tuple[int, 
     return [(int(rows), int(width), body) for rows, width, body in functions]
 
 
-def _stay_in_registers(products: list[tuple[int, int, str]], build: Build) -> None:
-    assert {(rows, width) for rows, width, _ in products} == {(rows, width) for width, rows in build.rows.items()}
+def _stay_in_registers(products: list[tuple[int, int, str]], how: Build) -> None:
+    assert {(rows, width) for rows, width, _ in products} == {(rows, width) for width, rows in how.rows.items()}
     for rows, width, body in products:
-        assert body.count(build.product) == rows * width
+        assert body.count(how.product) == rows * width
         moved = [line for line in body.splitlines() if re.search(MEMORY, line) and re.search(VECTOR, line)]
         assert moved == []
 
@@ -188,13 +190,13 @@ def _stay_in_registers(products: list[tuple[int, int, str]], build: Build) -> No
 @EACH
 def test_the_sums_of_the_innermost_product_stay_in_registers(name, tmp_path):
     """Where a compiler keeps them in memory, the products are three times slower and no less exact."""
-    build = BUILDS[name]
-    objdump = f"{build.tools}objdump"
+    how = BUILDS[name]
+    objdump = f"{how.tools}objdump"
     if shutil.which(objdump) is None:
         pytest.skip(f"no {objdump}")
     products = _products(_program(name, "sums.cpp", tmp_path), objdump)
-    _stay_in_registers(products, build)
-    if build.options[:3] == OF_AVX and "-mavx512vl" not in build.options:
+    _stay_in_registers(products, how)
+    if name in ("AVX2", "AVX-VNNI"):
         for _, _, body in products:  # nothing that only AVX512 has
             assert not re.search(r"%zmm|%ymm(1[6-9]|[23]\d)|%k\d", body)
 
@@ -214,9 +216,9 @@ def test_so_they_do_in_the_library_that_is_used():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("key", ["avx512-vnni", "avx-vnni", "avx2", "neon-dotprod"])
+@pytest.mark.parametrize("key", build.INSTRUCTION_SETS)
 def test_the_operators_on_every_instruction_set_of_this_machine(key, monkeypatch):
-    if not instructions.INSTRUCTION_SETS[key].features <= cpu_flags():
+    if not build.INSTRUCTION_SETS[key].features <= cpu_flags():
         pytest.skip(f"this processor has no {key}")
     monkeypatch.setenv(instructions.SWITCH, key)
     files = [str(TESTS), str(TESTS.with_name("test_ops.py")), str(TESTS.with_name("test_not_finite.py"))]

@@ -95,9 +95,9 @@ def _rescale(
 
 
 def check_linear(input: Tensor, input_scale: Tensor, segments: list[int], channel_dim: int = -1) -> None:
-    """Raise TypeError or ValueError where the input is none of integers, or the segments are not its own."""
+    """Raise ValueError where the input is none of integers, or the segments are not its own."""
     if input.dtype != torch.int8:
-        raise TypeError(f"input is {input.dtype}: the pqcad operators take int8 integers (quantize first)")
+        raise ValueError(f"input is {input.dtype}: the pqcad operators take int8 integers (quantize first)")
     _check_grid("input_scale", input_scale, segments, input.shape[0], input.shape[channel_dim])
 
 

@@ -99,11 +99,6 @@ def cpu() -> dict[str, Any]:
     }
 
 
-def cpu_identity() -> str:
-    """What machine code for this very processor depends on: its name and every feature that the system reports."""
-    return f"{platform.machine()} {cpu()['name']} {_cpuinfo('flags', 'Features')}"
-
-
 def loadavg() -> list[float]:
     """Runnable processes averaged over 1, 5 and 15 minutes."""
     return [round(value, 2) for value in psutil.getloadavg()]

@@ -20,7 +20,7 @@ from pqcad_ao.diffusion.trajectories import draw_trajectories
 from pqcad_ao.evaluate.features import RealFeatures
 from pqcad_ao.models import load_model, save_model
 from pqcad_ao.ops.cpu import loader
-from pqcad_ao.ops.cpu.instructions import INSTRUCTION_SETS
+from pqcad_ao.ops.cpu.build import INSTRUCTION_SETS
 from pqcad_ao.recipes.train_teacher import train
 from pqcad_ao.utils.code_cache import VARIABLE
 from pqcad_ao.utils.files import bytes_of

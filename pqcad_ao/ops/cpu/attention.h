@@ -2,8 +2,8 @@
 // precision. The scores of a few rows are all there is of them at a time.
 #pragma once
 
-#include <ATen/Parallel.h>
-#include <c10/macros/Macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/macros/Macros.h>
 
 #include <algorithm>
 #include <cmath>
@@ -139,7 +139,7 @@ void attend(const Attention& p, int64_t b, int64_t h, int64_t from, int64_t used
 
 void attention(const Attention& p) {
   const int64_t blocks = (p.L + HEIGHT - 1) / HEIGHT, depth = p.depth(), padded = p.keys();
-  at::parallel_for(0, p.B * p.heads * blocks, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, p.B * p.heads * blocks, 1, [&](int64_t begin, int64_t end) {
     uint8_t* keys = weights.of<uint8_t>(2 * padded * (depth + p.channels()));
     uint8_t* values = keys + 2 * padded * depth;
     uint8_t* queries = activations.of<uint8_t>(2 * HEIGHT * (depth + padded));

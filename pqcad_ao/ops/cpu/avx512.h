@@ -8,7 +8,11 @@
 
 namespace {
 
+#ifdef __AVX512BF16__
+constexpr const char* INSTRUCTIONS = "AVX512-VNNI with BF16";
+#else
 constexpr const char* INSTRUCTIONS = "AVX512-VNNI";
+#endif
 
 constexpr int LANES = 16;
 constexpr int BYTES = 64;

@@ -1,7 +1,7 @@
 // Convolutions and linear layers as direct products over the taps of the kernel.
 #pragma once
 
-#include <ATen/Parallel.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -110,10 +110,10 @@ void direct(const Problem& p) {
   x.data = activations.of<uint8_t>(p.B * x.H * x.W * p.padded);
   for (int64_t tap = 0; tap < p.KH * p.KW; tap++)
     x.taps.push_back((tap / p.KW * p.DH * x.W + tap % p.KW * p.DW) * p.padded);
-  at::parallel_for(0, p.B * x.H, 1, [&](int64_t begin, int64_t end) { pad_input(p, x, begin, end); });
+  torch::stable::parallel_for(0, p.B * x.H, 1, [&](int64_t begin, int64_t end) { pad_input(p, x, begin, end); });
   const auto panels = panels_of(p);
   const int64_t rows = p.B * p.OH * p.OW, blocks = (rows + TILE - 1) / TILE, tasks = (int64_t)panels.size() * blocks;
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     int64_t current = -1;
     for (int64_t task = begin; task < end; task++) {
       const Panel& panel = panels[task / blocks];

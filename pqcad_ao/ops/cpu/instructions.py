@@ -1,38 +1,11 @@
-"""The instruction sets that the CPU kernels are written for, and which of them this processor has."""
+"""Which of the instruction sets that the CPU kernels are written for this processor has."""
 
 import os
-from dataclasses import dataclass
 
+from pqcad_ao.ops.cpu.build import INSTRUCTION_SETS, InstructionSet
 from pqcad_ao.utils.machine import cpu_flags
 
 SWITCH = "PQCAD_CPU_KERNELS"
-
-
-@dataclass(frozen=True)
-class InstructionSet:
-    """A file of primitives in this folder, ``primitives.h`` says which.
-
-    Attributes:
-        name: as the kernels' library says it. features: that a processor must have, as /proc/cpuinfo calls them.
-        options: of the compiler, after those that would let it use whatever this processor has.
-    """
-
-    name: str
-    features: frozenset[str]
-    options: tuple[str, ...]
-
-
-# The fastest first. Code for the smaller sets may not hold instructions of the larger ones, even where they are there.
-INSTRUCTION_SETS = {
-    "avx512-vnni": InstructionSet(
-        "AVX512-VNNI", frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}), ("-march=native",)
-    ),
-    "avx-vnni": InstructionSet(
-        "AVX-VNNI", frozenset({"avx2", "fma", "avx_vnni"}), ("-march=x86-64", "-mavx2", "-mfma", "-mavxvnni")
-    ),
-    "avx2": InstructionSet("AVX2", frozenset({"avx2", "fma"}), ("-march=x86-64", "-mavx2", "-mfma")),
-    "neon-dotprod": InstructionSet("NEON dotprod", frozenset({"asimd", "asimddp"}), ("-march=armv8.2-a+dotprod",)),
-}
 
 
 def choose() -> list[InstructionSet]:

@@ -1,10 +1,9 @@
-"""The CPU kernels: compiled on first use with the toolchain that Inductor needs, kept in this user's cache."""
+"""The CPU kernels: out of the wheel, or compiled on first use and kept in this user's cache."""
 
+import contextlib
 import ctypes
 import functools
-import hashlib
 import os
-import re
 import tempfile
 import threading
 import warnings
@@ -12,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from pqcad_ao.ops.cpu.instructions import INSTRUCTION_SETS, SWITCH, InstructionSet, choose
+from pqcad_ao.ops.cpu.build import FOLDER, INSTRUCTION_SETS, InstructionSet, compiled, library_name, source
+from pqcad_ao.ops.cpu.instructions import SWITCH, choose
 from pqcad_ao.utils.code_cache import VARIABLE, cache_folder, find_code, keep_code
 from pqcad_ao.utils.files import unfinished_folder
-from pqcad_ao.utils.machine import cpu_identity
 
 IN_THEIR_PLACE = (
     "PyTorch's own products of dequantized weights run in their place, somewhat slower than full precision, and take "
@@ -33,24 +32,6 @@ def _in_a_forked_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_in_a_forked_child)
-
-
-def source() -> str:
-    """The kernels as one text, every header in its place: the cache goes by all that is compiled, and by no path."""
-    return _expand("operators.cpp", set())
-
-
-def _expand(name: str, included: set[str]) -> str:
-    """The file ``name`` of this folder, with the folder's headers in place of their first ``#include``."""
-    included.add(name)
-    lines = [f'#line 1 "{name}"']  # so that a compiler's messages and a debugger name the file
-    for number, line in enumerate((Path(__file__).parent / name).read_text().splitlines(), 1):
-        header = re.fullmatch(r'#include "(.+)"', line)
-        if header and header[1] not in included:
-            lines += [_expand(header[1], included), f'#line {number + 1} "{name}"']
-        else:
-            lines.append("" if header or line == "#pragma once" else line)
-    return "\n".join(lines)
 
 
 def load() -> str:
@@ -91,21 +72,29 @@ def _load() -> str:
 
 
 def _library(instructions: InstructionSet) -> ctypes.CDLL:
-    """The kernels' library out of the cache, compiled first where it is not there; without a cache, just compiled."""
+    """The kernels' library out of the wheel; else out of the cache, compiled first where it is not there."""
     text = source()
-    # what this processor's machine code depends on: a home folder may be shared by machines of several kinds
-    facts = (text, instructions.name, instructions.options, torch.__version__, torch.__file__, cpu_identity())
-    name = f"kernels-{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}"
+    built = FOLDER / f"{library_name(instructions, text)}.so"
+    # its name says that it was made of these sources; it does not load where a system library is older, or a PyTorch
+    # has another ABI, than where it was built
+    with contextlib.suppress(OSError):
+        return ctypes.CDLL(str(built))
+    return _compiled_library(text, instructions)
+
+
+def _compiled_library(text: str, instructions: InstructionSet) -> ctypes.CDLL:
+    """The library out of the cache, compiled first where it is not there; without a cache, just compiled."""
+    name = library_name(instructions, text, torch.__version__)  # whose headers go into it
     try:
         folder = cache_folder()
         path = find_code(folder, name)
     except OSError as error:
         _say_not_kept(error)
         with tempfile.TemporaryDirectory(prefix="pqcad-") as build:  # 0700; what is loaded stays when its name is gone
-            return ctypes.CDLL(str(compiled(text, instructions.options, Path(build))))
+            return ctypes.CDLL(str(compiled(text, instructions, Path(build))))
     if path is None:
         with unfinished_folder(folder / name) as unfinished:  # where what a kill leaves is found and deleted
-            path = keep_code(folder, name, compiled(text, instructions.options, unfinished))
+            path = keep_code(folder, name, compiled(text, instructions, unfinished))
     return ctypes.CDLL(str(path))
 
 
@@ -113,23 +102,5 @@ def _say_not_kept(error: OSError) -> None:
     warnings.warn(
         f"every process compiles the CPU kernels anew, for it cannot keep them: {error}. Set {VARIABLE} to a folder of "
         "your own",
-        stacklevel=7,
+        stacklevel=8,
     )
-
-
-def compiled(text: str, options: tuple[str, ...], folder: Path) -> Path:
-    """The library that ``text`` compiles to with the compiler's ``options``, made in ``folder``.
-
-    Raises:
-        RuntimeError: there is no compiler, or it fails.
-    """
-    # private, as torch's own extension builder would want ninja; checked with torch 2.13 and 2.14. Inductor's cache is
-    # not used: it lies under a name that others can foresee, in a folder that they can make first
-    from torch._inductor.cpp_builder import CppBuilder, CppTorchDeviceOptions
-
-    file = folder / "kernels.cpp"
-    file.write_text(text)
-    build = CppTorchDeviceOptions(device_type="cpu", extra_flags=options)  # the last one of a kind counts
-    builder = CppBuilder(name="kernels", sources=str(file), BuildOption=build, output_dir=str(folder))
-    builder.build()
-    return Path(builder.get_target_file_path())

@@ -1,7 +1,7 @@
 // The innermost product: rows of activations with a panel of weights.
 #pragma once
 
-#include <c10/macros/Macros.h>
+#include <torch/headeronly/macros/Macros.h>
 
 #include <cstdint>
 #include <type_traits>

@@ -1,7 +1,7 @@
 // Floating point to the integers of a grid, after GroupNorm, SiLU and nearest upsampling where they are asked for.
 #pragma once
 
-#include <ATen/Parallel.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <atomic>
@@ -142,9 +142,9 @@ bool quantize(const Quantize& p) {
   std::atomic<bool> finite{true};
   const auto rows_of = p.norm_groups > 0 ? (p.silu ? quantize_rows<true, true> : quantize_rows<true, false>)
                                          : (p.silu ? quantize_rows<false, true> : quantize_rows<false, false>);
-  const int64_t threads = at::get_num_threads(), rows = p.B * p.H;
+  const int64_t threads = torch::stable::get_num_threads(), rows = p.B * p.H;
   if (p.B >= threads) {  // a sample's second pass finds it in the cache
-    at::parallel_for(0, p.B, 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, p.B, 1, [&](int64_t begin, int64_t end) {
       std::vector<double> sums(2 * p.C);
       std::vector<float> of(5 * p.C);
       for (int64_t b = begin; b < end; b++) {
@@ -159,7 +159,7 @@ bool quantize(const Quantize& p) {
   std::vector<double> sums(p.norm_groups > 0 ? rows * 2 * p.C : 2 * p.C);  // of each row, so that no two threads meet
   std::vector<float> of(p.B * 5 * p.C);
   if (p.norm_groups > 0)
-    at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; r++) moments(p, r / p.H, r % p.H, r % p.H + 1, sums.data() + r * 2 * p.C);
     });
   for (int64_t b = 0; b < p.B; b++) {
@@ -168,7 +168,7 @@ bool quantize(const Quantize& p) {
       for (int64_t c = 0; c < 2 * p.C; c++) of_sample[c] += of_sample[r * 2 * p.C + c];
     if (!coefficients(p, b, of_sample, of.data() + b * 5 * p.C)) finite = false;
   }
-  at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++)
       if (!rows_of(p, r / p.H, r % p.H, r % p.H + 1, of.data() + r / p.H * 5 * p.C)) finite = false;
   });

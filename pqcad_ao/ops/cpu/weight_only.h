@@ -1,7 +1,7 @@
 // Linear layers whose activations stay in floating point: packed weights are read once, and widened in registers.
 #pragma once
 
-#include <ATen/Parallel.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -42,7 +42,7 @@ void weight_only(const Problem& p, const float* input) {
   float* x = activations.of<float>(p.B * padded);
   for (int64_t b = 0; b < p.B; b++)
     std::fill(std::copy_n(input + b * p.C, p.C, x + b * padded), x + (b + 1) * padded, 0.f);
-  at::parallel_for(0, (p.O + LANES - 1) / LANES, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, (p.O + LANES - 1) / LANES, 1, [&](int64_t begin, int64_t end) {
     for (int64_t first = begin * LANES; first < std::min(end * LANES, p.O); first += LANES) {
       const Panel panel{0, first, std::min<int64_t>(LANES, p.O - first), 1};
       int64_t b = 0;

@@ -6,7 +6,7 @@
 // four times the convolution, and a shift by two restores it without remainder.
 #pragma once
 
-#include <ATen/Parallel.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -101,7 +101,7 @@ std::vector<int32_t> middle_offsets(const Problem& p) {
   const int64_t parts = (int64_t)p.parts.size();
   std::vector<int32_t> offsets(p.B * parts, OFFSET);
   if (p.input_bits <= 5) return offsets;
-  at::parallel_for(0, p.B, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, p.B, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; b++)
       for (int64_t s = 0; s < parts; s++) {
         const Part& part = p.parts[s];
@@ -227,11 +227,11 @@ void winograd(const Problem& p) {
   uint8_t* v = activations.of<uint8_t>((std::min(chunk, all) + TILE - 1) / TILE * of_block);
   for (int64_t start = 0; start < all; start += chunk) {
     const int64_t stop = std::min(start + chunk, all), blocks = (stop - start + TILE - 1) / TILE;
-    at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; k++)
         transform_input(p, tiles, start + k * TILE, std::min<int64_t>(TILE, stop - start - k * TILE), v + k * of_block);
     });
-    at::parallel_for(0, (int64_t)panels.size() * blocks, 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, (int64_t)panels.size() * blocks, 1, [&](int64_t begin, int64_t end) {
       int64_t current = -1;
       const int64_t parts = (int64_t)p.parts.size();
       for (int64_t task = begin; task < end; task++) {

@@ -3,10 +3,10 @@
 
 #include <cstdint>
 
-namespace at {
+namespace torch::stable {
 
 template <class F> void parallel_for(int64_t begin, int64_t end, int64_t, const F& f) {
   if (begin < end) f(begin, end);
 }
 
-}  // namespace at
+}  // namespace torch::stable
