@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,10 @@ from pqcad_ao.denoiser import (
     timestep_position,
     with_rows,
 )
-from pqcad_ao.diffusion.calibration import CalibrationSet, assign_trajectories, draw_steps
-from pqcad_ao.utils.checks import is_whole
+from pqcad_ao.diffusion.calibration import CalibrationSet, assign_trajectories, draw_steps, points_at
+from pqcad_ao.diffusion.inputs import LayerInputs
 from pqcad_ao.utils.files import digest
-from pqcad_ao.utils.processes import in_turn, of_all, rank_and_world
+from pqcad_ao.utils.processes import fill_in, in_turn, of_all, rank_and_world
 from pqcad_ao.utils.progress import tqdm
 from pqcad_ao.utils.tensor_files import read_tensors, write_tensors
 
@@ -115,6 +115,7 @@ class PipelineWalk:
     def points(
         self,
         *,
+        inputs: LayerInputs | None = None,
         folder: str | Path | None = None,
         callback: Callable[[str, int, int], None] | None = None,
         progress: bool = False,
@@ -125,81 +126,104 @@ class PipelineWalk:
         processes each draws some batches of pictures, and all get all points.
 
         Args:
-            folder: keeps the points of each batch of pictures, and a batch that is there is not walked again.
+            inputs: is given what layers are called with at each point, in the walk's own calls.
+            folder: keeps the points of each batch of pictures, and those inputs; a batch that is there is not walked
+                again.
             callback: called as ``callback("trajectories", done, total)``, of pictures.
 
         Raises:
             FloatingPointError: a trajectory leaves the finite numbers. ValueError: a file in ``folder`` is damaged.
         """
-        walked, draw, kept, (rank, world) = 0, None, [], rank_and_world()
-        with tqdm(desc="trajectories", disable=not progress, leave=False) as bar:
-            while draw is None or walked < draw.pictures:
-                end = min(walked + self.batch, self.batch if draw is None else draw.pictures)
-                if walked // self.batch % world == rank:
-                    found, draw = self._batch(walked, end, draw, folder)
-                    kept.append(found)
-                if not walked:
-                    draw = of_all(draw)[0]
-                bar.total, walked = draw.pictures, end
-                bar.update(end - bar.n)
+        inputs, draw, (rank, world) = inputs or LayerInputs({}), self._draw(), rank_and_world()
+        inputs.hold(len(draw.step))
+        kept: list[tuple[CalibrationSet, Tensor]] = []
+        with tqdm(total=draw.pictures, desc="trajectories", disable=not progress, leave=False) as bar:
+            for number, first in enumerate(range(0, draw.pictures, self.batch)):
+                pictures = range(first, min(first + self.batch, draw.pictures))
+                if number % world == rank:
+                    kept.append(self._batch(pictures, draw, inputs, folder))
+                bar.update(len(pictures))
                 if callback is not None:
-                    callback("trajectories", end, draw.pictures)
+                    callback("trajectories", pictures.stop, draw.pictures)
         if world > 1:
-            brought = in_turn(of_all([part.on(torch.device("cpu")) for part in kept]))
-            kept = [part.on(placement(self.network)[0]) for part in brought]
-        points = _joined(kept)  # in the order of the walks, of which the first ones would stand for all
-        return points[torch.randperm(len(points), generator=torch.Generator().manual_seed(self.config.seed))]
+            brought = in_turn(of_all([(part.on(torch.device("cpu")), numbers) for part, numbers in kept]))
+            kept = [(part.on(placement(self.network)[0]), numbers) for part, numbers in brought]
+            for values in inputs.values.values():
+                fill_in(values)
+        points = _joined(
+            [part for part, _ in kept]
+        )  # in the order of the walks, of which the first would stand for all
+        order = torch.randperm(len(points), generator=torch.Generator().manual_seed(self.config.seed))
+        inputs.choose(torch.cat([numbers for _, numbers in kept])[order])
+        return points[order]
 
     def _batch(
-        self, first: int, end: int, draw: "_Draw | None", folder: str | Path | None
-    ) -> tuple[CalibrationSet, "_Draw"]:
-        """The points of the pictures from ``first`` to ``end``; and the draw, where it is not known yet."""
-        file = None if folder is None else self._file(Path(folder), first, end)
+        self, pictures: range, draw: "_Draw", inputs: LayerInputs, folder: str | Path | None
+    ) -> tuple[CalibrationSet, Tensor]:
+        """The points of some pictures, and which ones of the draw they are."""
+        file = None if folder is None else self._file(Path(folder), pictures, inputs)
         if file is not None and file.is_file():
-            found, visited, rows = self._read(file)
-            draw = draw or self._draw(visited, rows, end)
-            if len(found) > draw.most(first * rows, end * rows):
-                raise ValueError(f"{file} is damaged (it holds {len(found)} points): delete it")
-            return found, draw
-        calls = list(self._calls(range(first, end)))
-        visited, rows = [float(call.timesteps[0]) for call in calls], len(calls[0]) // (end - first)
-        draw = draw or self._draw(visited, rows, end)
-        found = draw.kept(calls, first * rows)
-        if file is not None:
-            self._write(file, found, visited, rows)
-        return found, draw
+            return self._read(file, pictures, draw, inputs)
 
-    def _draw(self, visited: list[float], rows: int, least: int) -> "_Draw":
-        """Which point is taken at which visited timestep, from which trajectory of at least so many pictures."""
+        def look(step: int, rows: range) -> None:
+            inputs.expect([draw.at(step, pictures, rows)])
+
+        with inputs.watched(self.network):
+            found, numbers = draw.kept(list(self._calls(pictures, look)), pictures)
+        if file is not None:
+            self._write(file, found, numbers, inputs)
+        return found, numbers
+
+    def _draw(self) -> "_Draw":
+        """Which point is taken at which timestep that the pipeline visits, from which trajectory."""
+        calls = list(self._calls(range(PROBED), dry=True))
+        visited, rows = [float(call.timesteps[0]) for call in calls], len(calls[0]) // PROBED
         generator = torch.Generator().manual_seed(self.config.seed)
         step, trajectories = draw_steps(torch.tensor(visited), self.num_train_timesteps, self.config, generator)
-        pictures = max(least, -(-trajectories // rows))
-        return _Draw(step, assign_trajectories(step, pictures * rows, generator), pictures)
+        pictures = -(-trajectories // rows)
+        if self.config.learns or self.config.clusters:  # of a batch at least; otherwise nobody looks at the others
+            pictures = max(self.batch, pictures)
+        return _Draw(step, assign_trajectories(step, pictures * rows, generator), visited, rows, pictures)
 
-    def _calls(self, pictures: range, *, probe: bool = False) -> Iterator[CalibrationSet]:
+    def _calls(
+        self,
+        pictures: range,
+        look: Callable[[int, range], None] | None = None,
+        *,
+        probe: bool = False,
+        dry: bool = False,
+    ) -> Iterator[CalibrationSet]:
         """What the network is given at each timestep while the pipeline draws the pictures of these numbers.
 
         Args:
+            look: called as ``look(step, rows)`` before each call, with the rows that it has of all at this timestep.
             probe: the first call alone, in which the network computes nothing.
+            dry: the network computes its first call, and gives the same answer to all: no schedule depends on it.
         """
-        calls: list[CalibrationSet] = []
+        # some call their network for each prompt by itself, and solvers of higher order more than once
+        steps: list[list[CalibrationSet]] = []
 
         def record(network: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            calls.append(self._recorded(args, kwargs))
+            call = self._recorded(args, kwargs)
+            if not steps or float(steps[-1][0].timesteps[0]) != float(call.timesteps[0]):
+                steps.append([])
+            done = sum(map(len, steps[-1]))
+            steps[-1].append(call)
+            if look is not None:
+                look(len(steps) - 1, range(done, done + len(call)))
             if probe:
                 raise _Seen
 
-        handle = self.network.register_forward_pre_hook(record, with_kwargs=True)
+        handle = self.network.register_forward_pre_hook(record, prepend=True, with_kwargs=True)
         try:
-            with evaluation_mode(self.network), _without_bar(self.pipeline):
+            with evaluation_mode(self.network), _without_bar(self.pipeline), _answering_once(self.network, dry):
                 self.pipeline(**self._arguments(pictures))
         except _Seen:
             pass
         finally:
             handle.remove()
-        # some call their network for each prompt by itself, and solvers of higher order more than once
-        for _, together in groupby(calls, lambda call: float(call.timesteps[0])):
-            yield _joined(list(together))
+        for together in steps:
+            yield _joined(together)
 
     def _arguments(self, pictures: range) -> dict[str, Any]:
         """Of the pipeline's call for these pictures; each has noise of its own, whatever batch it is drawn in."""
@@ -234,72 +258,84 @@ class PipelineWalk:
             timesteps = timesteps * (1 / time_scale(self.network))
         return CalibrationSet(x_t[:, :channels].clone(), timesteps, conditioning)
 
-    def _file(self, folder: Path, first: int, end: int) -> Path:
+    def _file(self, folder: Path, pictures: range, inputs: LayerInputs) -> Path:
         """That keeps the points of a batch of pictures, named by all that they depend on."""
         scheduler = (
             repr(sorted(self.pipeline.scheduler.config.items(), key=str)),
             type(self.pipeline.scheduler).__name__,
         )
-        drawn = (self.network.state_dict(), scheduler, self.call, self.conditioning, self.config, first, end)
-        return folder / f"c_qc-{digest(*drawn)}.safetensors"
+        drawn = (
+            self.network.state_dict(),
+            scheduler,
+            self.call,
+            self.conditioning,
+            self.config,
+            *inputs.layers.items(),
+        )
+        return folder / f"c_qc-{digest(*drawn, pictures.start, pictures.stop)}.safetensors"
 
-    def _write(self, file: Path, found: CalibrationSet, visited: list[float], rows: int) -> None:
+    def _write(self, file: Path, found: CalibrationSet, numbers: Tensor, inputs: LayerInputs) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         tensors = {str(number): leaf.cpu().contiguous() for number, leaf in enumerate(_tensors(found))}
-        write_tensors(file, tensors, {"walk": json.dumps([visited, rows])})
+        tensors |= {fqn: values[numbers] for fqn, values in inputs.values.items()}
+        write_tensors(file, tensors, {"points": json.dumps(numbers.tolist())})
 
-    def _read(self, file: Path) -> tuple[CalibrationSet, list[float], int]:
+    def _read(self, file: Path, pictures: range, draw: "_Draw", inputs: LayerInputs) -> tuple[CalibrationSet, Tensor]:
         """As :meth:`_write` was given it. Raises ValueError: the file is damaged."""
         try:
-            tensors, walk = read_tensors(file, "walk")
-            visited, rows = _checked_walk(walk)
+            tensors, points = read_tensors(file, "points")
+            numbers = draw.checked(points, pictures)
             device, _ = placement(self.network)
-            x_t, timesteps, *rest = [tensors[str(number)].to(device) for number in range(len(tensors))]
-            if not set(timesteps.tolist()) <= set(visited):
-                raise ValueError("its points are at timesteps that the walk does not visit")
-            for value, like in zip([x_t, timesteps, *rest], _tensors(self._first), strict=True):
-                _check_like(value, like, len(x_t))
+            like = _tensors(self._first)
+            if len(tensors) != len(like) + len(inputs.values):
+                raise ValueError(f"it holds {len(tensors)} tensors")
+            x_t, timesteps, *rest = [tensors[str(number)].to(device) for number in range(len(like))]
+            for value, one in zip([x_t, timesteps, *rest], like, strict=True):
+                _check_like(value, one, len(numbers))
+                if not value.isfinite().all():
+                    raise ValueError("it holds NaN or infinity")
+            if timesteps.tolist() != [draw.visited[step] for step in draw.step[numbers].tolist()]:
+                raise ValueError("its points are at other timesteps")
+            for fqn, values in inputs.values.items():
+                _check_like(tensors[fqn], values, len(numbers))
+                values[numbers] = tensors[fqn]
         except (ValueError, TypeError, KeyError) as error:  # the last of tensors that are not there
             raise ValueError(f"{file} is damaged ({error}): delete it, and it is made again") from error
         leaves, form = tree_flatten(self.conditioning)
         conditioning = tree_unflatten([rest.pop(0) if isinstance(leaf, Tensor) else leaf for leaf in leaves], form)
-        return CalibrationSet(x_t, timesteps, conditioning), visited, rows
-
-
-def _checked_walk(walk: Any) -> tuple[list[float], int]:
-    """The timesteps of a walk and the rows of a picture, as a file says. Raises ValueError, TypeError: it does not."""
-    visited, rows = walk
-    sound = isinstance(visited, list) and all(isinstance(t, float) and 0 <= t < 2**20 for t in visited)
-    if not sound or not visited:
-        raise ValueError(f"its walk visits {visited!r}")
-    if not is_whole(rows, 1, 2**20):
-        raise ValueError(f"it says {rows!r} rows of a picture")
-    return visited, rows
+        return CalibrationSet(x_t, timesteps, conditioning), numbers
 
 
 def _check_like(value: Tensor, like: Tensor, count: int) -> None:
     """Raises ValueError: a tensor of a file is not one of ``count`` rows such as another's."""
     if value.shape != (count, *like.shape[1:]) or value.dtype != like.dtype:
         raise ValueError(f"it holds {value.dtype} {tuple(value.shape)} in place of {count} {like.dtype} rows")
-    if not value.isfinite().all():
-        raise ValueError("it holds NaN or infinity")
 
 
 @dataclass(frozen=True)
 class _Draw:
-    """Where each point of a set is taken: (N,) int64 at which step, from which trajectory; and of how many pictures."""
+    """Where each point of a set is taken.
+
+    Attributes:
+        step, trajectory: (N,) int64, of each point: at which step, and from which trajectory.
+        visited: the timestep of each step. rows: trajectories of a picture. pictures: how many are drawn.
+    """
 
     step: Tensor
     trajectory: Tensor
+    visited: list[float]
+    rows: int
     pictures: int
 
-    def most(self, first: int, end: int) -> int:
-        """How many points the trajectories of these numbers may give."""
-        return int(((self.trajectory >= first) & (self.trajectory < end)).sum())
+    def at(self, step: int, pictures: range, rows: range) -> tuple[Tensor, Tensor]:
+        """Which of some rows, of all that the network is given for some pictures at a step, are which points."""
+        first = pictures.start * self.rows + rows.start
+        end = pictures.start * self.rows + min(rows.stop, len(pictures) * self.rows)  # some solvers call again
+        return points_at(self.step, self.trajectory, step, range(first, end))
 
-    def kept(self, calls: list[CalibrationSet], first: int) -> CalibrationSet:
-        """The points among the calls for a batch of pictures, whose first trajectory has the number ``first``."""
-        found, width = [], len(calls[0])  # a solver may call the network more often at a later timestep
+    def kept(self, calls: list[CalibrationSet], pictures: range) -> tuple[CalibrationSet, Tensor]:
+        """The points among the calls for a batch of pictures, and their numbers."""
+        found, numbered = [], []
         for step, call in enumerate(calls):
             if not call.x_t.isfinite().all():
                 raise FloatingPointError(
@@ -307,13 +343,46 @@ class _Draw:
                     f"{call.timesteps[0]:g}): float16 ends at 65504, give it in float32 or bfloat16; or "
                     "look at its weights and its scheduler"
                 )
-            rows = self.trajectory[self.step == step] - first
-            found.append(call[rows[(rows >= 0) & (rows < min(width, len(call)))].to(call.x_t.device)])
-        return _joined(found)
+            rows, numbers = self.at(step, pictures, range(len(call)))
+            found.append(call[rows.to(call.x_t.device)])
+            numbered.append(numbers)
+        return _joined(found), torch.cat(numbered)
+
+    def checked(self, numbers: Any, pictures: range) -> Tensor:
+        """The numbers of points, as a file says. Raises ValueError, TypeError: they are not those of some pictures."""
+        picture = self.trajectory // self.rows
+        own = ((picture >= pictures.start) & (picture < pictures.stop)).nonzero().flatten().tolist()
+        if not isinstance(numbers, list) or len({*numbers}) < len(numbers) or not {*numbers} <= {*own}:
+            raise ValueError("its points are of other pictures")
+        return torch.tensor(numbers, dtype=torch.int64)
 
 
 class _Seen(Exception):
     """The network was called; no error, it ends the pipeline's call."""
+
+
+@contextmanager
+def _answering_once(network: nn.Module, dry: bool) -> Iterator[None]:
+    """Let a network, if ``dry``, compute one answer for each shape of sample, and give it again to all others."""
+    if not dry:
+        yield
+        return
+    own, forward, answers = network.__dict__.get("forward"), network.forward, {}
+
+    @wraps(forward)
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        shapes = tuple(leaf.shape for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        if shapes not in answers:
+            answers[shapes] = forward(*args, **kwargs)
+        return answers[shapes]
+
+    network.forward = answer
+    try:
+        yield
+    finally:
+        del network.forward
+        if own is not None:
+            network.forward = own
 
 
 @contextmanager

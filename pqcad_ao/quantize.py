@@ -13,17 +13,18 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 
 from pqcad_ao import denoiser
 from pqcad_ao.config import PQCADConfig
-from pqcad_ao.denoiser import cast_floats, check_conditioning, placement
+from pqcad_ao.denoiser import cast_floats, check_conditioning, placement, timestep_group
 from pqcad_ao.diffusion.cache_plan import drop_cache_plan
 from pqcad_ao.diffusion.calibration import CalibrationSet, calibration_set, to_observe
 from pqcad_ao.diffusion.ddim import reach_of
+from pqcad_ao.diffusion.inputs import LayerInputs
 from pqcad_ao.diffusion.noise import Sampler
 from pqcad_ao.diffusion.process import as_sampler, clip_of, find_scheduler, is_flow, settings_of
 from pqcad_ao.graph.capture import Capture
 from pqcad_ao.graph.plan import Plan
 from pqcad_ao.graph.suitable import check_suitable
 from pqcad_ao.learn.progressive import Learned, learn
-from pqcad_ao.learn.ptq import calibrate, prepare
+from pqcad_ao.learn.ptq import calibrate, fit_grids, prepare
 from pqcad_ao.learn.selective import marked
 from pqcad_ao.learn.sensitivity import sensitive
 from pqcad_ao.nn.diffusers_plugin import attach
@@ -33,6 +34,7 @@ from pqcad_ao.pipeline import PipelineWalk, network_of
 from pqcad_ao.plan import planned
 from pqcad_ao.prepare.annotate import PQCADQuantizer, insert_fake_quantizers
 from pqcad_ao.prepare.fold import adopt, fold
+from pqcad_ao.prepare.observe import input_forms, take_inputs
 from pqcad_ao.utils.processes import check_share, rank_and_world
 from pqcad_ao.utils.runs import shared_run
 
@@ -132,11 +134,14 @@ def quantize_(
         captured, resolved = planned(network, config, filter_fn, source.shape, source.conditioning)
         given = (source.shape, source.conditioning, settings_of(source.scheduler), prompts)
         with shared_run(folder, network.state_dict(), config, *given):
-            points = source.points(**keeps)
+            inputs = None
+            if not config.learns and not config.clusters:  # it is known beforehand which points are looked at
+                inputs = LayerInputs(input_forms(resolved))
+            points = source.points(inputs=inputs, **keeps)
             reach = None
             if config.sample_weights == "reach":
                 reach = reach_of(source.scheduler, config.calibration_steps, points.timesteps)
-            resolved, learned = _learn(captured, resolved, points, config, num_train_timesteps, reach, **keeps)
+            resolved, learned = _learn(captured, resolved, points, inputs, config, num_train_timesteps, reach, **keeps)
         timestep = Timestep(
             config.timestep_groups,
             num_train_timesteps,
@@ -179,6 +184,7 @@ def _learn(
     captured: Capture,
     resolved: Plan,
     points: CalibrationSet,
+    inputs: LayerInputs | None,
     config: PQCADConfig,
     num_train_timesteps: int,
     reach: Tensor | None,
@@ -200,8 +206,12 @@ def _learn(
         learned = learn(graph, resolved, points, config, num_train_timesteps, reach=reach, **keeps)
         return marked(resolved, learned.trained), learned
     graph = prepare(captured, resolved, config, num_train_timesteps)
-    seen = to_observe(points, config, num_train_timesteps) if config.clusters else points
-    calibrate(graph, resolved, seen, config, callback=callback, progress=progress)
+    if inputs is None:
+        seen = to_observe(points, config, num_train_timesteps)
+        calibrate(graph, resolved, seen, config, callback=callback, progress=progress)
+    else:
+        take_inputs(graph, inputs.values, timestep_group(points.timesteps, config.timestep_groups, num_train_timesteps))
+        fit_grids(graph, resolved, callback=callback, progress=progress)
     return resolved, Learned(graph)
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from pqcad_ao import load_quantized, plan, quantize_, save_quantized
 from pqcad_ao.denoiser import predict
+from pqcad_ao.diffusion.inputs import LayerInputs
 from pqcad_ao.nn.state import quantized_state
 from pqcad_ao.pipeline import PipelineWalk, network_of
 from pqcad_ao.utils.tensor_files import read_tensors, write_tensors
@@ -254,11 +255,11 @@ def test_a_walk_that_was_cut_short_goes_on(pipeline, tmp_path):
     before = set(tmp_path.iterdir())
     assert before
     walk, calls = PipelineWalk(pipeline, None, GUIDED, config), []
-    handle = pipeline.transformer.register_forward_hook(lambda *_: calls.append(1))
+    handle = pipeline.transformer.proj_out_2.register_forward_hook(lambda *_: calls.append(1))
     again = walk.points(folder=tmp_path)
     handle.remove()
     files = set(tmp_path.iterdir())
-    assert len(calls) == 4 * (len(files) - len(before))  # steps of each batch that was left
+    assert len(calls) == 1 + 4 * (len(files) - len(before))  # to see the schedule; steps of each batch that was left
     for points in (again, PipelineWalk(pipeline, None, GUIDED, config).points(folder=tmp_path)):
         assert torch.equal(points.x_t, whole.x_t)
         assert torch.equal(points.timesteps, whole.timesteps)
@@ -272,26 +273,30 @@ def test_a_walk_that_was_cut_short_goes_on(pipeline, tmp_path):
 
 
 def _set(name, change):
-    def damage(tensors, walk):
+    def damage(tensors, numbers):
         tensors[name] = change(tensors[name])
 
     return damage
 
 
+LAYER = "transformer_blocks.0.attn1.to_q"
 DAMAGES = {
     "NaN": _set("0", lambda x_t: x_t.fill_(float("nan"))),
     "another type": _set("0", lambda x_t: x_t.double()),
     "another shape": _set("0", lambda x_t: x_t[:, :2].contiguous()),
     "another row": _set("2", lambda labels: labels[1:].contiguous()),
     "timesteps that nobody visits": _set("1", lambda timesteps: timesteps + 1),
-    "a tensor less": lambda tensors, walk: tensors.pop("2"),
-    "a tensor more": lambda tensors, walk: tensors.update({"3": tensors["2"].clone()}),
-    "more points": lambda tensors, walk: tensors.update({name: torch.cat([v] * 9) for name, v in tensors.items()}),
-    "a walk to nowhere": lambda tensors, walk: walk[0].clear(),
-    "a walk in words": lambda tensors, walk: walk.__setitem__(0, "abc"),
-    "a walk without an end": lambda tensors, walk: walk[0].append(float("inf")),
-    "rows of nothing": lambda tensors, walk: walk.__setitem__(1, 0),
-    "a list less": lambda tensors, walk: walk.pop(),
+    "timesteps of other points": _set("1", lambda timesteps: timesteps.flip(0)),
+    "another shape of a layer's inputs": _set(LAYER, lambda values: values[:, :, :1].contiguous()),
+    "a tensor less": lambda tensors, numbers: tensors.pop("2"),
+    "a layer less": lambda tensors, numbers: tensors.pop(LAYER),
+    "a tensor more": lambda tensors, numbers: tensors.update({"3": tensors["2"].clone()}),
+    "more points": lambda tensors, numbers: tensors.update({name: torch.cat([v] * 9) for name, v in tensors.items()}),
+    "numbers of no points": lambda tensors, numbers: numbers.__setitem__(0, 10**6),
+    "a number in words": lambda tensors, numbers: numbers.__setitem__(0, "abc"),
+    "a number twice": lambda tensors, numbers: numbers.__setitem__(0, numbers[1]),
+    "numbers in a list": lambda tensors, numbers: numbers.__setitem__(0, [0]),
+    "a number less": lambda tensors, numbers: numbers.pop(),
 }
 
 
@@ -299,13 +304,18 @@ DAMAGES = {
 def test_points_that_were_not_walked_are_refused(damage, pipeline, tmp_path):
     """A file that is whole, by its checksum, and says what cannot be."""
     config = quick(calibration_batch_size=63)
-    PipelineWalk(pipeline, None, GUIDED, config).points(folder=tmp_path)
+
+    def points():
+        inputs = LayerInputs({LAYER: ([16], -1)})
+        return PipelineWalk(pipeline, None, GUIDED, config).points(folder=tmp_path, inputs=inputs)
+
+    points()
     (file,) = tmp_path.iterdir()
-    tensors, walk = read_tensors(file, "walk")
-    damage(tensors, walk)
-    write_tensors(file, tensors, {"walk": json.dumps(walk)})
+    tensors, numbers = read_tensors(file, "points")
+    damage(tensors, numbers)
+    write_tensors(file, tensors, {"points": json.dumps(numbers)})
     with pytest.raises(ValueError, match=rf"{file.name} is damaged \(.*\): delete it"):
-        PipelineWalk(pipeline, None, GUIDED, config).points(folder=tmp_path)
+        points()
 
 
 def test_what_does_not_fit_is_said_before_any_work(pipeline, tiny_unet):

@@ -21,17 +21,19 @@ from torchao.quantization import quantize_ as torchao_quantize_
 
 import pqcad_ao
 from pqcad_ao import PQCADConfig, plan, quantize_
+from pqcad_ao.denoiser import timestep_group
 from pqcad_ao.diffusion.calibration import calibration_set
+from pqcad_ao.diffusion.inputs import LayerInputs
 from pqcad_ao.graph.capture import capture
 from pqcad_ao.graph.operators import quantizable
 from pqcad_ao.graph.plan import resolve
-from pqcad_ao.learn.ptq import calibrate, prepare
+from pqcad_ao.learn.ptq import fit_grids, prepare
 from pqcad_ao.nn.conv2d import QuantizedConv2d
 from pqcad_ao.nn.layers import QuantizedLayer
 from pqcad_ao.nn.linear import QuantizedLinear
 from pqcad_ao.nn.timestep import Timestep
 from pqcad_ao.prepare.fold import fold
-from pqcad_ao.prepare.observe import weight_quantizers
+from pqcad_ao.prepare.observe import input_forms, take_inputs, weight_quantizers
 
 
 def _quantize(model: nn.Module, config: PQCADConfig | None = None, **options) -> nn.Module:
@@ -81,9 +83,11 @@ def prepared(_tiny_unet_prototype):
     unet, config = copy.deepcopy(_tiny_unet_prototype), quick()
     captured = capture(unet, SHAPE, {})
     resolved = resolve(captured, unet, config)
-    points = calibration_set(unet, cosine_scheduler(), SHAPE, config)
+    inputs = LayerInputs(input_forms(resolved))
+    points = calibration_set(unet, cosine_scheduler(), SHAPE, config, inputs=inputs)
     graph = prepare(captured, resolved, config, 1000)
-    calibrate(graph, resolved, points, config, progress=False)
+    take_inputs(graph, inputs.values, timestep_group(points.timesteps, config.timestep_groups, 1000))
+    fit_grids(graph, resolved, progress=False)
     return graph, fold(graph, unet, resolved, Timestep(config.timestep_groups, 1000)), points
 
 
@@ -248,7 +252,7 @@ def test_callback_and_progress(capsys):
     _quantize(Small(), callback=lambda *args: calls.append(args))
     assert capsys.readouterr().err == ""
     assert [args for args in calls if args[0] == "trajectories"][-1] == ("trajectories", 6, 6)
-    assert [args for args in calls if args[0] == "observe"] == [("observe", 1, 2), ("observe", 2, 2)]
+    assert {args[0] for args in calls} == {"trajectories", "fit"}
     assert [args for args in calls if args[0] == "fit"] == [("fit", k, 10) for k in range(1, 11)]
 
 

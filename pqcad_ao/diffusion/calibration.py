@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from pqcad_ao.config import PQCADConfig
 from pqcad_ao.denoiser import (
+    GUIDANCE_SCALE,
     evaluation_mode,
     in_one_call,
     placement,
@@ -20,6 +21,7 @@ from pqcad_ao.denoiser import (
     time_scale,
     timestep_group,
 )
+from pqcad_ao.diffusion.inputs import LayerInputs
 from pqcad_ao.diffusion.noise import process_of
 from pqcad_ao.diffusion.process import as_sampler, check_signal, settings_of
 from pqcad_ao.diffusion.sampling import sample
@@ -153,6 +155,13 @@ def assign_trajectories(step: Tensor, trajectories: int, generator: torch.Genera
     return trajectory
 
 
+def points_at(step: Tensor, trajectory: Tensor, at: int, trajectories: range) -> tuple[Tensor, Tensor]:
+    """Which of some trajectories have a point at a step, as rows of these, and the points' numbers: (n,) int64 each."""
+    here = (step == at) & (trajectory >= trajectories.start) & (trajectory < trajectories.stop)
+    points = here.nonzero().flatten()
+    return trajectory[points] - trajectories.start, points
+
+
 def calibration_set(
     model: nn.Module,
     scheduler: Any,
@@ -160,6 +169,7 @@ def calibration_set(
     config: PQCADConfig,
     conditioning: dict[str, Any] | None = None,
     *,
+    inputs: LayerInputs | None = None,
     folder: str | Path | None = None,
     share: tuple[int, int] = (0, 1),
     callback: Callable[[str, int, int], None] | None = None,
@@ -174,8 +184,9 @@ def calibration_set(
     Args:
         shape: (C, H, W). conditioning: rows are used in turn, one for each trajectory. Under guidance the trajectories
             are guided, and half of the points are of the negative's call.
-        folder: keeps the points in a file named by all that they depend on. What is found there is not walked again; a
-            walk that was cut short goes on with its next batch of trajectories.
+        inputs: is given what layers are called with at each point, in the walk's own calls.
+        folder: keeps the points, and those inputs, in a file named by all that they depend on. What is found there is
+            not walked again; a walk that was cut short goes on with its next batch of trajectories.
         share: (rank, world) of this process where several walk a part each, in the same batches as one alone, and call
             this alike; all of them get all points.
         callback: called as ``callback("trajectories", done, total)``; with a share, those done include the others'.
@@ -187,7 +198,8 @@ def calibration_set(
     process_of(scheduler).set_timesteps(config.calibration_steps)
     check_signal(scheduler, scheduler.timesteps)
     with only_run_in(folder):
-        return _points(model, scheduler, shape, config, conditioning, folder, share, callback, progress)
+        given = (conditioning or {}, inputs or LayerInputs({}))
+        return _points(model, scheduler, shape, config, *given, folder, share, callback, progress)
 
 
 def _points(
@@ -195,7 +207,8 @@ def _points(
     scheduler: Any,
     shape: tuple[int, ...],
     config: PQCADConfig,
-    conditioning: dict[str, Any] | None,
+    conditioning: dict[str, Any],
+    inputs: LayerInputs,
     folder: str | Path | None,
     share: tuple[int, int],
     callback: Callable[[str, int, int], None] | None,
@@ -203,30 +216,33 @@ def _points(
 ) -> CalibrationSet:
     """As :func:`calibration_set`, of a sampler that has its timesteps, in a folder that is this run's."""
     device, dtype = placement(model)
-    drawn = _draw(scheduler, shape, config, conditioning or {}, device, dtype)
+    drawn = _draw(scheduler, shape, config, conditioning, device, dtype)
     points = CalibrationSet(
         torch.zeros(len(drawn.step), *shape, dtype=dtype, device=device),
         scheduler.timesteps[drawn.step].to(device),
         in_one_call(take_rows(drawn.conditioning, drawn.trajectory), drawn.negative),
     )
+    kept = {"x_t": points.x_t, **inputs.hold(len(points))}
     size, trajectories, (rank, world) = config.calibration_batch_size, len(drawn.noise), share
     whole = part = None
     walked = 0  # trajectories that are in the file already
     if folder is not None:
-        whole = part = _file(folder, model, scheduler, config, drawn)
-        walked = _read(whole, points, trajectories)
+        whole = part = _file(folder, model, scheduler, config, drawn, inputs)
+        walked = _read(whole, kept, trajectories)
         if walked == trajectories:
             return points
         if world > 1:
             part = whole.with_suffix(f".{size}-{world}-{rank}.safetensors")
-            points.x_t.zero_()
-            walked = _read(part, points, trajectories)
+            for values in kept.values():
+                values.zero_()
+            walked = _read(part, kept, trajectories)
     starts = [*range(walked, trajectories, size)]
     if world > 1:
         starts = [start for start in range(0, trajectories, size)[rank::world] if start >= walked]
-    _walk(model, scheduler, config, drawn, points, starts, part, callback=callback, progress=progress)
+    with inputs.watched(model):
+        _walk(model, scheduler, config, drawn, kept, inputs, starts, part, callback=callback, progress=progress)
     if world > 1:
-        _gather(points, whole, rank, trajectories)
+        _gather(kept, whole, rank, trajectories)
     return points
 
 
@@ -245,6 +261,19 @@ class _Draw:
     negative: Tensor
     noise: Tensor
     conditioning: dict[str, Any]
+
+    def calls(self, step: int, trajectories: range) -> list[tuple[Tensor, Tensor]]:
+        """Of each call of the network at a step of some trajectories: the rows that are points, and these' numbers."""
+        rows, points = points_at(self.step, self.trajectory, step, trajectories)
+        if GUIDANCE_SCALE not in self.conditioning:
+            return [(rows, points)]
+        negative = self.negative[points]
+        return [(rows[~negative], points[~negative]), (rows[negative], points[negative])]
+
+    def last(self, trajectories: range) -> int:
+        """The last step at which some trajectories have a point; -1 where they have none."""
+        within = (self.trajectory >= trajectories.start) & (self.trajectory < trajectories.stop)
+        return int(self.step[within].max()) if within.any() else -1
 
 
 def _draw(
@@ -269,59 +298,69 @@ def _walk(
     scheduler: Any,
     config: PQCADConfig,
     drawn: _Draw,
-    points: CalibrationSet,
+    kept: dict[str, Tensor],
+    inputs: LayerInputs,
     starts: list[int],
     file: Path | None,
     *,
     callback: Callable[[str, int, int], None] | None,
     progress: bool,
 ) -> None:
-    """Walk the batches of trajectories that begin at ``starts`` and fill in their points, which ``file`` keeps."""
+    """Walk the batches of trajectories that begin at ``starts`` and fill in what is kept, of which ``file`` has all.
+
+    A walk ends at its last point, where nobody needs the prediction but for the layers' inputs.
+    """
     size, trajectories = config.calibration_batch_size, len(drawn.noise)
-    device, _ = placement(model)
-    remaining = sum(min(size, trajectories - start) for start in starts)
-    bar = tqdm(total=remaining, desc="trajectories", disable=not progress, leave=False)
+    bar = tqdm(total=len(starts) * len(scheduler.timesteps), desc="trajectories", disable=not progress, leave=False)
     saved = time.monotonic()
     with evaluation_mode(model), bar:
         for start in starts:
-            rows = slice(start, start + size)
+            batch = range(start, min(start + size, trajectories))
+            ends = drawn.last(batch) + bool(inputs.layers)
 
-            def keep(first: int, step: int, timestep: Tensor, x_t: Tensor, start: int = start) -> None:
-                here = (drawn.step == step) & (drawn.trajectory >= start) & (drawn.trajectory < start + len(x_t))
-                points.x_t[here.to(device)] = x_t[(drawn.trajectory[here] - start).to(device)]
+            def keep(
+                first: int, step: int, timestep: Tensor, x_t: Tensor, batch: range = batch, ends: int = ends
+            ) -> bool:
+                calls = drawn.calls(step, batch)
+                for rows, points in calls:
+                    kept["x_t"][points] = x_t[rows]
+                inputs.expect(calls)
+                bar.update()
+                return step >= ends
 
-            final = sample(
+            sample(
                 model,
                 scheduler,
-                drawn.noise[rows],
+                drawn.noise[start : batch.stop],
                 config.calibration_steps,
-                conditioning=take_rows(drawn.conditioning, rows),
+                conditioning=take_rows(drawn.conditioning, slice(start, batch.stop)),
                 batch_size=size,
                 callback=keep,
             )
-            walked = min(start + size, trajectories)
-            bar.update(len(final))
             if callback is not None:
-                callback("trajectories", walked, trajectories)
+                callback("trajectories", batch.stop, trajectories)
             if file is not None and (start == starts[-1] or time.monotonic() - saved > SAVE_EVERY_S):
-                _write(file, points, walked)
+                _write(file, kept, batch.stop)
                 saved = time.monotonic()
 
 
-def _gather(points: CalibrationSet, whole: Path | None, rank: int, trajectories: int) -> None:
+def _gather(kept: dict[str, Tensor], whole: Path | None, rank: int, trajectories: int) -> None:
     """Give every process all points, and put the whole set in the place of the files of its parts."""
-    fill_in(points.x_t)  # each point is one process's, and zero in the others
+    for values in kept.values():
+        fill_in(values)  # each point is one process's, and zero in the others
     if whole is None:
         return
     if rank == 0:
-        _write(whole, points, trajectories)
+        _write(whole, kept, trajectories)
     wait_for_all()
     if rank == 0:
         for left in whole.parent.glob(f"{whole.stem}.*-*-*.safetensors"):  # of another number of processes, too
             left.unlink()
 
 
-def _file(folder: str | Path, model: nn.Module, scheduler: Any, config: PQCADConfig, drawn: _Draw) -> Path:
+def _file(
+    folder: str | Path, model: nn.Module, scheduler: Any, config: PQCADConfig, drawn: _Draw, inputs: LayerInputs
+) -> Path:
     """The file of a calibration set, named by all that its points depend on."""
     law = (config.calibration_timesteps, config.calibration_mean, config.calibration_std)
     key = digest(
@@ -334,12 +373,13 @@ def _file(folder: str | Path, model: nn.Module, scheduler: Any, config: PQCADCon
         drawn.trajectory,
         scheduler.timesteps,
         drawn.conditioning,
+        *([inputs.layers] if inputs.layers else []),
     )
     return Path(folder) / f"c_qc-{key}.safetensors"
 
 
-def _read(file: Path, points: CalibrationSet, trajectories: int) -> int:
-    """Fill ``points`` from a file, if it is there; returns how many of all trajectories it covers.
+def _read(file: Path, kept: dict[str, Tensor], trajectories: int) -> int:
+    """Fill in what is kept from a file, if it is there; returns how many of all trajectories it covers.
 
     Raises:
         ValueError: the file is damaged.
@@ -348,17 +388,21 @@ def _read(file: Path, points: CalibrationSet, trajectories: int) -> int:
         return 0
     try:
         tensors, walked = read_tensors(file, "walked")
-        x_t = tensors.get("x_t", torch.empty(0))
-        if x_t.shape != points.x_t.shape or x_t.dtype != points.x_t.dtype or not x_t.isfinite().all():
-            raise ValueError(f"it holds no finite x_t of {points.x_t.dtype} {tuple(points.x_t.shape)}")
+        for name, values in kept.items():
+            found = tensors.get(name, torch.empty(0))
+            if found.shape != values.shape or found.dtype != values.dtype:
+                raise ValueError(f"it holds no {name} of {values.dtype} {tuple(values.shape)}")
+        if not tensors["x_t"].isfinite().all():
+            raise ValueError("its x_t is not finite")
         if not is_whole(walked, 1, trajectories):
             raise ValueError(f"it covers {walked!r} trajectories of {trajectories}")
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}): delete it, and it is made again") from error
-    points.x_t.copy_(x_t)
+    for name, values in kept.items():
+        values.copy_(tensors[name])
     return walked
 
 
-def _write(file: Path, points: CalibrationSet, walked: int) -> None:
+def _write(file: Path, kept: dict[str, Tensor], walked: int) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(file, {"x_t": points.x_t.cpu()}, {"walked": str(walked)})
+    write_tensors(file, {name: values.cpu() for name, values in kept.items()}, {"walked": str(walked)})

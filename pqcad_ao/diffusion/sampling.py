@@ -73,7 +73,7 @@ def sample(
     batch_size: int = 100,
     correction: CorrectionTable | Literal["own"] | None = "own",
     share: tuple[int, int] = (0, 1),
-    callback: Callable[[int, int, Tensor, Tensor], None] | None = None,
+    callback: Callable[[int, int, Tensor, Tensor], bool | None] | None = None,
     progress: bool = False,
 ) -> Tensor:
     """Walk a scheduler from ``noise`` (N, C, H, W) to images x_0 in [-1, 1]: DDIM (Song et al. 2021, eq. 12 with
@@ -91,7 +91,7 @@ def sample(
         share: (rank, world) of this process where several draw a part each, in the same batches as one alone, and call
             this alike: all of them get all images. ``pqcad_ao.utils.processes.rank_and_world()`` under torchrun.
         callback: called as ``callback(first_row, step_index, timestep, x_t)`` before each forward call, with the x_t
-            that the network is given.
+            that the network is given. If it returns True, the walk of these rows ends there.
         progress: show a bar.
 
     Returns:
@@ -136,8 +136,8 @@ def sample(
                 # oneDNN and cuDNN convolve in this layout, and a network keeps its input's from end to end
                 x_t = like_images(x_t)
                 given = scheduler.scale_model_input(x_t, timestep) if hasattr(scheduler, "scale_model_input") else x_t
-                if callback is not None:
-                    callback(first, index, timestep, given)
+                if callback is not None and callback(first, index, timestep, given):
+                    break
                 inputs = (given, shown[index].repeat(len(x_t)), chosen)
                 try:
                     prediction = predict(network, *inputs)
@@ -154,8 +154,9 @@ def sample(
                 if x_t.device.type == "cpu" and not finite[-1]:
                     raise _left(unet, inputs, scheduler, index)
                 bar.update()
-            if not torch.stack(finite).all():  # on a GPU, where nothing waits for a single step
-                raise _left(None, inputs, scheduler, torch.stack(finite).tolist().index(False))
+            sound = [bool(step) for step in finite]  # on a GPU, where nothing waits for a single step
+            if not all(sound):
+                raise _left(None, inputs, scheduler, sound.index(False))
             images[rows] = x_t
     return fill_in(images) if world > 1 else images
 

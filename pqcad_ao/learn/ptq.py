@@ -29,13 +29,24 @@ def calibrate(
     callback: Callable[[str, int, int], None] | None = None,
     progress: bool = True,
 ) -> None:
-    """Fit every grid of a prepared graph by least squares: weights to themselves, activations to full-precision inputs.
+    """Call a prepared graph at each of the points, in full precision, and fit every grid as :func:`fit_grids`."""
+    with weights_in_full_precision(prepared):
+        observe(prepared, points, config.calibration_batch_size, callback=callback, progress=progress)
+    fit_grids(prepared, resolved, callback=callback, progress=progress)
+
+
+def fit_grids(
+    prepared: GraphModule,
+    resolved: Plan,
+    *,
+    callback: Callable[[str, int, int], None] | None = None,
+    progress: bool = True,
+) -> None:
+    """Fit every grid of a prepared graph by least squares: weights to themselves, activations to what was observed.
 
     Raises:
         FloatingPointError: NaN or infinite activations; names the layer.
     """
-    with weights_in_full_precision(prepared):
-        observe(prepared, points, config.calibration_batch_size, callback=callback, progress=progress)
     fit_weights(prepared, {row.fqn: row.weight_bits or 0 for row in resolved.quantized})
     bits = {row.fqn: row.activation_bits for row in resolved.quantized if row.activation_bits is not None}
     fit_activations(prepared, bits, callback=callback, progress=progress)

@@ -5,15 +5,11 @@ from torch import Tensor, nn
 from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
 
 from pqcad_ao.diffusion.calibration import SAMPLES
+from pqcad_ao.diffusion.inputs import sample_of
 from pqcad_ao.graph.operators import OUTPUT_FIRST, WeightLayout
 from pqcad_ao.ops.reference import per_channel
 from pqcad_ao.prepare.grids import Bound, fit_activation_grid, fit_weight_scale, weight_range
 from pqcad_ao.utils.processes import in_turn, part_of, whole_of
-
-# Values kept of each of them, layer and segment: those at either end one by one, for a handful decides how far a
-# grid of six or eight bits should reach, and a random draw misses them; and some between, which stand for all others.
-_EXTREMES, _INNER = 24, 168
-_BLOCK = 256  # values whose highest is found at once
 
 
 def quantize(x: Tensor, scale: Tensor, low: Bound, high: Bound) -> Tensor:
@@ -161,40 +157,6 @@ class WeightFakeQuantize(_Blending):
         return self.scale.detach(), torch.zeros_like(self.scale, dtype=torch.int64)
 
 
-def stratified(values: Tensor) -> tuple[Tensor, Tensor]:
-    """A small sample of each row with all of its extremes, and how many values each of the sample stands for.
-
-    Args:
-        values: (B, N).
-
-    Returns:
-        (B, n) values and (n,) weights, n the same for every N: short rows are filled up with zeros of weight zero.
-    """
-    count, size = values.shape[1], 2 * _EXTREMES + _INNER
-    if count <= size:
-        weights = torch.ones(count, device=values.device)
-        return nn.functional.pad(values, (0, size - count)), nn.functional.pad(weights, (0, size - count))
-    high, low = highest(values, _EXTREMES), -highest(-values, _EXTREMES)
-    inner = values[:, torch.arange(_INNER, device=values.device) * (count - 1) // (_INNER - 1)]
-    inner = torch.minimum(torch.maximum(inner, low[:, -1:]), high[:, -1:])  # the extremes are there already
-    alone = torch.ones(_EXTREMES, device=values.device)
-    others = torch.full((_INNER,), (count - 2 * _EXTREMES) / _INNER, device=values.device)
-    return torch.cat([low, inner, high], 1), torch.cat([alone, others, alone])
-
-
-def highest(values: Tensor, count: int) -> Tensor:
-    """The ``count`` highest of each row (B, N), in falling order: (B, count), a tenth of ``topk``'s time for long rows.
-
-    Each of them is in one of as many blocks, those with the highest maxima.
-    """
-    blocks = values[:, : values.shape[1] // _BLOCK * _BLOCK].unflatten(1, (-1, _BLOCK))
-    if blocks.shape[1] <= 4 * count:
-        return values.topk(count).values
-    best = blocks.amax(2).topk(count).indices[:, :, None].expand(-1, -1, _BLOCK)
-    rest = values[:, blocks.shape[1] * _BLOCK :]
-    return torch.cat([blocks.gather(1, best).flatten(1), rest], 1).topk(count).values
-
-
 class ActivationFakeQuantize(_Blending):
     """A grid for each timestep group and segment of the channels.
 
@@ -216,9 +178,7 @@ class ActivationFakeQuantize(_Blending):
     def forget(self) -> None:
         """Drop what was observed."""
         self.observed: list[tuple[Tensor, Tensor]] = []
-        self.weights: Tensor | None = None
         self.room = [SAMPLES] * self.groups
-        self.finite = True
 
     def observe(self, x: Tensor, group: Tensor) -> None:
         """Keep some values of each group's first samples: x is (B, ...), group (B,)."""
@@ -228,23 +188,11 @@ class ActivationFakeQuantize(_Blending):
                 self.room[index] -= 1
                 rows.append(row)
         if rows:
-            parts = x.detach()[rows].float().split(self.segments, self.channel_dim)
-            kept = [stratified(part.flatten(1)) for part in parts]
-            sampled = torch.stack([values for values, _ in kept], 1).cpu()
-            self.observed.append((sampled, group[rows].cpu()))
-            self.finite = self.finite and bool(sampled.isfinite().all())  # NaN counts as highest
-            self.weights = torch.stack([weights for _, weights in kept]).cpu()  # the same for every batch
+            self.observed.append((sample_of(x.detach()[rows], self.segments, self.channel_dim), group[rows].cpu()))
 
-    def seen(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None, bool]:
-        """What was observed, for :meth:`join`."""
-        return self.observed, self.weights, self.finite
-
-    def join(self, parts: list[tuple[list[tuple[Tensor, Tensor]], Tensor | None, bool]]) -> None:
-        """Take over what several have seen of batches that went to them in turn."""
-        observed, weights, finite = zip(*parts, strict=True)
-        self.observed = in_turn(list(observed))
-        self.weights = next((each for each in weights if each is not None), None)
-        self.finite = all(finite)
+    def join(self, parts: list[list[tuple[Tensor, Tensor]]]) -> None:
+        """Take over what several have ``observed`` of batches that went to them in turn."""
+        self.observed = in_turn(parts)
 
     def fitted(self, bits: int) -> tuple[Tensor, Tensor]:
         """Scale and low of every group's and segment's grid, fitted to what was observed.
@@ -254,18 +202,19 @@ class ActivationFakeQuantize(_Blending):
         Raises:
             FloatingPointError: NaN or infinity was observed. RuntimeError: nothing was.
         """
-        if self.weights is None:
+        if not self.observed:
             raise RuntimeError("no activation was observed: run the calibration set through the graph first")
-        if not self.finite:
+        sampled = torch.cat([rows for rows, _ in self.observed])
+        if not sampled.isfinite().all():  # NaN counts as highest, and is there
             raise FloatingPointError("NaN or infinite activations")
-        values = torch.cat([rows for rows, _ in self.observed])  # (samples, segments, n)
+        values = sampled[:, :, 0]  # (samples, segments, n)
         group = torch.cat([groups for _, groups in self.observed])
         seen = group.unique()
         # where there are fewer samples some count twice, so that all groups are fitted at once
         turns = [(group == index).nonzero().flatten() for index in seen]
         chosen = torch.stack([rows[torch.arange(SAMPLES) % len(rows)] for rows in turns])
         table = values[chosen].transpose(1, 2).flatten(2).flatten(0, 1)  # (groups · segments, samples · n)
-        weights = self.weights.repeat(len(seen), SAMPLES)
+        weights = sampled[0, :, 1].repeat(len(seen), SAMPLES)  # the same for all samples
         # where the network is: on a GPU's machine, a processor that other programs share takes minutes for it
         scale, low = fit_activation_grid(table.to(self.scale.device), bits, weights.to(self.scale.device))
         nearest = (torch.arange(self.groups)[:, None] - seen[None]).abs().argmin(1).to(self.scale.device)

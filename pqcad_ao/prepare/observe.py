@@ -11,7 +11,8 @@ from torch.fx import GraphModule, Node
 
 from pqcad_ao.diffusion.calibration import CalibrationSet
 from pqcad_ao.graph.arguments import bind
-from pqcad_ao.graph.operators import layer_fqn, quantizable, weight_fqn
+from pqcad_ao.graph.operators import OPERATORS, layer_fqn, quantizable, weight_fqn
+from pqcad_ao.graph.plan import Plan
 from pqcad_ao.prepare.fake_quant import ActivationFakeQuantize, WeightFakeQuantize
 from pqcad_ao.utils.processes import of_all, rank_and_world
 from pqcad_ao.utils.progress import tqdm
@@ -97,9 +98,34 @@ def observe(
             module.disable_observer()
             module.enable_fake_quant()
     if world > 1:
-        seen = of_all([module.seen() for module in quantizers])
+        seen = of_all([module.observed for module in quantizers])
         for module, *parts in zip(quantizers, *seen, strict=True):
             module.join(parts)
+
+
+def input_forms(resolved: Plan) -> dict[str, tuple[list[int], int]]:
+    """What :class:`~pqcad_ao.diffusion.inputs.LayerInputs` takes, of each layer whose input a plan quantizes."""
+    rows = [row for row in resolved.quantized if row.activation_bits is not None]
+    return {row.fqn: (row.segments, OPERATORS[row.kind].channel_dim) for row in rows}
+
+
+def take_inputs(graph: GraphModule, values: Mapping[str, Tensor], group: Tensor) -> None:
+    """Give a graph's activation quantizers what was kept of their inputs in a walk, in place of :func:`observe`.
+
+    Args:
+        values: as those of :class:`~pqcad_ao.diffusion.inputs.LayerInputs`. group: (N,) each point's timestep group.
+
+    Raises:
+        RuntimeError: a layer was not called at some of the points.
+    """
+    group = group.cpu()
+    for fqn, module in activation_quantizers(graph).items():
+        if not values[fqn][:, 0, 1].any(-1).all():
+            raise RuntimeError(
+                f"{fqn} was not called in every step of the network: networks are quantized that compute the same "
+                "layers for every timestep"
+            )
+        module.join([[(values[fqn], group)]])
 
 
 def _fit_each(quantizers: Mapping[str, Any], fit: Callable[[str], None], look: Callable[[str], Any]) -> None:

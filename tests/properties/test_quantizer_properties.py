@@ -6,15 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pqcad_ao.diffusion.inputs import highest, stratified
 from pqcad_ao.nn.timestep import timestep_group
 from pqcad_ao.prepare.fake_quant import (
     ActivationFakeQuantize,
     WeightFakeQuantize,
     expand_grid,
     fake_quantize,
-    highest,
     quantize,
-    stratified,
 )
 from pqcad_ao.prepare.grids import SortedRows, activation_lows, fit_activation_grid, fit_weight_scale, weight_range
 
@@ -385,7 +384,8 @@ def test_the_first_samples_of_each_group_are_kept_and_no_more():
     module.enable_observer()
     for level in range(1, 5):
         module(torch.full((6, 5, 2, 2), float(level)), torch.tensor([0, 0, 0, 0, 0, 1]))
-    values, groups = (torch.cat(part) for part in zip(*module.observed, strict=True))
+    sampled, groups = (torch.cat(part) for part in zip(*module.observed, strict=True))
+    values = sampled[:, :, 0]
     assert groups.bincount().tolist() == [8, 4]
     assert values[groups == 0].amax((1, 2)).tolist() == [1.0] * 5 + [2.0] * 3
     assert values[groups == 1].amax((1, 2)).tolist() == [1.0, 2.0, 3.0, 4.0]
