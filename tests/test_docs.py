@@ -1,13 +1,17 @@
 """The documents: links lead somewhere, files and options that they name exist, and the README's examples run."""
 
 import ast
+import copy
 import importlib
 import re
 from itertools import chain
 from pathlib import Path
 
 import pytest
+from diffusers import StableDiffusionPipeline
+from pipelines import TEXT
 
+from pqcad_ao import plan
 from pqcad_ao.cli.command import app
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +71,7 @@ def test_files_that_are_named_exist(name: str):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_examples_import_what_is_there(name: str):
-    for block in _blocks((ROOT / name).read_text(), "python"):
+    for block in _blocks((ROOT / name).read_text(), "py(?:thon)?"):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom) and node.module:
                 module = importlib.import_module(node.module)
@@ -141,3 +145,21 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     run_page(ROOT / "README.md")
     assert {"picture.png", "my-model", "unet.pt2", "unet.pte", "run"} <= {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.slow
+def test_the_readmes_stable_diffusion_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With a tiny one in the place of that which would be downloaded, and an adapter of its own."""
+    pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    pipeline = TEXT["sd"](tmp_path)
+    adapted = copy.deepcopy(pipeline.unet)
+    adapted.add_adapter(peft.LoraConfig(target_modules=["to_q"]))
+    StableDiffusionPipeline.save_lora_weights("my-style", peft.get_peft_model_state_dict(adapted))
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", lambda name: pipeline)
+    (block,) = (each for each in _blocks((ROOT / "README.md").read_text(), "py") if "StableDiffusion" in each)
+    exec(compile(block, "README.md", "exec"), {})
+    assert (tmp_path / "lighthouse.png").is_file()
+    assert plan(pipeline.unet).quantized
+    assert pipeline.get_active_adapters()
