@@ -93,7 +93,7 @@ class PipelineWalk:
 
     Raises:
         ValueError: no network, no prompts for a pipeline that takes them, an argument that its call does not have,
-            conditioning without a row for each sample.
+            conditioning without a row for each sample, a scheduler with another scale of time.
     """
 
     def __init__(
@@ -107,6 +107,7 @@ class PipelineWalk:
         self.scheduler = pipeline.scheduler
         self.num_train_timesteps = self.scheduler.config.num_train_timesteps
         first = next(self._calls(range(PROBED), probe=True))
+        _check_times(self.scheduler)
         _check_rows(pipeline, first)
         self.shape, self.conditioning, self._first = tuple(first.x_t.shape[1:]), first.conditioning, first
         # pictures of a call
@@ -434,6 +435,20 @@ def _checked(
     if "prompt" not in allowed:
         raise ValueError(f"{kind} takes no prompts: leave them out, or hand over in call what it takes")
     return {"prompt": list(prompts), **call}
+
+
+def _check_times(scheduler: Any) -> None:
+    """Raises ValueError: what a scheduler has for timesteps, once it has some, are not those that groups divide."""
+    first, last, trained = (
+        float(scheduler.timesteps[0]),
+        float(scheduler.timesteps[-1]),
+        scheduler.config.num_train_timesteps,
+    )
+    if not 0 <= last <= first <= trained:
+        raise ValueError(
+            f"{type(scheduler).__name__} calls its network with timesteps from {first:.3g} to {last:.3g}: networks are "
+            f"quantized that are called with those from {trained} to 0, for groups of which scales are fitted"
+        )
 
 
 def _check_rows(pipeline: DiffusionPipeline, call: CalibrationSet) -> None:

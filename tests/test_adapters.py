@@ -9,6 +9,7 @@ from networks import SHAPE, TINY_TEXT_UNET, Plain, cosine_scheduler, quick
 from torch import nn
 
 from pqcad_ao import quantize_
+from pqcad_ao.graph.suitable import check_suitable
 from pqcad_ao.nn.layers import QuantizedLayer
 
 peft = pytest.importorskip("peft")
@@ -118,6 +119,17 @@ def test_adapters_are_saved_and_load_on_a_quantized_network(unet, tmp_path):
     other.load_lora_adapter(tmp_path, prefix=None, adapter_name="style", use_safetensors=True)
     assert adapters(unet).keys() == adapters(other).keys()
     assert torch.equal(other(*inputs()).sample, unet(*inputs()).sample)
+
+
+def test_an_adapter_of_floating_point_is_refused_until_it_is_merged():
+    unet = UNet2DConditionModel(**TINY_TEXT_UNET)
+    unet.add_adapter(lora())
+    given = {"conditioning": {"encoder_hidden_states": torch.randn(3, 4, 12)}}
+    with pytest.raises(ValueError, match=r"conv1 has an adapter that is not merged .*: call fuse_lora\(\)"):
+        quantize_(unet, quick(), scheduler=cosine_scheduler(), **given)
+    unet.fuse_lora()
+    unet.unload_lora()
+    check_suitable(unet)
 
 
 def test_several_adapters_are_switched_and_removed(unet):

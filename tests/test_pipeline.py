@@ -15,12 +15,15 @@ from diffusers import (
     DDIMPipeline,
     DDIMScheduler,
     DiffusionPipeline,
+    DiTPipeline,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
     StableDiffusionInpaintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
 )
 from networks import cosine_scheduler, quick, sqnr
 from pipelines import CALLS, PROMPTS, TEXT, dit, vae
@@ -328,6 +331,8 @@ def test_what_does_not_fit_is_said_before_any_work(pipeline, tiny_unet):
     refused(r"brings its own scheduler: leave it out", call=GUIDED, scheduler=cosine_scheduler())
     refused(r"brings its own sample_shape and conditioning", sample_shape=(1, 8, 8), conditioning={})
     refused(r"prompts are for pipelines, and a UNet2DModel is none", tiny_unet, prompts=["a house"])
+    edm = DiTPipeline(pipeline.transformer, pipeline.vae, EDMEulerScheduler())
+    refused(r"EDMEulerScheduler calls its network with timesteps from 1\.1 to -1\.55: networks are", edm, call=GUIDED)
     pipeline.transformer = None
     refused(r"neither a unet nor a transformer \(its components: scheduler, transformer, vae\): hand over the network")
     with pytest.raises(ValueError, match=r"prompts is 'a house': write a list of strings"):
@@ -373,6 +378,34 @@ def test_a_mask_is_conditioning(tmp_path):
     assert walk.shape == (4, 8, 8)
     assert walk.conditioning["extra_channels"].shape[1:] == (5, 8, 8)
     assert walk.points().conditioning["extra_channels"].shape == (16, 5, 8, 8)
+
+
+@pytest.mark.slow
+def test_three_calls_for_a_picture(tmp_path):
+    """A picture beside the sample, and guidance by it and by the text: prompt, picture alone, and neither."""
+    pytest.importorskip("transformers")
+    pipeline = TEXT["sd"](tmp_path)
+    torch.manual_seed(0)
+    unet = type(pipeline.unet)(**{**pipeline.unet.config, "in_channels": 8}).eval()
+    parts = {**pipeline.components, "unet": unet, "image_encoder": None}
+    editing = StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
+    picture = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    walk = PipelineWalk(editing, PROMPTS, {"image": picture}, quick())
+    points = walk.points()
+    assert (walk.shape, len(points)) == ((4, 8, 8), 16)
+    assert points.conditioning["extra_channels"].shape == (16, 4, 8, 8)
+    beside = points.conditioning["extra_channels"].flatten(1).any(1)
+    assert beside.any()
+    assert not beside.all()  # without the picture, it is zero
+
+    def drawn() -> Tensor:
+        options = {"num_inference_steps": 4, "generator": torch.Generator().manual_seed(0), "output_type": "np"}
+        return torch.from_numpy(editing("two cats", image=picture, **options).images)
+
+    expected = drawn()
+    wide = {"weight_bits": 8, "activation_bits": 8}
+    quantize_(editing, quick(**wide), prompts=PROMPTS, call={"image": picture}, progress=False)
+    assert sqnr(expected, drawn()) > 20
 
 
 def test_a_scheduler_that_calls_twice_at_a_timestep_gives_each_point_once(pipeline):
