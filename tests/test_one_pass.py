@@ -17,6 +17,7 @@ from pqcad_ao import PQCADConfig, quantize_
 from pqcad_ao.denoiser import timestep_position, unguided
 from pqcad_ao.diffusion import calibration
 from pqcad_ao.diffusion.calibration import CalibrationSet, calibration_set
+from pqcad_ao.diffusion.inputs import LayerInputs
 from pqcad_ao.graph.capture import capture
 from pqcad_ao.graph.plan import resolve
 from pqcad_ao.learn.ptq import calibrate, prepare
@@ -83,7 +84,7 @@ def quantized(network: nn.Module, config: PQCADConfig, conditioning: Any = None,
 @pytest.mark.parametrize(
     ("network", "given", "dtype"),
     [
-        (Small, {}, torch.float32),
+        pytest.param(Small, {}, torch.float32, marks=pytest.mark.slow),
         pytest.param(Small, {}, torch.bfloat16, marks=pytest.mark.slow),
         (Labelled, guidance(), torch.float32),
     ],
@@ -117,11 +118,15 @@ def calls_of(network: nn.Module) -> list[int]:
 
 
 def test_no_point_is_computed_twice():
-    network = Small()
+    network, inputs = Small(), LayerInputs({"first": ([1], 1), "to_q": ([12], -1)})
     calls = calls_of(network)
     config = quick(calibration_points=200, calibration_timesteps="uniform")
-    quantized(network, config)
-    assert len(calls) == 1 + 4  # the capture's, and eight trajectories of as many steps in one batch
+    points = calibration_set(network, cosine_scheduler(), SHAPE, config, inputs=inputs)
+    assert len(points) == 4 * 8
+    assert len(calls) == 4  # of eight trajectories in one batch
+    for values in inputs.values.values():
+        assert values[:, :, 1].any(-1).all()
+    assert torch.equal(inputs.values["first"][:, 0, 0, :64], points.x_t.flatten(1))  # so few are all kept
 
 
 @pytest.mark.parametrize("how", [{"mode": "fixed"}, {"mode": "ptq"}], ids=str)

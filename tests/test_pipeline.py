@@ -303,22 +303,27 @@ DAMAGES = {
 }
 
 
+def points_in(folder: Path) -> None:
+    inputs = LayerInputs({LAYER: ([16], -1)})
+    PipelineWalk(dit(), None, GUIDED, quick(calibration_batch_size=63)).points(folder=folder, inputs=inputs)
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory) -> Path:
+    """The file that keeps a walk's points, and one layer's inputs."""
+    folder = tmp_path_factory.mktemp("walked")
+    points_in(folder)
+    return next(folder.iterdir())
+
+
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_points_that_were_not_walked_are_refused(damage, pipeline, tmp_path):
+def test_points_that_were_not_walked_are_refused(damage, walked, tmp_path):
     """A file that is whole, by its checksum, and says what cannot be."""
-    config = quick(calibration_batch_size=63)
-
-    def points():
-        inputs = LayerInputs({LAYER: ([16], -1)})
-        return PipelineWalk(pipeline, None, GUIDED, config).points(folder=tmp_path, inputs=inputs)
-
-    points()
-    (file,) = tmp_path.iterdir()
-    tensors, numbers = read_tensors(file, "points")
+    tensors, numbers = read_tensors(walked, "points")
     damage(tensors, numbers)
-    write_tensors(file, tensors, {"points": json.dumps(numbers)})
-    with pytest.raises(ValueError, match=rf"{file.name} is damaged \(.*\): delete it"):
-        points()
+    write_tensors(tmp_path / walked.name, tensors, {"points": json.dumps(numbers)})
+    with pytest.raises(ValueError, match=rf"{walked.name} is damaged \(.*\): delete it"):
+        points_in(tmp_path)
 
 
 def test_what_does_not_fit_is_said_before_any_work(pipeline, tiny_unet):
