@@ -30,6 +30,8 @@ from pqcad_ao.passes.fuse_quantize import CAT, GROUP_NORM, QUANTIZE, SILU, UPSAM
 from pqcad_ao.passes.identities import drop_identities
 from pqcad_ao.passes.inline import traced
 from pqcad_ao.passes.join_linears import join_linears
+from pqcad_ao.utils import machine
+from pqcad_ao.utils.machine import cpu_flags
 
 FUSED = torch.ops.pqcad.norm_silu_quantize
 CONV = {torch.ops.pqcad.conv2d, torch.ops.pqcad.conv2d.default}
@@ -471,7 +473,7 @@ def test_a_package_refuses_what_it_cannot_take(package):
 
 
 def test_a_foreign_or_damaged_package_is_refused_before_its_code_is_loaded(package, tmp_path, monkeypatch):
-    monkeypatch.setattr("pqcad_ao.compile.package.load_archive", lambda path: pytest.fail("its code was loaded"))
+    monkeypatch.setattr("pqcad_ao.compile.package._program", lambda *_: pytest.fail("its code was loaded"))
     content = package[1].read_bytes()
     path = tmp_path / "other.pt2"
     for at in (len(content) // 3, 2 * len(content) // 3):
@@ -489,6 +491,20 @@ def test_a_foreign_or_damaged_package_is_refused_before_its_code_is_loaded(packa
         archive.writestr("unet/data/aotinductor/model/wrapper.so", b"code")
     with pytest.raises(ValueError, match="the exporter's description is not in it"):
         load_pt2(path)
+
+
+def test_a_package_for_another_processor_is_refused_before_its_code_is_loaded(package, monkeypatch):
+    monkeypatch.setattr("pqcad_ao.compile.package._program", lambda *_: pytest.fail("its code was loaded"))
+    lesser = cpu_flags() - {"avx2", "asimd"}
+    monkeypatch.setattr(machine, "cpu_flags", lambda: lesser)
+    with pytest.raises(ValueError, match=r"unet\.pt2 was compiled for a processor with (avx2|asimd): export"):
+        load_pt2(package[1])
+
+
+def test_loading_a_package_asks_no_compiler(package, monkeypatch):
+    """PyTorch's own way tries what it can do, which takes a second in each process, and longer in the first."""
+    monkeypatch.setattr("torch._inductor.cpu_vec_isa.valid_vec_isa_list", lambda: pytest.fail("a compiler was tried"))
+    load_pt2(package[1])
 
 
 @pytest.mark.slow

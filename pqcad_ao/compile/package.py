@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._inductor.package import package_aoti
 from torch.export import ExportedProgram
-from torch.export.pt2_archive._package import load_pt2 as load_archive  # every model of it at once (torch 2.13, 2.14)
+from torch.export.pt2_archive._package import AOTICompiledModel  # torch 2.11 to 2.14
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_map
 
@@ -47,6 +47,7 @@ from pqcad_ao.passes.identities import drop_identities
 from pqcad_ao.passes.join_linears import join_linears
 from pqcad_ao.utils.checks import check_count, check_word
 from pqcad_ao.utils.files import check_writable, write_whole
+from pqcad_ao.utils.machine import COMPILED_FOR, cpu_flags, missing_features
 from pqcad_ao.utils.tracing import one_at_a_time
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -134,6 +135,7 @@ def export_pt2(
         "scheduler_config": None if scheduler is None else scheduler.to_json_string(),
         "timesteps": None if num_inference_steps is None else scheduler.timesteps.tolist(),
         "batch_size": None if num_inference_steps is None else count,
+        "processor": sorted(COMPILED_FOR & cpu_flags()),
     }
     if state.correction is not None:
         facts["correction"] = state.correction.to_dict()
@@ -292,6 +294,11 @@ def _facts(path: Path) -> dict[str, Any]:
     raise ValueError("the exporter's description is not in it")
 
 
+def _program(path: Path, name: str) -> Callable[..., Any]:
+    """A program of a package. ``torch.export.pt2_archive`` would first try this machine's compiler, for a second."""
+    return AOTICompiledModel(torch._C._aoti.AOTIModelPackageLoader(str(path), name, False, 1, -1))
+
+
 class PT2UNet:
     """A package that :func:`export_pt2` wrote, called as ``f(x_t, timestep, **conditioning) -> prediction``.
 
@@ -316,11 +323,15 @@ class PT2UNet:
             self.scheduler = None if config is None else sampler_of(config)
             given = facts.get("cache")
             self.plan = None if given is None else CachePlan.from_dict(given)
-            loader.load()
-            models = load_archive(str(path)).aoti_runners
-            self._models = [models[name] for name in (("model",) if self.plan is None else ("full", "shallow"))]
+            missing = missing_features(facts.get("processor", ()))
+            if not missing:
+                loader.load()
+                programs = ("model",) if self.plan is None else ("full", "shallow")
+                self._models = [_program(path, name) for name in programs]
         except (OSError, BadZipFile, zlib.error, RuntimeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no package that pqcad_ao.export_pt2 wrote, or is damaged: {error}") from error
+        if missing:
+            raise ValueError(f"{path} was compiled for a processor with {', '.join(missing)}: export it on this one")
 
     def __call__(self, x_t: Tensor, timestep: Tensor | int, **conditioning: Any) -> Tensor:
         """The network's raw prediction, (B, C, H, W), computed in full.
@@ -393,7 +404,8 @@ def load_pt2(path: str | Path) -> PT2UNet:
     looked at before its code is loaded. It is a guard against mistakes, not against people, who can write that, too.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: it is no package of this project, or damaged.
+        FileNotFoundError: no such file.
+        ValueError: it is no package of this project, damaged, or was compiled for another processor.
 
     Example:
         >>> path = export_pt2(quantized, "unet.pt2", scheduler=scheduler, num_inference_steps=4, batch_size=2)

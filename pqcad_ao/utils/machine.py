@@ -3,7 +3,7 @@
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,13 @@ FEATURES = (
     "asimddp",
     "i8mm",
     "bf16",
+)
+# What a compiler may use in code that it makes for the processor it runs on, by the same names.
+COMPILED_FOR = frozenset(
+    {"sse4_1", "sse4_2", "popcnt", "movbe", "abm", "bmi1", "bmi2", "adx", "f16c", "fma", "avx", "avx2", "avx_vnni"}
+    | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "avx512ifma", "avx512vbmi", "avx512_vbmi2"}
+    | {"avx512_bitalg", "avx512_vpopcntdq", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8"}
+    | {"amx_bf16", "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2"}
 )
 BUSY = 0.35  # of the cores, from which other programs are felt
 
@@ -87,6 +94,11 @@ def _cpuinfo(*keys: str) -> str:
 def cpu_flags() -> set[str]:
     """The features of this processor as /proc/cpuinfo calls them; none on systems without that file."""
     return set(_cpuinfo("flags", "Features").split())
+
+
+def missing_features(built_for: Collection[str]) -> list[str]:
+    """Those of ``COMPILED_FOR`` that a processor with the flags ``built_for`` has, and this one has not."""
+    return sorted((COMPILED_FOR & set(built_for)) - cpu_flags())
 
 
 def cpu() -> dict[str, Any]:
