@@ -2,6 +2,7 @@
 
 import copy
 import shlex
+import shutil
 import sys
 import tempfile
 import threading
@@ -45,6 +46,7 @@ from pqcad_ao.utils.quiet import start_executorch
 
 TRAJECTORY_ROWS = 8  # images whose trajectories carry the SQNR
 RESAMPLES = 50  # of the images, behind each FID's interval
+UNFINISHED = "unfinished"  # folder within out that keeps what is drawn and learned until all is done
 
 
 class Stages:
@@ -120,7 +122,8 @@ def run(
     """Compress a teacher, sample both, measure both, and write everything to ``out``.
 
     Args:
-        out: folder; receives summary.json, report.html, samples.png, model/ and unet.pte.
+        out: folder; receives summary.json, report.html, samples.png, model/ and unet.pte. Where a run was interrupted,
+            the same one goes on with what that drew and learned.
         model: as for :func:`~pqcad_ao.models.load_model`.
         config: how to quantize; if None, ``PQCADConfig(mode="ptq", seed=seed)``. Where it learns, there is one more
             row, and the fixed-bit row has the same configuration with ``mode="ptq"``.
@@ -159,7 +162,7 @@ def run(
         noise = torch.randn(images, *sample_shape(teacher), generator=torch.Generator().manual_seed(seed))
         extract_features(noise[:2], network)  # a network for other images is refused now, not after sampling
 
-    rows, result = make_rows(Row("fp_full", teacher, scheduler, steps), config, cad, stages, progress)
+    rows, result = make_rows(Row("fp_full", teacher, scheduler, steps), config, cad, out / UNFINISHED, stages, progress)
     state = cast(QuantizedState, quantized_state(result.unet))
     say(f"           {state.plan.summary()}")
     if shipped is not None:
@@ -211,47 +214,46 @@ def run(
     labels = dict(zip([row.name for row in rows], panels, strict=False))
     beside = [labels[name] for name in ("fp_full", "shipped_half", result.name) if name in labels]
     write_results(out, summary, panels, state, beside)
+    shutil.rmtree(out / UNFINISHED, ignore_errors=True)
     say("\n" + text_report(summary) + f"\n\narithmetic: {summary['arithmetic']}")
     say(f"\n{sum(stages.seconds.values()):.0f} s. Open {out / 'report.html'}")
     return summary
 
 
 def make_rows(
-    full: Row, config: PQCADConfig, cad: CADConfig | None, stages: Stages, progress: bool
+    full: Row, config: PQCADConfig, cad: CADConfig | None, folder: Path, stages: Stages, progress: bool
 ) -> tuple[list[Row], Row]:
     """Quantize the teacher, learn, and distill it.
 
     Args:
-        full: the teacher's row.
+        full: the teacher's row. folder: keeps what is done, for a run that was interrupted to go on.
 
     Returns:
         the rows in the tables' order, the teacher's first, and the one of the model that is saved.
     """
     teacher, scheduler, half = full.unet, full.scheduler, full.steps // 2
-    with tempfile.TemporaryDirectory() as folder:  # the trajectories that calibrate are the ones to learn from
-        kept: dict[str, Any] = {"folder": folder, "progress": progress}
-        if cad is not None:  # first: it finds out what cannot be distilled
-            with stages(f"draw {cad.points} pictures to distill from"):
-                ddim, _ = check_distillation(teacher, scheduler, cad)
-                checked_trajectories(
-                    teacher, ddim, sample_shape(teacher), cad, None, images=None, callback=None, **kept
-                )
-        with stages("fixed bits: calibrate on the teacher's own trajectories"):
-            calibrated = replace(full, name="ptq_full", unet=copy.deepcopy(teacher))
-            quantize_(calibrated.unet, replace(config, mode="ptq"), scheduler=scheduler, **kept)
-        quantized = [calibrated]
-        if config.learns:
-            with stages(f"progressive: learn on the same trajectories, {config.iterations} updates"):
-                learned = replace(full, name="pq_full", unet=copy.deepcopy(teacher))
-                quantize_(learned.unet, config, scheduler=scheduler, **kept)
-            quantized.append(learned)
-        best = quantized[-1]
-        if cad is None:
-            halved = [] if full.steps % 2 else [replace(best, name=f"{best.way}_half", steps=half)]
-            return [full, *quantized, *halved], best
-        with stages(f"distill to {half} steps, {cad.iterations} updates"):
-            student = copy.deepcopy(best.unet)
-            sampler = distill_(student, teacher, scheduler, cad, **kept)
+    # the trajectories that calibrate are the ones to learn from
+    kept: dict[str, Any] = {"folder": folder, "progress": progress}
+    if cad is not None:  # first: it finds out what cannot be distilled
+        with stages(f"draw {cad.points} pictures to distill from"):
+            ddim, _ = check_distillation(teacher, scheduler, cad)
+            checked_trajectories(teacher, ddim, sample_shape(teacher), cad, None, images=None, callback=None, **kept)
+    with stages("fixed bits: calibrate on the teacher's own trajectories"):
+        calibrated = replace(full, name="ptq_full", unet=copy.deepcopy(teacher))
+        quantize_(calibrated.unet, replace(config, mode="ptq"), scheduler=scheduler, **kept)
+    quantized = [calibrated]
+    if config.learns:
+        with stages(f"progressive: learn on the same trajectories, {config.iterations} updates"):
+            learned = replace(full, name="pq_full", unet=copy.deepcopy(teacher))
+            quantize_(learned.unet, config, scheduler=scheduler, **kept)
+        quantized.append(learned)
+    best = quantized[-1]
+    if cad is None:
+        halved = [] if full.steps % 2 else [replace(best, name=f"{best.way}_half", steps=half)]
+        return [full, *quantized, *halved], best
+    with stages(f"distill to {half} steps, {cad.iterations} updates"):
+        student = copy.deepcopy(best.unet)
+        sampler = distill_(student, teacher, scheduler, cad, **kept)
     distilled = Row("pqcad_half", student, sampler, half)
     # both kinds of full precision first
     return [full, replace(full, name="fp_half", steps=half), *quantized, distilled], distilled

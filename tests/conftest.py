@@ -12,7 +12,7 @@ os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 
 from diffusers import DDIMScheduler, UNet2DModel
 from hypothesis import settings
-from networks import SHAPE, TINY_UNET, Small, cosine_scheduler, quick
+from networks import LEAST_UNET, SHAPE, TINY_UNET, Small, cosine_scheduler, quick
 
 from pqcad_ao import quantize_
 from pqcad_ao.models import save_model
@@ -70,6 +70,17 @@ def tiny_dir(_tiny_unet_prototype: UNet2DModel, tmp_path_factory: pytest.TempPat
     """``tiny_unet`` and ``scheduler`` in diffusers layout; read it, do not write to it."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     save_model(_tiny_unet_prototype, cosine_scheduler(), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def least_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As ``tiny_dir``, a UNet of one block without attention, with a third of its layers."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = UNet2DModel(**LEAST_UNET).eval()
+    folder = tmp_path_factory.mktemp("models") / "least"
+    save_model(unet, cosine_scheduler(), folder)
     return folder
 
 

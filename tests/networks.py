@@ -25,7 +25,15 @@ TINY_UNET: dict[str, Any] = {  # of a diffusers UNet that is quantized in second
     "norm_num_groups": 4,
     "attention_head_dim": 8,
 }
-# the same, of a text-conditional one
+# one block, without attention: for tests of what is done around a network
+LEAST_UNET = {
+    **TINY_UNET,
+    "block_out_channels": (8,),
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+    "add_attention": False,
+}
+# the first, of a text-conditional one
 TINY_TEXT_UNET = {
     **TINY_UNET,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),

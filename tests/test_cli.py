@@ -33,6 +33,7 @@ from pqcad_ao.learn import progressive
 from pqcad_ao.models import load_model, save_model
 from pqcad_ao.nn.conv2d import QuantizedConv2d
 from pqcad_ao.pages import pictures
+from pqcad_ao.recipes import demo
 from pqcad_ao.utils import machine
 from pqcad_ao.utils.tensor_files import write_tensors
 
@@ -169,11 +170,11 @@ def test_eval_against_a_folder_of_images(model_dir: Path, tmp_path: Path, capsys
 
 
 def test_compress_distills_and_its_steps_are_then_the_default(
-    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    least_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(trajectories, "FARTHEST", float("inf"))  # an untrained network fails the check of the betas
     out = tmp_path / "student"
-    argv = ["compress", "--model", model_dir, "--out", out, "--distill", 4, "--fast", *QUICK]
+    argv = ["compress", "--model", least_dir, "--out", out, "--distill", 4, "--fast", *QUICK]
     assert run_json(tmp_path, *argv)["steps"] == 2
     found = run_json(tmp_path, "sample", "--model", out, "--out", tmp_path / "grid.png", "--n", 2)
     assert found["steps"] == 2
@@ -503,10 +504,10 @@ def test_the_command_registers_what_the_package_does_and_prints_no_noise(compres
 
 
 def test_an_interrupted_command_says_how_to_go_on_and_goes_on(
-    tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    least_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     out = tmp_path / "an out"
-    argv = ["compress", "--model", str(tiny_dir), "--out", str(out), "--calibration-points", "16", "--groups", "4"]
+    argv = ["compress", "--model", str(least_dir), "--out", str(out), "--calibration-points", "16", "--groups", "4"]
     argv += ["--learning-points", "16", "--batch-size", "4", "--iterations", "2000"]
     # a shell starts what runs in its background, such as these tests, with the signal ignored
     listens = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
@@ -533,6 +534,19 @@ def test_an_interrupted_command_says_how_to_go_on_and_goes_on(
     assert cli.main(shlex.split(said[-1])[1:]) == 130
     assert len(begun) == 1
     assert begun[0] >= 50
+
+
+def test_an_interrupted_demo_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    def interrupt(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run", interrupt)
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 130
+    said, command = capsys.readouterr().err.splitlines()
+    assert f"kept in {tmp_path / 'unfinished'}, and the same command goes on from there" in said
+    assert command == f"  pqcad demo --out {tmp_path}"
 
 
 @pytest.mark.parametrize("options", [QUICK, [*QUICK[:4], "--fast", "--distill", "4"]], ids=["ptq", "distilled"])

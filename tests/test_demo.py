@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.diffusion import trajectories
 from pqcad_ao.evaluate.features import RealFeatures
+from pqcad_ao.learn import halving, progressive, training
 from pqcad_ao.nn.conv2d import QuantizedConv2d
 from pqcad_ao.recipes import demo, forms
 
@@ -56,7 +57,7 @@ def run_tiny(
 
 @pytest.fixture(scope="module")
 def made(
-    tiny_dir: Path, features: tuple[nn.Module, RealFeatures], tmp_path_factory: pytest.TempPathFactory
+    least_dir: Path, features: tuple[nn.Module, RealFeatures], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any], list[str]]:
     """The demo on a tiny network, nothing compiled: its folder, its result, and what it said."""
     pytest.importorskip("executorch", reason="the demo exports a .pte: needs executorch")
@@ -64,19 +65,43 @@ def made(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", lambda module, **options: module)
         patch.setattr(trajectories, "FARTHEST", float("inf"))  # random weights denoise nothing
-        return out, run_tiny(out, tiny_dir, features, said.append), said
+        return out, run_tiny(out, least_dir, features, said.append), said
 
 
 @pytest.mark.slow
-def test_with_the_compiler(tiny_dir: Path, features: tuple[nn.Module, RealFeatures], tmp_path: Path):
+def test_with_the_compiler(least_dir: Path, features: tuple[nn.Module, RealFeatures], tmp_path: Path):
     pytest.importorskip("executorch", reason="the demo exports a .pte: needs executorch")
-    summary = run_tiny(tmp_path, tiny_dir, features, mode="ptq")
+    summary = run_tiny(tmp_path, least_dir, features, mode="ptq")
     assert "skipped" not in summary
     assert summary["fid"].keys() == {"fp_full", "ptq_full", "ptq_half"}
     latency = summary["latency_ms"]
     assert summary["speedup_end_to_end"] == pytest.approx(2 * latency["fp32_compile"] / latency["compressed_compile"])
     assert "transitions" not in summary
     assert "Learning" not in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on(
+    least_dir: Path, features: tuple[nn.Module, RealFeatures], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(trajectories, "FARTHEST", float("inf"))
+    monkeypatch.setattr(training, "CHECKPOINT_EVERY", 2)
+    original, begun = halving._Halving.update, list[int]()
+
+    def update(self: Any) -> Any:
+        begun.append(len(self.log))
+        if len(begun) == 4 or begun[0] > 0:
+            raise KeyboardInterrupt
+        return original(self)
+
+    monkeypatch.setattr(halving._Halving, "update", update)
+    with pytest.raises(KeyboardInterrupt):
+        run_tiny(tmp_path, least_dir, features)
+    begun.clear()
+    monkeypatch.setattr(progressive._Run, "update", lambda self: pytest.fail("it learned again"))
+    with pytest.raises(KeyboardInterrupt):
+        run_tiny(tmp_path, least_dir, features)
+    assert begun == [2]
 
 
 def test_summary_has_the_keys_that_are_promised_and_no_others(made: tuple[Path, dict[str, Any], list[str]]):
@@ -126,11 +151,11 @@ def test_everything_is_there_and_nothing_else(made: tuple[Path, dict[str, Any], 
     assert len([line for line in said if line.startswith("[")]) == len(summary["stages_s"])
 
 
-def test_a_network_for_other_images_is_refused_before_the_work(tiny_dir: Path, tmp_path: Path):
+def test_a_network_for_other_images_is_refused_before_the_work(least_dir: Path, tmp_path: Path):
     pytest.importorskip("executorch", reason="the demo exports a .pte: needs executorch")
     said: list[str] = []
     with pytest.raises(ValueError, match=r"takes \(N, 1, 32, 32\)"):
-        demo.run(tmp_path, model=str(tiny_dir), say=said.append)
+        demo.run(tmp_path, model=str(least_dir), say=said.append)
     assert [line for line in said if not line.startswith("note: other programs")] == said[-1:]
 
 

@@ -151,18 +151,19 @@ def demo(
     if common.report is not None:
         raise ValueError(f"--report {common.report}: the demo writes report.html into its --out folder, {out}")
     check_writable(out)
-    return recipe.run(
-        out,
-        model=model,
-        images=images,
-        steps=steps,
-        config=PQCADConfig.fast(seed=common.seed) if progressive else None,
-        cad=CADConfig.fast(steps=steps, seed=common.seed) if distill else None,
-        shipped="demo-w4a6" if (model, steps) == ("demo", 20) else None,
-        seed=common.seed,
-        command=common.command,
-        progress=True,
-    )
+    with resumable(out / recipe.UNFINISHED):
+        return recipe.run(
+            out,
+            model=model,
+            images=images,
+            steps=steps,
+            config=PQCADConfig.fast(seed=common.seed) if progressive else None,
+            cad=CADConfig.fast(steps=steps, seed=common.seed) if distill else None,
+            shipped="demo-w4a6" if (model, steps) == ("demo", 20) else None,
+            seed=common.seed,
+            command=common.command,
+            progress=True,
+        )
 
 
 def plan(
