@@ -74,13 +74,25 @@ def tiny_dir(_tiny_unet_prototype: UNet2DModel, tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture(scope="session")
-def least_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As ``tiny_dir``, a UNet of one block without attention, with a third of its layers."""
+def _least_unet_prototype() -> UNet2DModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        unet = UNet2DModel(**LEAST_UNET).eval()
+        return UNet2DModel(**LEAST_UNET).eval()
+
+
+@pytest.fixture
+def quantized_least_unet(_least_unet_prototype: UNet2DModel) -> UNet2DModel:
+    """As ``quantized_unet``, of one block without attention, with a third of its layers."""
+    unet = copy.deepcopy(_least_unet_prototype)
+    quantize_(unet, quick(), scheduler=cosine_scheduler(), progress=False)
+    return unet
+
+
+@pytest.fixture(scope="session")
+def least_dir(_least_unet_prototype: UNet2DModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As ``tiny_dir``, of one block without attention, with a third of its layers."""
     folder = tmp_path_factory.mktemp("models") / "least"
-    save_model(unet, cosine_scheduler(), folder)
+    save_model(_least_unet_prototype, cosine_scheduler(), folder)
     return folder
 
 

@@ -12,7 +12,7 @@ from pqcad_ao.models import load_model
 
 
 @pytest.fixture(scope="module")
-def measured(tiny_dir, tmp_path_factory):
+def measured(least_dir, tmp_path_factory):
     """Our row and eager's, and a rival that fails."""
     file = tmp_path_factory.mktemp("bench") / "result.json"
     patch = pytest.MonkeyPatch()
@@ -22,7 +22,7 @@ def measured(tiny_dir, tmp_path_factory):
     try:
         rows = ["torch_eager_bf16", "torchao_int8_dynamic", "pqcad_w4a4"]
         result = bench.bench_compile_gpu(
-            str(tiny_dir),
+            str(least_dir),
             device="cpu",
             batches=[1, 3],
             rounds=2,

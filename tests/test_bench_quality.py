@@ -41,21 +41,21 @@ class Pixels(nn.Module):
         return nn.functional.avg_pool2d(x, 4).flatten(1)
 
 
-def run(tiny_dir: Path, work: Path, **options):
+def run(least_dir: Path, work: Path, **options):
     generator = torch.Generator().manual_seed(0)
     features = Pixels(), RealFeatures.from_features(torch.randn(64, 4, generator=generator))
     said: list[str] = []
     return measure.bench_quality(
-        str(tiny_dir),
+        str(least_dir),
         **{"steps": 2, "n": 6, "work": work, "features": features, "options": OPTIONS, **options},
         say=said.append,
     ), said
 
 
 @pytest.fixture(scope="module")
-def measured(tiny_dir, tmp_path_factory):
+def measured(least_dir, tmp_path_factory):
     work = tmp_path_factory.mktemp("quality")
-    result, said = run(tiny_dir, work, rows=["fp_full", "ptq_full", "pq_full"], seeds=[0, 1])
+    result, said = run(least_dir, work, rows=["fp_full", "ptq_full", "pq_full"], seeds=[0, 1])
     return work, result, said
 
 
@@ -107,39 +107,39 @@ def test_the_table_sets_each_row_over_full_precision_of_its_seed():
     assert cells(other[:1] + full[:1])[3] == "1"
 
 
-def test_what_was_measured_is_not_measured_again(measured, tiny_dir, monkeypatch):
+def test_what_was_measured_is_not_measured_again(measured, least_dir, monkeypatch):
     work, result, _ = measured
     monkeypatch.setattr(measure, "quantize_", lambda *args, **options: pytest.fail("it quantized again"))
     with monkeypatch.context() as patch:
         patch.setattr(measure, "sample", lambda *args, **options: pytest.fail("it sampled again"))
-        again, _ = run(tiny_dir, work, rows=["pq_full", "fp_full"], seeds=[1])
+        again, _ = run(least_dir, work, rows=["pq_full", "fp_full"], seeds=[1])
     assert again["rows"] == [
         row for name in ("pq_full", "fp_full") for row in result["rows"] if (row["name"], row["seed"]) == (name, 1)
     ]
-    more, _ = run(tiny_dir, work, rows=["pq_full"], seeds=[1], steps=3)  # the network is there, its pictures are not
+    more, _ = run(least_dir, work, rows=["pq_full"], seeds=[1], steps=3)  # the network is there, its pictures are not
     assert more["rows"][0]["steps"] == 3
     assert more["rows"][0]["seconds"] == again["rows"][0]["seconds"]
 
 
-def test_pictures_of_every_row_are_kept(measured, tiny_dir):
+def test_pictures_of_every_row_are_kept(measured, least_dir):
     work, _, _ = measured
-    drawn = run(tiny_dir, work, rows=["fp_full", "pq_full"], seeds=[1, 0])[0]["pictures"]
+    drawn = run(least_dir, work, rows=["fp_full", "pq_full"], seeds=[1, 0])[0]["pictures"]
     assert [label.split(":")[0] for label in drawn] == ["full precision", "progressive W4A4"]
     first, second = drawn.values()
     assert first.shape == second.shape == (6, 1, 8, 8)
     assert not torch.equal(first, second)
-    teacher, scheduler = load_model(tiny_dir)
+    teacher, scheduler = load_model(least_dir)
     noise = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     assert torch.equal(first, to_uint8(sample(teacher, scheduler, noise, 2)))  # the first seed's, not the last one's
 
 
-def test_bad_input_is_named(tiny_dir, tmp_path):
+def test_bad_input_is_named(least_dir, tmp_path):
     with pytest.raises(ValueError, match="rows best_full: allowed are fp_full"):
-        run(tiny_dir, tmp_path, rows=["best_full"])
+        run(least_dir, tmp_path, rows=["best_full"])
     with pytest.raises(ValueError, match="n=1"):
-        run(tiny_dir, tmp_path, n=1)
+        run(least_dir, tmp_path, n=1)
     with pytest.raises(ValueError, match="6 steps do not divide"):  # before the first row is measured
-        run(tiny_dir, tmp_path, rows=["fp_full", "pqcad_half"], steps=6)
+        run(least_dir, tmp_path, rows=["fp_full", "pqcad_half"], steps=6)
     assert not any(tmp_path.iterdir())
 
 
@@ -157,12 +157,12 @@ def test_every_row_has_a_valid_configuration():
 
 
 @pytest.mark.parametrize("name", SOLVED)
-def test_rows_of_other_solvers_sample_as_their_pipeline_does(tiny_dir, tmp_path, name):
+def test_rows_of_other_solvers_sample_as_their_pipeline_does(least_dir, tmp_path, name):
     row, steps = ROWS[name], 8
-    result, _ = run(tiny_dir, tmp_path, rows=[name], steps=steps)
+    result, _ = run(least_dir, tmp_path, rows=[name], steps=steps)
     assert result["rows"][0]["steps"] == steps // row.part
     assert result["rows"][0]["sqnr_db"] is None
-    network, scheduler = load_model(next(tmp_path.glob(f"{row.base}-*/model")) if row.base else tiny_dir)
+    network, scheduler = load_model(next(tmp_path.glob(f"{row.base}-*/model")) if row.base else least_dir)
     x_t = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     solver = getattr(diffusers, row.solver).from_config(scheduler.config)
     solver.set_timesteps(steps // row.part)
@@ -173,7 +173,7 @@ def test_rows_of_other_solvers_sample_as_their_pipeline_does(tiny_dir, tmp_path,
     assert (drawn.int() - to_uint8(x_t).int()).abs().max() <= 1
 
 
-def test_a_row_is_a_line_of_json_with_the_options_asked_for(tiny_dir, tmp_path, monkeypatch, capsys):
+def test_a_row_is_a_line_of_json_with_the_options_asked_for(least_dir, tmp_path, monkeypatch, capsys):
     measure_rows, given = measure.bench_quality, {}
 
     def measured(model, **options):
@@ -187,7 +187,7 @@ def test_a_row_is_a_line_of_json_with_the_options_asked_for(tiny_dir, tmp_path, 
         "bench",
         "quality",
         "--model",
-        str(tiny_dir),
+        str(least_dir),
         "--work",
         str(tmp_path),
         "--steps",
@@ -231,11 +231,11 @@ def test_sets_of_rows_have_names():
 
 
 @pytest.mark.slow
-def test_distilled_rows_start_from_another_rows_network(tiny_dir, tmp_path, monkeypatch):
+def test_distilled_rows_start_from_another_rows_network(least_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(trajectories, "FARTHEST", float("inf"))  # random weights denoise nothing
     cad = {"iterations": 4, "batch_size": 4, "points": 8}
     rows = ["fp_half", "pq_half", "pqcad_half", "pqcad_quarter", "pd_half", "pd_then_q"]
-    result, _ = run(tiny_dir, tmp_path, rows=rows, steps=4, cad_options=cad)
+    result, _ = run(least_dir, tmp_path, rows=rows, steps=4, cad_options=cad)
     found = {row["name"]: row for row in result["rows"]}
     assert list(found) == rows
     assert [row["steps"] for row in found.values()] == [2, 2, 2, 1, 2, 2]
@@ -246,14 +246,14 @@ def test_distilled_rows_start_from_another_rows_network(tiny_dir, tmp_path, monk
     assert found["pqcad_half"]["average_bits"] == found["pq_half"]["average_bits"] < 8
     assert found["pd_half"]["average_bits"] == 32.0
     assert found["pd_then_q"]["average_bits"] < 8
-    again, _ = run(tiny_dir, tmp_path, rows=rows, steps=4, cad_options=cad)
+    again, _ = run(least_dir, tmp_path, rows=rows, steps=4, cad_options=cad)
     assert again["rows"] == result["rows"]
 
 
 @pytest.mark.slow
-def test_rows_sampled_through_the_compiler_are_those_of_eager(measured, tiny_dir):
+def test_rows_sampled_through_the_compiler_are_those_of_eager(measured, least_dir):
     work, result, _ = measured
-    compiled, _ = run(tiny_dir, work, rows=["fp_full", "pq_full"], compiled=True)
+    compiled, _ = run(least_dir, work, rows=["fp_full", "pq_full"], compiled=True)
     for row in compiled["rows"]:
         eager = next(other for other in result["rows"] if (other["name"], other["seed"]) == (row["name"], 0))
         assert (row["sampled"], eager["sampled"]) == ("compiled", "eager")
@@ -263,16 +263,16 @@ def test_rows_sampled_through_the_compiler_are_those_of_eager(measured, tiny_dir
 
 
 @pytest.mark.slow
-def test_rows_that_keep_features_cost_less_a_step(measured, tiny_dir):
+def test_rows_that_keep_features_cost_less_a_step(measured, least_dir):
     """Of the teacher, which stays as it is, and of a quantized network, in eager and compiled form."""
     work, before, _ = measured
     rows = ["fp_full", "cache_fp", "cache_naive", "cache_qc"]
-    result, _ = run(tiny_dir, work, rows=rows, seeds=[0])
+    result, _ = run(least_dir, work, rows=rows, seeds=[0])
     full, *cached = result["rows"]
     assert full["fid"] == before["rows"][0]["fid"]
     for row in cached:
         assert 0.5 < row["gmacs_per_step"] / full["gmacs_per_step"] < 0.6
         assert row["sqnr_db"] is None
     assert "GMAC a step" in command.table(result)
-    compiled, _ = run(tiny_dir, work, rows=["cache_qc"], seeds=[0], compiled=True)
+    compiled, _ = run(least_dir, work, rows=["cache_qc"], seeds=[0], compiled=True)
     assert compiled["rows"][0]["fid"] == pytest.approx(cached[-1]["fid"], rel=0.05)

@@ -273,14 +273,14 @@ def test_inductor_compiles_a_unet_without_a_graph_break(scheduler):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["0-d", "int", "float"])
-def test_compiled_once_for_all_timesteps(quantized_unet, kind):
+def test_compiled_once_for_all_timesteps(quantized_least_unet, kind):
     """Numbers become symbolic at their second value; from then on nothing is compiled again."""
-    compiled = torch.compile(quantized_unet, fullgraph=True, backend="eager")
+    compiled = torch.compile(quantized_least_unet, fullgraph=True, backend="eager")
     convert = {"0-d": torch.tensor, "int": int, "float": float}[kind]
     x = _images(2)
     graphs = []
     for t in (999, 0, *range(100, 1000, 75)):
-        assert torch.equal(compiled(x, convert(t)).sample, quantized_unet(x, t).sample)
+        assert torch.equal(compiled(x, convert(t)).sample, quantized_least_unet(x, t).sample)
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] == 2
     assert graphs[-1] == graphs[1] <= (2 if kind == "0-d" else 4)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pqcad_ao.diffusion import trajectories
 from pqcad_ao.models import load_model
 from pqcad_ao.nn.state import quantized_state
 from pqcad_ao.recipes import cad
@@ -37,8 +38,9 @@ torch.set_num_threads(1)
 from pqcad_ao.diffusion import calibration, trajectories
 from pqcad_ao.learn import halving, training
 from pqcad_ao.recipes import cad
+trajectories.FARTHEST = float("inf")  # random weights denoise nothing
 training.CHECKPOINT_EVERY = 2
-training.LARGEST_GRADIENT = 0.2
+training.LARGEST_GRADIENT = 1.2
 dies_at = int(sys.argv.pop(1))
 def counted(module, draws, name):
     original = getattr(module, draws)
@@ -79,11 +81,11 @@ sys.exit(cad.main(sys.argv[1:]))
 """
 
 
-def start(folder: Path, processes: int, *more: str, dies_at: int = -1) -> subprocess.CompletedProcess:
+def start(model: Path, folder: Path, processes: int, *more: str, dies_at: int = -1) -> subprocess.CompletedProcess:
     worker = folder.parent / "worker.py"
     worker.write_text(WORKER)
     many = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    recipe = ["--model", "demo", "--out", str(folder), *PQ, *CAD, *more]
+    recipe = ["--model", str(model), "--out", str(folder), *PQ, *CAD, *more]
     command = [sys.executable, *many, str(worker), str(dies_at), *recipe]
     return subprocess.run(command, capture_output=True, text=True, timeout=400)
 
@@ -94,9 +96,9 @@ def log_of(folder: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> Path:
+def alone(least_dir, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("alone") / "out"
-    done = start(folder, 1)
+    done = start(least_dir, folder, 1)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder
 
@@ -122,8 +124,8 @@ def test_one_process_writes_a_network_that_knows_its_steps(alone):
     assert len(log_of(alone)) == 6
 
 
-def test_two_processes_learn_what_one_does(alone, tmp_path):
-    done = start(tmp_path / "out", 2)
+def test_two_processes_learn_what_one_does(alone, least_dir, tmp_path):
+    done = start(least_dir, tmp_path / "out", 2)
     assert done.returncode == 0, done.stderr[-2000:]
     same_run(tmp_path / "out", alone)
     # both walked a part of C_QC and drew a part of C_DC
@@ -135,19 +137,19 @@ def test_two_processes_learn_what_one_does(alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_learn_with_weights_in_parts_what_one_does(alone, tmp_path):
-    done = start(tmp_path / "out", 2, "--cad.shard")
+def test_two_processes_learn_with_weights_in_parts_what_one_does(alone, least_dir, tmp_path):
+    done = start(least_dir, tmp_path / "out", 2, "--cad.shard")
     assert done.returncode == 0, done.stderr[-2000:]
     same_run(tmp_path / "out", alone)
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_ends_the_job_and_leaves_a_checkpoint(alone, tmp_path):
-    died = start(tmp_path / "out", 2, dies_at=3)
+def test_a_process_that_dies_ends_the_job_and_leaves_a_checkpoint(alone, least_dir, tmp_path):
+    died = start(least_dir, tmp_path / "out", 2, dies_at=3)
     assert died.returncode != 0
     assert "exitcode  : 9" in died.stderr  # torchrun's report says which process ended, and how
     assert not (tmp_path / "out" / "model_index.json").exists()
-    again = start(tmp_path / "out", 1)  # the checkpoint serves any number of processes
+    again = start(least_dir, tmp_path / "out", 1)  # the checkpoint serves any number of processes
     assert again.returncode == 0, again.stderr[-2000:]
     same_run(tmp_path / "out", alone)
 
@@ -183,7 +185,8 @@ def test_an_empty_image_folder_is_an_error(tmp_path, capsys):
     assert "error: no images in" in capsys.readouterr().err
 
 
-def test_another_networks_folder_is_refused(alone, capsys):
-    arguments = ["--model", "demo", "--out", str(alone), *CAD, *PQ, "--pq.weight-bits", "3"]
+def test_another_networks_folder_is_refused(alone, least_dir, capsys, monkeypatch):
+    monkeypatch.setattr(trajectories, "FARTHEST", float("inf"))
+    arguments = ["--model", str(least_dir), "--out", str(alone), *CAD, *PQ, "--pq.weight-bits", "3"]
     assert cad.main(arguments) == 2
     assert "is of another run (another network, configuration or calibration set)" in capsys.readouterr().err

@@ -218,17 +218,16 @@ def test_other_betas_are_found_out_on_the_first_pictures(monkeypatch):
     teacher, scheduler = load_model("demo")
     monkeypatch.setattr(trajectories, "CHECKED", 16)
     sizes = drawn_batches(monkeypatch)
-    few = config(steps=10, points=48, generation_batch_size=16)
+    few = config(steps=10, points=32, generation_batch_size=16)
     given = {"images": None, "folder": None, "callback": None, "progress": False}
-    for other in ({"beta_schedule": "linear"}, {"beta_schedule": "scaled_linear"}):
-        wrong = DDIMScheduler.from_config(scheduler.config, **other)
-        with pytest.raises(ValueError, match="it has other betas or another prediction_type"):
-            checked_trajectories(teacher, wrong, (1, 32, 32), few, None, **given)
-        assert sizes == [16]
-        sizes.clear()
+    wrong = DDIMScheduler.from_config(scheduler.config, beta_schedule="scaled_linear")
+    with pytest.raises(ValueError, match="it has other betas or another prediction_type"):
+        checked_trajectories(teacher, wrong, (1, 32, 32), few, None, **given)
+    assert sizes == [16]
+    sizes.clear()
     # real pictures are not the network's own, and say nothing about its betas
     given["images"] = torch.rand(64, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     checked_trajectories(teacher, scheduler, (1, 32, 32), few, None, **given)
-    assert sizes == [16, 16, 16]
+    assert sizes == [16, 16]
     monkeypatch.setattr(trajectories, "CHECKED", 100)
     checked_trajectories(teacher, scheduler, (1, 32, 32), replace(few, points=16), None, **given)
