@@ -13,9 +13,9 @@ from pqcad_ao.denoiser import cast_floats, check_conditioning, sample_shape, set
 from pqcad_ao.graph.capture import Capture, capture
 from pqcad_ao.graph.plan import Plan, resolve
 from pqcad_ao.graph.suitable import check_suitable
-from pqcad_ao.learn.progressive import policies
 from pqcad_ao.learn.selective import check_selection
 from pqcad_ao.learn.sensitivity import spare_bits
+from pqcad_ao.learn.stages import policies
 from pqcad_ao.learn.training import to_learn
 from pqcad_ao.nn.state import quantized_state
 

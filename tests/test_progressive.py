@@ -19,8 +19,9 @@ from pqcad_ao.graph.capture import capture
 from pqcad_ao.graph.plan import resolve
 from pqcad_ao.learn import progressive as engine
 from pqcad_ao.learn import sensitivity, training
-from pqcad_ao.learn.progressive import budgets, ladders, learn
+from pqcad_ao.learn.progressive import learn
 from pqcad_ao.learn.sensitivity import perturbation_loss
+from pqcad_ao.learn.stages import budgets, ladders
 from pqcad_ao.nn.layers import QuantizedLayer
 from pqcad_ao.nn.state import quantized_state
 from pqcad_ao.nn.timestep import Timestep

@@ -22,6 +22,7 @@ from pqcad_ao.learn.reweighing import Reweighing, shown
 from pqcad_ao.learn.selective import choose, learner_of, local_loss, time_projections
 from pqcad_ao.learn.sensitivity import perturbation_loss
 from pqcad_ao.learn.shards import shard
+from pqcad_ao.learn.stages import policies
 from pqcad_ao.learn.time_projections import fit_time_projections
 from pqcad_ao.learn.training import data_parallel, more_of, read_checkpoint, train_loop
 from pqcad_ao.learn.transition import MomentumTransition
@@ -85,49 +86,6 @@ class Learned:
     transitions: list[dict[str, Any]] = field(default_factory=list)
     trained: dict[str, str] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
-
-
-def ladders(config: PQCADConfig, resolved: Plan) -> dict[str, list[int]]:
-    """Each stage's widths, down to the least that the plan asks of any layer; for ``mode="fixed"`` that one alone."""
-    widths = {
-        "weights": ([row.weight_bits or 0 for row in resolved.quantized], config.weight_ladder),
-        "activations": (
-            [row.activation_bits for row in resolved.quantized if row.activation_bits],
-            config.activation_ladder,
-        ),
-    }
-    return {
-        stage: [*(bits for bits in ladder if bits > min(bits_of) and config.mode != "fixed"), min(bits_of)]
-        for stage, (bits_of, ladder) in widths.items()
-        if bits_of
-    }
-
-
-def budgets(config: PQCADConfig, stages: list[str]) -> dict[str, int]:
-    """Updates for each stage; together ``config.iterations``. With ``mode="fixed"`` both sides learn at once."""
-    if len(stages) == 1 or config.mode == "fixed":
-        return {stages[-1]: config.iterations}
-    first = round(config.iterations * config.weight_share)
-    return {stages[0]: first, stages[1]: config.iterations - first}
-
-
-def policies(config: PQCADConfig, resolved: Plan) -> dict[str, MomentumTransition]:
-    """The policy of each stage that learns.
-
-    Raises:
-        ValueError: too few iterations for the ladders.
-    """
-    rungs = ladders(config, resolved)
-    beta, patience = config.beta, config.patience
-    if config.transitions == "schedule":
-        # no progress is ever waited for, and α arrives within two updates
-        beta, patience = 1e-9, config.iterations + 1
-    return {
-        stage: MomentumTransition(
-            rungs[stage], budget, beta=beta, tau=config.tau, window=config.window, patience=patience
-        )
-        for stage, budget in budgets(config, [*rungs]).items()
-    }
 
 
 def learn(
