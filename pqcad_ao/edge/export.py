@@ -20,7 +20,7 @@ from pqcad_ao.diffusion.noise import Sampler, process_of
 from pqcad_ao.diffusion.process import matching_sampler
 from pqcad_ao.diffusion.schedule import signal_and_noise, steps_to_bind, timesteps_of
 from pqcad_ao.edge.lower import lower, lower_sampler
-from pqcad_ao.edge.parity import ParityError, Record, check_parity, first_departure, record, record_cached
+from pqcad_ao.edge.parity import ParityError, Record, check_parity, first_departure, record
 from pqcad_ao.edge.report import PTEReport
 from pqcad_ao.edge.sampler import FORMAT, PTESampler, require_executorch, tensors_of
 from pqcad_ao.edge.seal import UNSEALED, seal
@@ -145,7 +145,7 @@ def export_pte(
         walked = (scheduler, noise, num_inference_steps, conditioning, batch_size, progress)
         records = record(unet, *walked)
         if cached is not None:
-            records += record_cached(CachedUNet(unet, cached), *walked)
+            records += record(CachedUNet(unet, cached), *walked)
         bar.update()
         bar.set_description("capturing")
         captured, inputs, names = _capture(unet, shape, batch_size, conditioning, timestep.continuous)

@@ -48,7 +48,7 @@ class Record:
 
 
 def record(
-    unet: nn.Module,
+    network: nn.Module,
     scheduler: Sampler,
     noise: Tensor,
     steps: int,
@@ -56,61 +56,31 @@ def record(
     batch_size: int,
     progress: bool,
 ) -> list[Record]:
-    """Every call of the network while it samples from ``noise``, and calls on the first images made ``OUTSIDE`` larger.
+    """Every call of a network while it samples from ``noise``, a :class:`CachedUNet` by its cache plan.
 
     Returns:
-        calls of ``batch_size`` images, or what is left of them.
+        calls of ``batch_size`` images, or what is left of them; of a network without a plan, before these, calls on the
+        first images made ``OUTSIDE`` larger.
     """
     records: list[Record] = []
     outside: list[Record] = []
+    called: Callable[..., Tensor] = network
+    sources: list[int] | None = None
+    if isinstance(network, CachedUNet):
+        called, sources = network.begin_walk(), network.plan.sources
 
     def recorded(x_t: Tensor, timesteps: Tensor, *, whole: dict[str, Any]) -> Tensor:
         """Guidance, where there is any, is the program's own: to ``sample`` it is no guidance."""
-        index, prediction = len(records) % steps, predict(unet, x_t, timesteps, whole)
-        if len(outside) < steps:
-            outside.append(Record(index, OUTSIDE * x_t, whole, predict(unet, OUTSIDE * x_t, timesteps, whole)))
-        records.append(Record(index, x_t.clone(), whole, prediction.clone()))
-        return prediction
-
-    _sample(recorded, scheduler, noise, steps, conditioning, batch_size, progress)
-    return outside + records
-
-
-def record_cached(
-    cached: CachedUNet,
-    scheduler: Sampler,
-    noise: Tensor,
-    steps: int,
-    conditioning: dict[str, Any],
-    batch_size: int,
-    progress: bool,
-) -> list[Record]:
-    """As :func:`record`, every call of a network that follows its cache plan."""
-    records: list[Record] = []
-    sources, walk = cached.plan.sources, cached.begin_walk()
-
-    def recorded(x_t: Tensor, timesteps: Tensor, *, whole: dict[str, Any]) -> Tensor:
-        index = len(records) % steps
-        back = index - sources[index]
-        prediction = predict(walk, x_t, timesteps, whole)
+        index, prediction = len(records) % steps, predict(called, x_t, timesteps, whole)
+        if sources is None and len(outside) < steps:
+            outside.append(Record(index, OUTSIDE * x_t, whole, predict(called, OUTSIDE * x_t, timesteps, whole)))
+        back = 0 if sources is None else index - sources[index]
         records.append(Record(index, x_t.clone(), whole, prediction.clone(), records[-back] if back else None))
         return prediction
 
-    _sample(recorded, scheduler, noise, steps, conditioning, batch_size, progress)
-    return records
-
-
-def _sample(
-    recorded: Callable[..., Tensor],
-    scheduler: Sampler,
-    noise: Tensor,
-    steps: int,
-    conditioning: dict[str, Any],
-    batch_size: int,
-    progress: bool,
-) -> None:
     chosen = {"whole": spread_rows(conditioning, torch.arange(len(noise)), len(noise))}
     sample(recorded, scheduler, noise, steps, conditioning=chosen, batch_size=batch_size, progress=progress)
+    return outside + records
 
 
 def check_parity(
