@@ -5,6 +5,7 @@ import math
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pqcad_ao.data import load_images, to_uint8, to_unit
+from pqcad_ao.evaluate import fid
 from pqcad_ao.evaluate.features import (
     FeatureClassifier,
     RealFeatures,
@@ -22,7 +24,7 @@ from pqcad_ao.evaluate.features import (
     extract_features,
     load_classifier,
 )
-from pqcad_ao.evaluate.fid import _frechet_to, fid_kid, image_quality, precision_recall
+from pqcad_ao.evaluate.fid import _frechet_to, image_quality, precision_recall
 from pqcad_ao.evaluate.sqnr import decibels, sqnr_db, trajectory_sqnr
 
 DATA = Path(os.environ.get("PQCAD_DATA", Path(__file__).parents[1] / ".." / "shared" / "data")) / "fashion_mnist"
@@ -51,6 +53,10 @@ def pictures(n: int, seed: int = 0, size: int = 8, channels: int = 1) -> Tensor:
 
 
 # FID and KID
+
+
+def fid_kid(images: Tensor, network: nn.Module, real: RealFeatures, **options: int) -> dict[str, Any]:
+    return fid.fid_kid(extract_features(images, network), real, **options)
 
 
 @pytest.mark.filterwarnings("error")

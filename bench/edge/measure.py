@@ -176,7 +176,7 @@ def _race(paths: dict[str, str], rounds: int, job: dict[str, Any]) -> dict[str, 
 
 def _fid(kind: str, path: str, job: dict[str, Any], n: int) -> float:
     """FID of ``n`` images from the same noise, of a file or of the network in eager mode."""
-    from pqcad_ao.evaluate.features import embedded_features
+    from pqcad_ao.evaluate.features import embedded_features, extract_features
     from pqcad_ao.evaluate.fid import fid_kid
 
     unet, scheduler = unconditional_network(job["model"])
@@ -193,4 +193,4 @@ def _fid(kind: str, path: str, job: dict[str, Any], n: int) -> float:
         predict_one = Program(path, job["threads"]).predict
         images = sample(predict_one, scheduler, noise, job["steps"], batch_size=1)
     network, real = embedded_features()
-    return fid_kid(images, network, real, seed=job["seed"], bootstrap=0)["fid"]
+    return fid_kid(extract_features(images, network), real, seed=job["seed"])["fid"]

@@ -46,27 +46,17 @@ def _frechet_interval(features: Tensor, real: RealFeatures, fid: float, seed: in
     return [max(0.0, low), high]
 
 
-def fid_kid(
-    images: Tensor,
-    network: nn.Module,
-    real: RealFeatures,
-    *,
-    seed: int = 0,
-    bootstrap: int = 0,
-    share: tuple[int, int] = (0, 1),
-) -> dict[str, Any]:
-    """FID (Heusel et al. 2017) and KID (Bińkowski et al. 2018) of generated images by torchmetrics.
+def fid_kid(features: Tensor, real: RealFeatures, *, seed: int = 0, bootstrap: int = 0) -> dict[str, Any]:
+    """FID (Heusel et al. 2017) and KID (Bińkowski et al. 2018) of generated images by torchmetrics, of their features.
 
     The values depend on the feature network and, for FID, on the number of images: compare only what shares both. Wants
     torchmetrics; checked against 1.9.0.
 
     Args:
-        images: (N, C, H, W), uint8 in [0, 255] or floating point in [-1, 1] (see ``extract_features``).
-        network: a ``FeatureClassifier``, or anything called as ``f(float images in [-1, 1])`` that returns (N, d).
+        features: (N, d) of the images, of :func:`~pqcad_ao.evaluate.features.extract_features`.
         real: statistics of the real images under the same network.
         seed: of KID's subsets and of the bootstrap; the global random numbers are left as they are.
         bootstrap: number of resamples of the generated images behind ``fid_ci``; 0 for none.
-        share: of several processes, as for :func:`~pqcad_ao.evaluate.features.extract_features`.
 
     Returns:
         ``fid``; ``kid`` and ``kid_std``, mean and standard deviation over 100 subsets of up to 1,000 images (None where
@@ -75,13 +65,8 @@ def fid_kid(
 
     Raises:
         ImportError: no torchmetrics.
-        ValueError: images or statistics that do not fit.
+        ValueError: features or statistics that do not fit.
     """
-    return _fid_kid(extract_features(images, network, share=share), real, seed, bootstrap)
-
-
-def _fid_kid(features: Tensor, real: RealFeatures, seed: int, bootstrap: int) -> dict[str, Any]:
-    """:func:`fid_kid` of (N, d) features."""
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
         from torchmetrics.image.kid import KernelInceptionDistance
@@ -158,20 +143,18 @@ def precision_recall(real_features: Tensor, fake_features: Tensor, k: int = NEIG
 
 
 def image_quality(
-    images: Tensor,
-    network: nn.Module,
-    real: RealFeatures,
-    *,
-    seed: int = 0,
-    bootstrap: int = 0,
-    share: tuple[int, int] = (0, 1),
+    images: Tensor, network: nn.Module, real: RealFeatures, *, share: tuple[int, int] = (0, 1), **options: int
 ) -> dict[str, Any]:
     """Everything that is said of generated images: :func:`fid_kid` and :func:`precision_recall`, in one dictionary.
 
     ``precision`` and ``recall`` are None where ``real`` holds no features, as ``kid`` is, or there are too few images.
+
+    Args:
+        images, network, share: as for :func:`~pqcad_ao.evaluate.features.extract_features`.
+        real, options: as for :func:`fid_kid`.
     """
     features = extract_features(images, network, share=share)
-    quality = _fid_kid(features, real, seed, bootstrap)
+    quality = fid_kid(features, real, **options)
     if real.features is None or min(len(features), len(real.features)) <= NEIGHBOURS:
         return {**quality, "precision": None, "recall": None}
     return {**quality, **precision_recall(real.features, features)}
