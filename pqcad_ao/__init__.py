@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pqcad_ao.cache import cache_
     from pqcad_ao.cached_unet import CachedUNet
-    from pqcad_ao.compile.package import export_pt2, load_pt2
+    from pqcad_ao.compile.loaded import load_pt2
+    from pqcad_ao.compile.package import export_pt2
     from pqcad_ao.config import CacheConfig, CADConfig, Correction, PQCADConfig
     from pqcad_ao.correct import correct_
     from pqcad_ao.diffusion.cache_plan import CachePlan
@@ -39,7 +40,7 @@ _HOMES = {
     "export_pt2": "pqcad_ao.compile.package",
     "export_pte": "pqcad_ao.edge.export",
     "is_root": "pqcad_ao.quantize",
-    "load_pt2": "pqcad_ao.compile.package",
+    "load_pt2": "pqcad_ao.compile.loaded",
     "load_quantized": "pqcad_ao.nn.files",
     "quantize_": "pqcad_ao.quantize",
     "save_quantized": "pqcad_ao.nn.files",

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from pqcad_ao import quantize_
 from pqcad_ao.compile import backend
 from pqcad_ao.compile.backend import fuse, pqcad
-from pqcad_ao.compile.package import export_pt2, load_pt2
+from pqcad_ao.compile.loaded import load_pt2
+from pqcad_ao.compile.package import export_pt2
 from pqcad_ao.denoiser import Denoiser
 from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.graph.arguments import bind
@@ -444,7 +445,7 @@ def package(tmp_path_factory):
 
 LOAD = """
 import sys, torch
-from pqcad_ao.compile.package import load_pt2
+from pqcad_ao.compile.loaded import load_pt2
 unet = load_pt2(sys.argv[1])
 x = torch.load(sys.argv[2])
 torch.save([unet(x, 400), unet(x[:1], torch.tensor([10])), unet.sample(x, 3)], sys.argv[3])
@@ -473,7 +474,7 @@ def test_a_package_refuses_what_it_cannot_take(package):
 
 
 def test_a_foreign_or_damaged_package_is_refused_before_its_code_is_loaded(package, tmp_path, monkeypatch):
-    monkeypatch.setattr("pqcad_ao.compile.package._program", lambda *_: pytest.fail("its code was loaded"))
+    monkeypatch.setattr("pqcad_ao.compile.loaded._program", lambda *_: pytest.fail("its code was loaded"))
     content = package[1].read_bytes()
     path = tmp_path / "other.pt2"
     for at in (len(content) // 3, 2 * len(content) // 3):
@@ -494,7 +495,7 @@ def test_a_foreign_or_damaged_package_is_refused_before_its_code_is_loaded(packa
 
 
 def test_a_package_for_another_processor_is_refused_before_its_code_is_loaded(package, monkeypatch):
-    monkeypatch.setattr("pqcad_ao.compile.package._program", lambda *_: pytest.fail("its code was loaded"))
+    monkeypatch.setattr("pqcad_ao.compile.loaded._program", lambda *_: pytest.fail("its code was loaded"))
     lesser = cpu_flags() - {"avx2", "asimd"}
     monkeypatch.setattr(machine, "cpu_flags", lambda: lesser)
     with pytest.raises(ValueError, match=r"unet\.pt2 was compiled for a processor with (avx2|asimd): export"):

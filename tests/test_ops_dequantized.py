@@ -86,7 +86,8 @@ import torch
 from diffusers import UNet2DModel
 from networks import SHAPE, TINY_UNET, cosine_scheduler, quick
 from pqcad_ao import quantize_
-from pqcad_ao.compile.package import export_pt2, load_pt2
+from pqcad_ao.compile.loaded import load_pt2
+from pqcad_ao.compile.package import export_pt2
 from pqcad_ao.evaluate.sqnr import sqnr_db
 from pqcad_ao.ops import dequantized, dispatch, reference
 

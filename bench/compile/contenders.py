@@ -249,7 +249,7 @@ def build_pqcad_pt2(work: Workload, bits: int, part: int = 1, cached: bool = Fal
         part: the schedule has this part of the steps, as a distilled network takes. cached: features are kept for one.
     """
     from pqcad_ao import ops
-    from pqcad_ao.compile.package import load_pt2
+    from pqcad_ao.compile.loaded import load_pt2
 
     package, rows = work.folder / "unet.pt2", dict(zip(work.names, work.example[2:], strict=True))
     torch.save(rows, work.folder / "conditioning.pt")
