@@ -274,6 +274,25 @@ def test_threads_do_not_change_a_bit(convolution, image):
 
 
 @needs_kernels
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_sums_of_many_pixels_are_exact_however_threads_share_them_out(size, threads):
+    """Of many pixels each thread has its own, of fewer its own output channels: Winograd's with 2 threads and 7."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = integers(generator, 4, 2, 20, 41, 40), pack(integers(generator, 4, 70, 20 * size**2), 4)
+    form = ([size] * 2, [1, 1], [size // 2] * 2, [1, 1], 1)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        output = torch.ops.pqcad.conv2d(
+            x, weight, torch.ones(70), torch.ones(2, 2), None, 4, [13, 7], *form, torch.float32, 4
+        )
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(output, sum(reference.conv2d_accumulators(x, weight, 4, [13, 7], *form)))
+
+
+@needs_kernels
 def test_results_of_other_types():
     (x, *rest) = [
         torch.zeros(1, 8, 4, 4, dtype=torch.int8),

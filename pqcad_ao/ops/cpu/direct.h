@@ -14,6 +14,8 @@
 
 namespace {
 
+constexpr int64_t MANY_BLOCKS = 8;  // of TILE pixels, for which a thread widens all weights and reads what it wrote
+
 struct PaddedInput {
   uint8_t* data;   // (B, H, W, padded) with their offset
   int64_t H, W;
@@ -104,6 +106,20 @@ void direct_block(const Problem& p, const Panel& panel, const PaddedInput& x, co
   }
 }
 
+// A panel's outputs for blocks [first, last) of TILE pixels.
+void of_panel(const Problem& p, const Panel& panel, const PaddedInput& x, int64_t first, int64_t last) {
+  const int64_t from = p.groups > 1 ? panel.group : 0, to = p.groups > 1 ? panel.group + 1 : (int64_t)p.parts.size();
+  int64_t depth = 0;
+  for (int64_t s = from; s < to; s++) depth += p.parts[s].padded;
+  int8_t* w = weights.of<int8_t>(depth * p.KH * p.KW * panel.columns());
+  int32_t* comp = sums.of<int32_t>((to - from) * panel.columns());
+  widen_direct(p, panel, from, to, w, comp);
+  const int64_t end = std::min(last * TILE, p.B * p.OH * p.OW);
+  with_width(panel.width, [&](auto width) {
+    with_dot(1 << (p.bits - 1), [&](auto dot) { direct_block<width, dot>(p, panel, x, w, comp, first * TILE, end); });
+  });
+}
+
 void direct(const Problem& p) {
   PaddedInput x{nullptr, std::max((p.OH - 1) * p.SH + (p.KH - 1) * p.DH + 1, p.H + p.PH),
                 std::max((p.OW - 1) * p.SW + (p.KW - 1) * p.DW + 1, p.W + p.PW), {}};
@@ -112,25 +128,16 @@ void direct(const Problem& p) {
     x.taps.push_back((tap / p.KW * p.DH * x.W + tap % p.KW * p.DW) * p.padded);
   torch::stable::parallel_for(0, p.B * x.H, 1, [&](int64_t begin, int64_t end) { pad_input(p, x, begin, end); });
   const auto panels = panels_of(p);
-  const int64_t rows = p.B * p.OH * p.OW, blocks = (rows + TILE - 1) / TILE, tasks = (int64_t)panels.size() * blocks;
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    int64_t current = -1;
-    for (int64_t task = begin; task < end; task++) {
-      const Panel& panel = panels[task / blocks];
-      const int64_t from = p.groups > 1 ? panel.group : 0,
-                    to = p.groups > 1 ? panel.group + 1 : (int64_t)p.parts.size();
-      int64_t depth = 0;
-      for (int64_t s = from; s < to; s++) depth += p.parts[s].padded;
-      int8_t* w = weights.of<int8_t>(depth * p.KH * p.KW * panel.columns());
-      int32_t* comp = sums.of<int32_t>((to - from) * panel.columns());
-      if (current != task / blocks) {
-        current = task / blocks;
-        widen_direct(p, panel, from, to, w, comp);
-      }
-      const int64_t q = task % blocks * TILE, end_of = std::min(q + TILE, rows);
-      with_width(panel.width, [&](auto width) {
-        with_dot(1 << (p.bits - 1), [&](auto dot) { direct_block<width, dot>(p, panel, x, w, comp, q, end_of); });
-      });
+  const int64_t blocks = (p.B * p.OH * p.OW + TILE - 1) / TILE;
+  if (blocks >= MANY_BLOCKS * torch::stable::get_num_threads())
+    return torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      for (auto& panel : panels) of_panel(p, panel, x, begin, end);
+    });
+  torch::stable::parallel_for(0, (int64_t)panels.size() * blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t next, task = begin; task < end; task = next) {
+      const int64_t first = task / blocks * blocks;
+      next = std::min(end, first + blocks);
+      of_panel(p, panels[task / blocks], x, task - first, next - first);
     }
   });
 }

@@ -18,7 +18,9 @@
 
 namespace {
 
-constexpr int64_t CHUNK = 4 << 20;  // bytes of transformed input that are kept at once
+constexpr int64_t CHUNK = 2 << 20;  // bytes of transformed input that are kept at once
+constexpr int64_t FEW = 8;  // tiles whose transform takes less time than a second thread's start
+constexpr int64_t MANY = 128;  // tiles for which a thread widens all weights, and waits for no other
 constexpr int MIDDLE = 5;  // the plane in row 1 and column 1 of the sixteen: sums alone, and it enters all four outputs
 
 // Bytes from one of sixteen planes to the next: an odd number of lines of the cache, so that what belongs together in
@@ -28,6 +30,12 @@ inline int64_t input_plane(const Part& part) { return apart(TILE * part.padded);
 inline int64_t weight_plane(const Part& part, const Panel& panel) { return apart(part.padded * panel.columns()); }
 inline int64_t product_plane(const Panel& panel) {  // in sums
   return apart(TILE * panel.columns() * (int64_t)sizeof(int32_t)) / (int64_t)sizeof(int32_t);
+}
+
+inline int64_t input_block(const Problem& p) {
+  int64_t bytes = 0;
+  for (auto& part : p.parts) bytes += 16 * input_plane(part);
+  return bytes;
 }
 
 struct Tiles {  // of two by two outputs
@@ -119,12 +127,13 @@ std::vector<int32_t> middle_offsets(const Problem& p) {
   return offsets;
 }
 
-// Input tiles B^T d B, with their offset, of a block: v[part][16][TILE][padded], a plane `input_plane` from the next.
-void transform_input(const Problem& p, const Tiles& tiles, int64_t first, int64_t count, uint8_t* v) {
+// Input tiles B^T d B, with their offset, of tiles [from, to) behind `start`. v: blocks, each [part][16][TILE][padded], a
+// plane `input_plane` from the next.
+void transform_input(const Problem& p, const Tiles& tiles, int64_t start, int64_t from, int64_t to, uint8_t* v) {
   static const int8_t zeros[BYTES] = {};
   const Bytes offset = all_bytes(OFFSET);
-  for (int64_t q = 0; q < count; q++) {
-    const int64_t t = first + q, b = t / (tiles.rows * tiles.columns);
+  for (int64_t q = from; q < to; q++) {
+    const int64_t t = start + q, b = t / (tiles.rows * tiles.columns);
     const int64_t y = t % (tiles.rows * tiles.columns) / tiles.columns * 2 - p.PH, x = t % tiles.columns * 2 - p.PW;
     const int8_t* pixel[16];
     for (int i = 0; i < 4; i++)
@@ -132,7 +141,7 @@ void transform_input(const Problem& p, const Tiles& tiles, int64_t first, int64_
         const bool inside = y + i >= 0 && y + i < p.H && x + j >= 0 && x + j < p.W;
         pixel[i * 4 + j] = inside ? p.input + ((b * p.H + y + i) * p.W + x + j) * p.C : nullptr;
       }
-    uint8_t* of_part = v;
+    uint8_t* of_part = v + q / TILE * input_block(p);
     const int32_t* middle = tiles.middle + b * (int64_t)p.parts.size();
     for (auto& part : p.parts) {
       const Bytes of_middle = all_bytes(*middle++);
@@ -145,7 +154,7 @@ void transform_input(const Problem& p, const Tiles& tiles, int64_t first, int64_
           e[j] = d[j] - d[8 + j], e[4 + j] = d[4 + j] + d[8 + j];
           e[8 + j] = d[8 + j] - d[4 + j], e[12 + j] = d[4 + j] - d[12 + j];
         }
-        uint8_t* to = of_part + q * part.padded + k;
+        uint8_t* to = of_part + q % TILE * part.padded + k;
         const int64_t plane = input_plane(part);
         for (int i = 0; i < 4; i++) {
           const Bytes* r = e + i * 4;
@@ -216,20 +225,14 @@ void transform_output(const Problem& p, const Panel& panel, const Tiles& tiles, 
   }
 }
 
-void winograd(const Problem& p) {
-  const auto middle = middle_offsets(p);
-  const Tiles tiles{(p.OH + 1) / 2, (p.OW + 1) / 2, middle.data()};
-  const int64_t all = p.B * tiles.rows * tiles.columns;
-  int64_t of_block = 0;
-  for (auto& part : p.parts) of_block += 16 * input_plane(part);
-  const int64_t chunk = std::max<int64_t>(1, CHUNK / of_block) * TILE;
-  const auto panels = panels_of(p);
-  uint8_t* v = activations.of<uint8_t>((std::min(chunk, all) + TILE - 1) / TILE * of_block);
-  for (int64_t start = 0; start < all; start += chunk) {
-    const int64_t stop = std::min(start + chunk, all), blocks = (stop - start + TILE - 1) / TILE;
-    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; k++)
-        transform_input(p, tiles, start + k * TILE, std::min<int64_t>(TILE, stop - start - k * TILE), v + k * of_block);
+// Outputs of tiles [first, last): threads share out the panels, whose weights each of them widens.
+void of_tiles(const Problem& p, const Tiles& tiles, const std::vector<Panel>& panels, int64_t first, int64_t last) {
+  const int64_t of_block = input_block(p), chunk = std::max<int64_t>(1, CHUNK / of_block) * TILE;
+  uint8_t* v = activations.of<uint8_t>((std::min(chunk, last - first) + TILE - 1) / TILE * of_block);
+  for (int64_t start = first; start < last; start += chunk) {
+    const int64_t stop = std::min(start + chunk, last), blocks = (stop - start + TILE - 1) / TILE;
+    torch::stable::parallel_for(0, stop - start, FEW, [&](int64_t begin, int64_t end) {
+      transform_input(p, tiles, start, begin, end, v);
     });
     torch::stable::parallel_for(0, (int64_t)panels.size() * blocks, 1, [&](int64_t begin, int64_t end) {
       int64_t current = -1;
@@ -269,6 +272,15 @@ void winograd(const Problem& p) {
       }
     });
   }
+}
+
+void winograd(const Problem& p) {
+  const auto middle = middle_offsets(p);
+  const Tiles tiles{(p.OH + 1) / 2, (p.OW + 1) / 2, middle.data()};
+  const auto panels = panels_of(p);
+  const int64_t all = p.B * tiles.rows * tiles.columns;
+  if (all < MANY * torch::stable::get_num_threads()) return of_tiles(p, tiles, panels, 0, all);
+  torch::stable::parallel_for(0, all, 1, [&](int64_t begin, int64_t end) { of_tiles(p, tiles, panels, begin, end); });
 }
 
 }  // namespace

@@ -5,6 +5,8 @@
 
 namespace torch::stable {
 
+inline uint32_t get_num_threads() { return 1; }
+
 template <class F> void parallel_for(int64_t begin, int64_t end, int64_t, const F& f) {
   if (begin < end) f(begin, end);
 }
