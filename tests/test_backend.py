@@ -351,7 +351,9 @@ def test_a_float_network_passes_through_and_is_told():
 
 @torch.no_grad()
 def test_inductors_configuration_stays_as_it_was():
+    """And of what the backend sets for a quantized network, one call's code shows it."""
     import torch._inductor.config as inductor
+    from torch._inductor.utils import run_and_get_code
 
     torch._dynamo.reset()
     before = inductor.save_config_portable()
@@ -360,8 +362,10 @@ def test_inductors_configuration_stays_as_it_was():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         compiled = torch.compile(model, backend="pqcad", options={"epilogue_fusion": False})
-        found = compiled(noise(), at(10))
+        found, code = run_and_get_code(compiled, noise(), at(10))
     assert sqnr(model(noise(), at(10)), found) > 45
+    assert "torch.ops.pqcad.conv2d" in code[-1]
+    assert "assert_size_stride(" not in code[-1]
     assert inductor.save_config_portable() == before
 
 

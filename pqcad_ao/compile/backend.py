@@ -61,6 +61,8 @@ def pqcad(graph: GraphModule, example_inputs: list[Any], *, options: dict[str, A
                 "Inductor compiles them as they are. Call pqcad_ao.quantize_(unet, PQCADConfig()) first",
                 stacklevel=2,
             )
+    else:  # at each call, of every weight: Dynamo has looked already, and the operators' shape rules are tested
+        options = {"size_asserts": False, **options}
     compiled: Any = compile_fx(graph, example_inputs, config_patches=options, decompositions=decompositions)
     return compiled
 
