@@ -124,6 +124,15 @@ def test_every_row(tiny_dir):
 
 
 @pytest.mark.slow
+def test_what_a_process_waits_for_its_first_step(tiny_dir):
+    result = cpu.bench_compile(str(tiny_dir), rows=["pqcad_w4a4", "pqcad_w4a4_pt2"], **COMMON)
+    rows = _rows(result)
+    assert 0 < rows["pqcad_w4a4_pt2"]["ready_s"] < rows["pqcad_w4a4"]["ready_s"] < rows["pqcad_w4a4"]["compile_s"]
+    assert rows[contenders.REFERENCE]["ready_s"] is None
+    assert "ready s" in drawing.table(result)
+
+
+@pytest.mark.slow
 def test_walks(tiny_dir, tmp_path):
     names = ["pqcad_w4a6_pt2_half", "pqcad_w4a6_pt2_half_cached"]
     result = cpu.bench_compile(str(tiny_dir), rows=names, walk=4, json_path=tmp_path / "walks.json", **COMMON)

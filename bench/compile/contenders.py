@@ -4,6 +4,7 @@ import math
 import operator
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +31,8 @@ class Contender:
         arithmetic: what the machine executes.
         backend: what runs the graph.
         sampled: what :func:`~pqcad_ao.diffusion.sampling.sample` walks with; None: ``call`` alone.
+        ready_s: seconds that a process waits for its first step of a network that is quantized already: the first call
+            of what ``torch.compile`` returned, or loading the package; None: not measured.
     """
 
     call: Callable[..., Tensor]
@@ -37,6 +40,7 @@ class Contender:
     arithmetic: str
     backend: str
     sampled: Callable[..., Tensor] | None = None
+    ready_s: float | None = None
 
 
 def tensor_bytes(tensors: Sequence[Tensor]) -> int:
@@ -208,8 +212,10 @@ def build_pqcad_w4a4(work: Workload) -> Contender:
     quantize_fixed(work.unet, work.scheduler, dict(zip(work.names, work.example[2:], strict=True)))
     compiled: Any = torch.compile(work.unet, backend="pqcad")
     call = Step(compiled, work.names)
+    start = time.perf_counter()
     call(*work.example)
-    return Contender(call, module_bytes(work.unet), ops.arithmetic(), "pqcad")
+    ready_s = time.perf_counter() - start
+    return Contender(call, module_bytes(work.unet), ops.arithmetic(), "pqcad", ready_s=ready_s)
 
 
 def build_pqcad_cached(work: Workload, shallow: bool) -> Contender:
@@ -259,14 +265,16 @@ def build_pqcad_pt2(work: Workload, bits: int, part: int = 1, cached: bool = Fal
     done = subprocess.run([sys.executable, "-c", code, *arguments], stdout=sys.stderr, check=False)
     if done.returncode:
         raise RuntimeError(f"the export ended with code {done.returncode}: see above")
+    start = time.perf_counter()
     loaded = load_pt2(package)
+    ready_s = time.perf_counter() - start
 
     def call(x_t: Tensor, timesteps: Tensor, *values: Tensor) -> Tensor:
         return loaded(x_t, timesteps[:1], **dict(zip(work.names, values, strict=True)))
 
     # what the package holds beside the packed weights is code and tables of the schedule: all of it counts
     backend = "pqcad, AOTInductor, one schedule"
-    return Contender(call, package.stat().st_size, ops.arithmetic(), backend, loaded)
+    return Contender(call, package.stat().st_size, ops.arithmetic(), backend, loaded, ready_s)
 
 
 @torch.no_grad()

@@ -96,9 +96,11 @@ def bench_compile(
         network's multiply-accumulates, of all of a walk's steps, over ``ms``, in G/s), ``resident_weight_bytes``,
         ``peak_rss_bytes`` (building included),
         ``step_peak_rss_bytes`` (stepping only), ``base_rss_bytes`` (the process before it loads the network),
-        ``compile_s`` (from the float network to the first output, calibration included), ``sqnr_db_vs_fp32`` (over
-        batches from sampling trajectories; None: no difference), ``arithmetic``, ``backend``, ``idle_cpu_s`` (CPU time
-        burnt while others ran), ``operators_ms`` (of a profiled step, by operator; empty for OpenVINO); or ``skipped``
+        ``compile_s`` (from the float network to the first output, calibration included), ``ready_s`` (of that, the
+        first call of what ``torch.compile`` returned, or loading the package; None: not measured),
+        ``sqnr_db_vs_fp32`` (over batches from sampling trajectories; None: no difference), ``arithmetic``, ``backend``,
+        ``idle_cpu_s`` (CPU time burnt while others ran), ``operators_ms`` (of a profiled step, by operator; empty for
+        OpenVINO); or ``skipped``
         with the reason. ``roofline`` holds for each batch ``gmac`` and the
         machine's measured ``peak_gmacs_fp32``, ``peak_gmacs_bf16``, ``peak_gmacs_int8`` (None: no such kernel), with
         the ``ms`` that ``gmac`` would take at each.

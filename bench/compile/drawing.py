@@ -25,6 +25,7 @@ def table(result: dict[str, Any]) -> str:
         "weights MB",
         "step RSS MB",
         "compile s",
+        "ready s",
     ]
     body, skipped = [], []
     for row in result["rows"]:
@@ -40,8 +41,9 @@ def table(result: dict[str, Any]) -> str:
             "-" if sqnr is None else f"{sqnr:.1f}",
         ]
         body.append([row["name"], row["batch"], *times, *rates, *megabytes, f"{row['compile_s']:.0f}"])
+        body[-1].append(f"{row['ready_s']:.2f}" if row.get("ready_s") else "-")
     lines = [f"ms are of a {timed(result)}"] if result.get("walk") else []
-    lines += [tabulate(body, header, disable_numparse=True, colalign=("left",) + ("right",) * 10), *skipped]
+    lines += [tabulate(body, header, disable_numparse=True, colalign=("left",) + ("right",) * 11), *skipped]
     for line in result["roofline"]:
         peaks = [
             f"{kind} {line[f'peak_gmacs_{kind}']:.0f} GMAC/s = {line[f'ms_at_peak_{kind}']:.2f} ms"

@@ -73,6 +73,7 @@ def contend(spec: dict[str, Any]) -> tuple[dict[str, Any], Callable[[int], dict[
         "resident_weight_bytes": contender.resident_weight_bytes,
         "base_rss_bytes": base,
         "compile_s": compile_s,
+        "ready_s": contender.ready_s,
         "sqnr_db_vs_fp32": sqnr if math.isfinite(sqnr) else None,
         "operators_ms": operators,
     }
