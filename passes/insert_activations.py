@@ -4,12 +4,12 @@ from itertools import pairwise
 
 from torch.fx import GraphModule
 
-from pqcad_ao.denoiser import timestep_group
+from pqcad_ao.denoiser import Span, timestep_group
 from pqcad_ao.prepare.annotate import PQCADQuantizer, insert_fake_quantizers
 from pqcad_ao.prepare.fake_quant import ActivationFakeQuantize
 
 
-def insert_activations(graph: GraphModule, quantizer: PQCADQuantizer, num_train_timesteps: int) -> GraphModule:
+def insert_activations(graph: GraphModule, quantizer: PQCADQuantizer, span: Span) -> GraphModule:
     """Annotate the inputs of the plan's layers and insert their fake quantizers.
 
     PT2E calls a fake quantizer with the tensor alone; a scale for each timestep needs the timestep as well, as an
@@ -18,7 +18,7 @@ def insert_activations(graph: GraphModule, quantizer: PQCADQuantizer, num_train_
     Args:
         graph: called as ``f(x_t, timesteps, ...)``, captured, or with the weights' fake quantizers in it already.
         quantizer: a ``PQCADQuantizer(plan, "activations")``.
-        num_train_timesteps: T of the noise process; the groups tile [0, T).
+        span: of the noise process's timesteps; the groups tile it.
 
     Returns:
         the GraphModule to use from now on. With the fake quantizers switched off it computes what it did before.
@@ -29,7 +29,7 @@ def insert_activations(graph: GraphModule, quantizer: PQCADQuantizer, num_train_
     for left, right in pairwise(placeholders):
         left.append(right)
     with graph.graph.inserting_after(placeholders[-1]):
-        group = graph.graph.call_function(timestep_group, (placeholders[1], quantizer.groups, num_train_timesteps))
+        group = graph.graph.call_function(timestep_group, (placeholders[1], quantizer.groups, span))
     modules = dict(graph.named_modules())
     for node in graph.graph.nodes:
         if node.op == "call_module" and isinstance(modules[str(node.target)], ActivationFakeQuantize):

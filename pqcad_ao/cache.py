@@ -34,7 +34,7 @@ from pqcad_ao.diffusion.cache_plan import (
 from pqcad_ao.diffusion.correction import drop_correction
 from pqcad_ao.diffusion.ddim import DDIMSchedule
 from pqcad_ao.diffusion.noise import process_of
-from pqcad_ao.diffusion.process import as_sampler, find_scheduler
+from pqcad_ao.diffusion.process import as_sampler, check_counted, find_scheduler, span_of
 from pqcad_ao.diffusion.sampling import overflow
 from pqcad_ao.diffusion.schedule import steps_to_bind
 from pqcad_ao.graph.capture import capture
@@ -134,6 +134,7 @@ def cache_(
 def _schedule(unet: nn.Module, scheduler: Any, asked: int | None) -> DDIMSchedule:
     """DDIM's steps between a scheduler's own timesteps where these are whole, or else between its sampler's."""
     sampler, state = as_sampler(scheduler), quantized_state(unet)
+    check_counted(span_of(sampler), "cache_")
     steps = steps_to_bind(sampler, asked, None if state is None else state.timestep.schedule)
     device = placement(unet)[0]
     schedule = DDIMSchedule.of(sampler, steps, device)

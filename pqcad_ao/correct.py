@@ -24,7 +24,7 @@ from pqcad_ao.denoiser import (
 )
 from pqcad_ao.diffusion.correction import CorrectionTable, filtered
 from pqcad_ao.diffusion.ddim import DDIMSchedule
-from pqcad_ao.diffusion.process import as_sampler, find_scheduler
+from pqcad_ao.diffusion.process import as_sampler, check_counted, find_scheduler, span_of
 from pqcad_ao.diffusion.schedule import default_steps
 from pqcad_ao.diffusion.solvers import SOLVERS
 from pqcad_ao.graph.suitable import check_network
@@ -99,6 +99,7 @@ def correct_(
     scheduler = find_scheduler(reference) if scheduler is None else as_sampler(scheduler)
     if scheduler is None:
         raise ValueError("no scheduler was given, none is saved beside the reference: pass the one to sample with")
+    check_counted(span_of(scheduler), "correct_")
     if quantized_state(reference) is not None:
         raise ValueError("the reference is quantized: give the full-precision network that this one was made from")
     dequantized_state(network, reference)

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -141,12 +141,24 @@ def timestep_position(network: Callable[..., Any]) -> int:
     return names.index("timestep") if "timestep" in names else 1
 
 
-def timestep_group(timesteps: Tensor, groups: int, num_train_timesteps: int) -> Tensor:
-    """The group of each timestep: ``groups`` intervals of equal length that tile [0, num_train_timesteps).
+# Of a noise process: T where timesteps are counted from 0 on and are below T, or the least and the greatest of them.
+Span: TypeAlias = int | tuple[float, float]
+
+
+def extent(span: Span) -> float:
+    """The length of a span of timesteps."""
+    return span if isinstance(span, int) else span[1] - span[0]
+
+
+def timestep_group(timesteps: Tensor, groups: int, span: Span) -> Tensor:
+    """The group of each timestep: ``groups`` intervals of equal length that tile the span.
 
     Timesteps outside are counted to the nearest group. Shapes (B,) to (B,) int64.
     """
-    return timesteps.to(torch.int64).clamp(0, num_train_timesteps - 1) * groups // num_train_timesteps
+    if isinstance(span, int):
+        return timesteps.to(torch.int64).clamp(0, span - 1) * groups // span
+    low, high = span
+    return ((timesteps - low) * (groups / (high - low))).clamp(0, groups - 1).to(torch.int64)
 
 
 def predict(

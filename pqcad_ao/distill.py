@@ -12,7 +12,7 @@ from pqcad_ao import denoiser
 from pqcad_ao.config import CADConfig, PQCADConfig
 from pqcad_ao.denoiser import check_conditioning, set_time_scale
 from pqcad_ao.diffusion.noise import Sampler
-from pqcad_ao.diffusion.process import find_scheduler, is_flow, settings_of
+from pqcad_ao.diffusion.process import find_scheduler, process_name, settings_of
 from pqcad_ao.diffusion.schedule import check_substeps, teachable
 from pqcad_ao.diffusion.trajectories import checked_trajectories
 from pqcad_ao.graph.suitable import check_network, check_whole
@@ -216,9 +216,9 @@ def _check_student(student: nn.Module, reference: nn.Module, ddim: Sampler) -> N
     state = quantized_state(student)
     if state is not None:
         set_time_scale(reference, state.timestep.time_scale)
-    if state is not None and state.timestep.continuous != is_flow(ddim):
+    if state is not None and state.timestep.process != process_name(ddim):
         raise ValueError(
-            "the student was quantized for a rectified flow, and the scheduler walks none, or the other way round: "
+            f"the student was quantized for {state.timestep.process}, and the scheduler walks {process_name(ddim)}: "
             "pass the scheduler that quantize_ was given"
         )
     if state is not None and state.timestep.num_train_timesteps != ddim.config.num_train_timesteps:

@@ -33,6 +33,7 @@ from pqcad_ao.denoiser import (
 )
 from pqcad_ao.diffusion.calibration import CalibrationSet, assign_trajectories, draw_steps, points_at
 from pqcad_ao.diffusion.inputs import LayerInputs
+from pqcad_ao.diffusion.process import span_of
 from pqcad_ao.utils.files import digest
 from pqcad_ao.utils.processes import fill_in, in_turn, of_all, rank_and_world
 from pqcad_ao.utils.progress import tqdm
@@ -89,7 +90,7 @@ class PipelineWalk:
 
     Attributes:
         network: that denoises. shape: of a sample. conditioning: some rows, as the pipeline makes them.
-        scheduler: the pipeline's; num_train_timesteps: of it.
+        scheduler: the pipeline's.
 
     Raises:
         ValueError: no network, no prompts for a pipeline that takes them, an argument that its call does not have,
@@ -105,7 +106,6 @@ class PipelineWalk:
         lists = [value for value in self.call.values() if isinstance(value, list)]
         self.length = len(prompts) if prompts else max(map(len, lists), default=0)
         self.scheduler = pipeline.scheduler
-        self.num_train_timesteps = self.scheduler.config.num_train_timesteps
         first = next(self._calls(range(PROBED), probe=True))
         _check_times(self.scheduler)
         _check_rows(pipeline, first)
@@ -180,7 +180,7 @@ class PipelineWalk:
         calls = list(self._calls(range(PROBED), dry=True))
         visited, rows = [float(call.timesteps[0]) for call in calls], len(calls[0]) // PROBED
         generator = torch.Generator().manual_seed(self.config.seed)
-        step, trajectories = draw_steps(torch.tensor(visited), self.num_train_timesteps, self.config, generator)
+        step, trajectories = draw_steps(torch.tensor(visited), span_of(self.scheduler), self.config, generator)
         pictures = -(-trajectories // rows)
         if self.config.learns or self.config.clusters:  # of a batch at least; otherwise nobody looks at the others
             pictures = max(self.batch, pictures)
@@ -439,12 +439,8 @@ def _checked(
 
 def _check_times(scheduler: Any) -> None:
     """Raises ValueError: what a scheduler has for timesteps, once it has some, are not those that groups divide."""
-    first, last, trained = (
-        float(scheduler.timesteps[0]),
-        float(scheduler.timesteps[-1]),
-        scheduler.config.num_train_timesteps,
-    )
-    if not 0 <= last <= first <= trained:
+    first, last, trained = float(scheduler.timesteps[0]), float(scheduler.timesteps[-1]), span_of(scheduler)
+    if isinstance(trained, int) and not 0 <= last <= first <= trained:
         raise ValueError(
             f"{type(scheduler).__name__} calls its network with timesteps from {first:.3g} to {last:.3g}: networks are "
             f"quantized that are called with those from {trained} to 0, for groups of which scales are fitted"

@@ -13,13 +13,13 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 
 from pqcad_ao import denoiser
 from pqcad_ao.config import PQCADConfig
-from pqcad_ao.denoiser import cast_floats, check_conditioning, placement, timestep_group
+from pqcad_ao.denoiser import Span, cast_floats, check_conditioning, placement, timestep_group
 from pqcad_ao.diffusion.cache_plan import drop_cache_plan
 from pqcad_ao.diffusion.calibration import CalibrationSet, calibration_set, to_observe
 from pqcad_ao.diffusion.ddim import reach_of
 from pqcad_ao.diffusion.inputs import LayerInputs
 from pqcad_ao.diffusion.noise import Sampler
-from pqcad_ao.diffusion.process import as_sampler, clip_of, find_scheduler, is_flow, settings_of
+from pqcad_ao.diffusion.process import as_sampler, clip_of, find_scheduler, is_flow, settings_of, span_of
 from pqcad_ao.graph.capture import Capture
 from pqcad_ao.graph.plan import Plan
 from pqcad_ao.graph.suitable import check_suitable
@@ -81,9 +81,9 @@ def quantize_(
         filter_fn: ``(module, fqn) -> bool``; layers it refuses stay in floating point, and the plan says so.
         device: where the network goes first, as in torchao.
         scheduler: of diffusers, the pipeline's own: any of a DDPM noise process given by betas (DDIM, Euler,
-            DPM-Solver++, UniPC, LCM ...) or of flow matching. Calibration walks the deterministic sampler of its
-            process (:func:`~pqcad_ao.diffusion.process.as_sampler`), with its prediction type and clipping. If None,
-            the one saved beside the network, or else diffusers' ``DDIMScheduler()``, with a warning.
+            DPM-Solver++, UniPC, LCM ...), of flow matching or of EDM. Calibration walks the deterministic sampler
+            of its process (:func:`~pqcad_ao.diffusion.process.as_sampler`), with its prediction type and clipping. If
+            None, the one saved beside the network, or else diffusers' ``DDIMScheduler()``, with a warning.
         sample_shape: (C, H, W), for networks whose config does not say it.
         conditioning: keyword arguments of ``model.forward`` with rows to draw from, for conditional networks: any
             number of them, each used as often as the next; without learning eight, spread evenly.
@@ -130,7 +130,7 @@ def quantize_(
         else:
             _check_no_pipeline(model, prompts=prompts, call=call)
             source = _Trajectories(model, config, scheduler, sample_shape, conditioning)
-        num_train_timesteps = source.num_train_timesteps
+        span = span_of(source.scheduler)
         captured, resolved = planned(network, config, filter_fn, source.shape, source.conditioning)
         given = (source.shape, source.conditioning, settings_of(source.scheduler), prompts)
         with shared_run(folder, network.state_dict(), config, *given):
@@ -141,12 +141,13 @@ def quantize_(
             reach = None
             if config.sample_weights == "reach":
                 reach = reach_of(source.scheduler, config.calibration_steps, points.timesteps)
-            resolved, learned = _learn(captured, resolved, points, inputs, config, num_train_timesteps, reach, **keeps)
+            resolved, learned = _learn(captured, resolved, points, inputs, config, span, reach, **keeps)
         timestep = Timestep(
             config.timestep_groups,
-            num_train_timesteps,
+            source.scheduler.config.num_train_timesteps,
             continuous=is_flow(source.scheduler),
             time_scale=denoiser.time_scale(network),
+            bounds=None if isinstance(span, int) else span,
         )
         timestep.clip = clip_of(source.scheduler)
         layers = fold(learned.graph, network, resolved, timestep)
@@ -171,7 +172,6 @@ class _Trajectories:
         conditioning: dict[str, Any] | None,
     ) -> None:
         self.network, self.config, self.scheduler = network, config, _scheduler(network, scheduler)
-        self.num_train_timesteps = self.scheduler.config.num_train_timesteps
         self.shape = denoiser.sample_shape(network, sample_shape)
         self.conditioning = check_conditioning(network, conditioning)
 
@@ -186,7 +186,7 @@ def _learn(
     points: CalibrationSet,
     inputs: LayerInputs | None,
     config: PQCADConfig,
-    num_train_timesteps: int,
+    span: Span,
     reach: Tensor | None,
     *,
     folder: str | Path | None,
@@ -197,20 +197,18 @@ def _learn(
     if config.learns:
         points = CalibrationSet(points.x_t.float(), points.timesteps, cast_floats(points.conditioning))
     if config.learns or config.target_bits is not None:
-        resolved = sensitive(
-            captured, resolved, points, config, num_train_timesteps, callback=callback, progress=progress
-        )
+        resolved = sensitive(captured, resolved, points, config, span, callback=callback, progress=progress)
     if config.learns:
         graph = insert_fake_quantizers(captured.graph, PQCADQuantizer(resolved, "weights"))
         keeps: dict[str, Any] = {"folder": folder, "callback": callback, "progress": progress}
-        learned = learn(graph, resolved, points, config, num_train_timesteps, reach=reach, **keeps)
+        learned = learn(graph, resolved, points, config, span, reach=reach, **keeps)
         return marked(resolved, learned.trained), learned
-    graph = prepare(captured, resolved, config, num_train_timesteps)
+    graph = prepare(captured, resolved, config, span)
     if inputs is None:
-        seen = to_observe(points, config, num_train_timesteps)
+        seen = to_observe(points, config, span)
         calibrate(graph, resolved, seen, config, callback=callback, progress=progress)
     else:
-        take_inputs(graph, inputs.values, timestep_group(points.timesteps, config.timestep_groups, num_train_timesteps))
+        take_inputs(graph, inputs.values, timestep_group(points.timesteps, config.timestep_groups, span))
         fit_grids(graph, resolved, callback=callback, progress=progress)
     return resolved, Learned(graph)
 

@@ -307,7 +307,7 @@ def damage(model_dir: Path, how: str) -> None:
     elif how == "no scheduler":
         (model_dir / "scheduler" / "scheduler_config.json").unlink()
     elif how == "foreign scheduler":
-        (model_dir / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "EDMEulerScheduler"}')
+        (model_dir / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "IPNDMScheduler"}')
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def damage(model_dir: Path, how: str) -> None:
         ("no JSON", "is no JSON or is damaged"),
         ("foreign class", "allowed are UNet2DModel"),
         ("no scheduler", "scheduler.save_pretrained"),
-        ("foreign scheduler", "EDMEulerScheduler: allowed are DDIMScheduler"),
+        ("foreign scheduler", "IPNDMScheduler: allowed are DDIMScheduler"),
     ],
 )
 def test_damaged_model_is_one_line(model_dir: Path, capsys: pytest.CaptureFixture, how: str, says: str):

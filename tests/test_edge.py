@@ -366,7 +366,7 @@ def test_nodes_that_cannot_share_a_call_are_named():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"scheduler": EDMEulerScheduler()}, ValueError, "allowed are instances of DDIMScheduler"),
+        ({"scheduler": EDMEulerScheduler()}, ValueError, "EDMEulerScheduler walks EDM's noise process"),
         (
             {"scheduler": FlowMatchEulerDiscreteScheduler()},
             ValueError,

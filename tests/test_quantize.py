@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import (
     DDPMScheduler,
-    EDMEulerScheduler,
+    IPNDMScheduler,
     UNet2DConditionModel,
     UNet2DModel,
 )
@@ -359,7 +359,7 @@ FAILURES = {
         r"overrides\['nowhere.\*'\] is no role",
     ),
     "no shape": ({"sample_shape": None}, None, ValueError, "pass sample_shape"),
-    "EDM": ({"scheduler": EDMEulerScheduler()}, None, ValueError, "a EDMEulerScheduler: allowed are"),
+    "another process": ({"scheduler": IPNDMScheduler()}, None, ValueError, "a IPNDMScheduler: allowed are"),
     "filter_fn": (
         {"filter_fn": lambda module, fqn: False},
         None,
@@ -474,9 +474,9 @@ def test_the_scheduler_saved_beside_a_unet_is_used(tiny_dir):
 
 def test_a_foreign_scheduler_saved_beside_a_unet_is_an_error(tiny_unet, tmp_path):
     tiny_unet.save_pretrained(tmp_path / "unet")
-    EDMEulerScheduler().save_pretrained(tmp_path / "scheduler")
+    IPNDMScheduler().save_pretrained(tmp_path / "scheduler")
     unet = UNet2DModel.from_pretrained(tmp_path / "unet")
-    with pytest.raises(ValueError, match=r"names the class EDMEulerScheduler: allowed are"):
+    with pytest.raises(ValueError, match=r"names the class IPNDMScheduler: allowed are"):
         quantize_(unet, quick(), progress=False)
 
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from pqcad_ao.config import CacheConfig, CADConfig, Correction, PQCADConfig
 from pqcad_ao.correct import SUBSTEPS
-from pqcad_ao.denoiser import placement, predict_float32, sample_shape, spread_rows, unguided
+from pqcad_ao.denoiser import Span, placement, predict_float32, sample_shape, spread_rows, unguided
 from pqcad_ao.diffusion.cache_plan import uniform_starts
 from pqcad_ao.diffusion.calibration import CalibrationSet, draw_steps
 from pqcad_ao.diffusion.noise import Sampler, process_of
-from pqcad_ao.diffusion.process import as_sampler
+from pqcad_ao.diffusion.process import as_sampler, span_of
 from pqcad_ao.distill import check_distillation
 from pqcad_ao.graph.capture import Capture, capture
 from pqcad_ao.graph.plan import Plan
@@ -125,17 +125,17 @@ def _seconds(
 ) -> float:
     """Seconds of the whole run: rows that the network is called with, and updates, each times what one takes here."""
     process_of(sampler).set_timesteps(config.calibration_steps)
-    trained, generator = sampler.config.num_train_timesteps, torch.Generator().manual_seed(config.seed)
+    span, generator = span_of(sampler), torch.Generator().manual_seed(config.seed)
     points = _points(unet, sampler, conditioning, max(ROWS, config.batch_size), generator)
     row = _seconds_of_a_row(unet, conditioning)
-    _, trajectories = draw_steps(sampler.timesteps, trained, config, generator)
+    _, trajectories = draw_steps(sampler.timesteps, span, config, generator)
     rows = trajectories * config.calibration_steps
     if config.learns or config.target_bits is not None:
         rows += len(resolved.quantized) * POINTS
     if config.learns:
-        once, update = _seconds_of_learning(captured, resolved, points, config, trained)
+        once, update = _seconds_of_learning(captured, resolved, points, config, span)
     else:
-        once, update = _seconds_of_calibrating(captured, resolved, points, config, trained), 0.0
+        once, update = _seconds_of_calibrating(captured, resolved, points, config, span), 0.0
     seconds = once + config.iterations * update
     if cad is not None:
         if not config.learns:
@@ -176,20 +176,20 @@ def _seconds_of_a_row(unet: nn.Module, conditioning: dict[str, Any]) -> float:
 
 
 def _seconds_of_learning(
-    captured: Capture, resolved: Plan, points: CalibrationSet, config: PQCADConfig, trained: int
+    captured: Capture, resolved: Plan, points: CalibrationSet, config: PQCADConfig, span: Span
 ) -> tuple[float, float]:
     """What is done once, and an update on both sides."""
     graph = insert_fake_quantizers(captured.graph, PQCADQuantizer(resolved, "weights"))
     few = replace(config, mode="fixed", iterations=UPDATES, weight_ladder=[], activation_ladder=[])
     times = [time.perf_counter()]
-    learn(graph, resolved, points, few, trained, callback=lambda *_: times.append(time.perf_counter()))
+    learn(graph, resolved, points, few, span, callback=lambda *_: times.append(time.perf_counter()))
     update = (times[-1] - times[1]) / (UPDATES - 1)
     return times[1] - times[0] - update, update
 
 
 def _seconds_of_calibrating(
-    captured: Capture, resolved: Plan, points: CalibrationSet, config: PQCADConfig, trained: int
+    captured: Capture, resolved: Plan, points: CalibrationSet, config: PQCADConfig, span: Span
 ) -> float:
     begin = time.perf_counter()
-    calibrate(prepare(captured, resolved, config, trained), resolved, points, config, progress=False)
+    calibrate(prepare(captured, resolved, config, span), resolved, points, config, progress=False)
     return time.perf_counter() - begin

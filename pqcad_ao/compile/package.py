@@ -29,7 +29,7 @@ from pqcad_ao.denoiser import (
 )
 from pqcad_ao.diffusion.cache_plan import CachePlan
 from pqcad_ao.diffusion.noise import process_of
-from pqcad_ao.diffusion.process import matching_sampler
+from pqcad_ao.diffusion.process import check_counted, matching_sampler
 from pqcad_ao.diffusion.schedule import steps_to_bind
 from pqcad_ao.evaluate.sqnr import sqnr_db
 from pqcad_ao.graph.capture import capture
@@ -158,8 +158,9 @@ def _scheduler(scheduler: Any, timestep: Timestep, num_inference_steps: int | No
     Raises:
         ValueError: as :func:`export_pt2` for a scheduler, steps or batches that do not go together.
     """
+    check_counted(timestep.span, "a package")
     if scheduler is not None:
-        scheduler = matching_sampler(scheduler, timestep.num_train_timesteps, continuous=timestep.continuous)
+        scheduler = matching_sampler(scheduler, timestep.num_train_timesteps, timestep.process)
     if num_inference_steps is not None:
         if scheduler is None:
             raise ValueError("num_inference_steps binds the package to a schedule: pass the scheduler as well")

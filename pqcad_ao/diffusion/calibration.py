@@ -13,7 +13,9 @@ from torch.utils._pytree import tree_map
 from pqcad_ao.config import PQCADConfig
 from pqcad_ao.denoiser import (
     GUIDANCE_SCALE,
+    Span,
     evaluation_mode,
+    extent,
     in_one_call,
     placement,
     spread_rows,
@@ -23,7 +25,7 @@ from pqcad_ao.denoiser import (
 )
 from pqcad_ao.diffusion.inputs import LayerInputs
 from pqcad_ao.diffusion.noise import process_of
-from pqcad_ao.diffusion.process import as_sampler, check_signal, settings_of
+from pqcad_ao.diffusion.process import as_sampler, check_signal, settings_of, span_of
 from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.diffusion.selection import NEAR, one_of_each
 from pqcad_ao.utils.checks import is_whole
@@ -34,6 +36,7 @@ from pqcad_ao.utils.runs import only_run_in
 from pqcad_ao.utils.tensor_files import read_tensors, write_tensors
 
 SAVE_EVERY_S = 30.0
+PARTS = 2**20  # of a span of timesteps that are not whole numbers, for drawing some
 SAMPLES = 8  # points of a timestep group, the first ones, to which its grids are fitted
 
 
@@ -42,7 +45,8 @@ class CalibrationSet:
     """Inputs of the network along its own sampling trajectories.
 
     Attributes:
-        x_t: (N, C, H, W). timesteps: (N,) int64, of a flow float32. conditioning: keyword arguments with N rows each.
+        x_t: (N, C, H, W). timesteps: (N,) int64, of a flow or EDM float32. conditioning: keyword arguments with N
+            rows each.
     """
 
     x_t: Tensor
@@ -67,26 +71,26 @@ class CalibrationSet:
             yield self.x_t[rows], self.timesteps[rows], take_rows(self.conditioning, rows)
 
 
-def draw_timesteps(
-    count: int, num_train_timesteps: int, law: str, *, mean: float, std: float, generator: torch.Generator
-) -> Tensor:
+def draw_timesteps(count: int, span: Span, law: str, *, mean: float, std: float, generator: torch.Generator) -> Tensor:
     """``count`` timesteps in [0, T): uniform, or N(mean·T, (std·T)²) truncated to the interval by redrawing.
 
-    The normal law is PTQ4DM's (Shang et al. 2023, §4.3). Returns (count,) int64.
+    The normal law is PTQ4DM's (Shang et al. 2023, §4.3). Returns (count,) int64; float32 where the span is not [0, T),
+    mean and std being parts of it.
     """
+    if not isinstance(span, int):
+        parts = draw_timesteps(count, PARTS, law, mean=mean, std=std, generator=generator)
+        return span[0] + parts * (extent(span) / PARTS)
     if law == "uniform":
-        return torch.randint(num_train_timesteps, (count,), generator=generator)
+        return torch.randint(span, (count,), generator=generator)
     drawn = torch.empty(0, dtype=torch.int64)
     while len(drawn) < count:
-        t = torch.randn(4 * count, generator=generator) * std * num_train_timesteps + mean * num_train_timesteps
+        t = torch.randn(4 * count, generator=generator) * std * span + mean * span
         t = t.floor().to(torch.int64)
-        drawn = torch.cat([drawn, t[(t >= 0) & (t < num_train_timesteps)]])
+        drawn = torch.cat([drawn, t[(t >= 0) & (t < span)]])
     return drawn[:count]
 
 
-def draw_steps(
-    visited: Tensor, num_train_timesteps: int, config: PQCADConfig, generator: torch.Generator
-) -> tuple[Tensor, int]:
+def draw_steps(visited: Tensor, span: Span, config: PQCADConfig, generator: torch.Generator) -> tuple[Tensor, int]:
     """The step of a sampler at which each point of C_QC is taken: a timestep drawn by the law, moved to the nearest.
 
     Args:
@@ -97,7 +101,7 @@ def draw_steps(
     """
     drawn = draw_timesteps(
         config.learning_points if config.learns or config.clusters else config.calibration_points,
-        num_train_timesteps,
+        span,
         config.calibration_timesteps,
         mean=config.calibration_mean,
         std=config.calibration_std,
@@ -105,13 +109,13 @@ def draw_steps(
     )
     step = (drawn[:, None] - visited[None]).abs().argmin(1)
     if not config.learns and not config.clusters:  # nobody looks at the others, whose walks take most of the time
-        step = step[observed(visited[step], config.timestep_groups, num_train_timesteps)]
+        step = step[observed(visited[step], config.timestep_groups, span)]
     return step, int(torch.bincount(step).max())
 
 
-def observed(timesteps: Tensor, groups: int, num_train_timesteps: int) -> Tensor:
+def observed(timesteps: Tensor, groups: int, span: Span) -> Tensor:
     """Which points (N,) are the first ``SAMPLES`` of their timestep group, to which its grids are fitted: (N,) bool."""
-    group = timestep_group(timesteps.cpu(), groups, num_train_timesteps)
+    group = timestep_group(timesteps.cpu(), groups, span)
     order = group.argsort(stable=True)
     count = torch.bincount(group)
     number = torch.arange(len(group)) - (count.cumsum(0) - count)[group[order]]  # within its group
@@ -120,16 +124,16 @@ def observed(timesteps: Tensor, groups: int, num_train_timesteps: int) -> Tensor
     return chosen
 
 
-def to_observe(points: CalibrationSet, config: PQCADConfig, num_train_timesteps: int) -> CalibrationSet:
+def to_observe(points: CalibrationSet, config: PQCADConfig, span: Span) -> CalibrationSet:
     """Those of C_QC's points to which activation grids are fitted.
 
     With ``calibration_selection="clusters"`` as many of each timestep group as otherwise, chosen among all of it.
     """
     head = points[: config.calibration_points]
-    chosen = observed(head.timesteps, config.timestep_groups, num_train_timesteps)
+    chosen = observed(head.timesteps, config.timestep_groups, span)
     if not config.clusters:
         return head[chosen]
-    group = timestep_group(points.timesteps.cpu(), config.timestep_groups, num_train_timesteps)
+    group = timestep_group(points.timesteps.cpu(), config.timestep_groups, span)
     counts = torch.bincount(group[: len(head)][chosen], minlength=config.timestep_groups)
     found = []
     for number in counts.nonzero().flatten().tolist():
@@ -139,7 +143,7 @@ def to_observe(points: CalibrationSet, config: PQCADConfig, num_train_timesteps:
             points.timesteps.cpu()[rows],
             int(counts[number]),
             alpha=config.cluster_alpha,
-            bandwidth=NEAR * num_train_timesteps / config.timestep_groups,
+            bandwidth=NEAR * extent(span) / config.timestep_groups,
             seed=(config.seed * 1_000_003 + number) % 2**63,
         )
         found.append(rows[alike])
@@ -286,7 +290,7 @@ def _draw(
 ) -> _Draw:
     """Draw the points' timesteps by the law, and give each a trajectory of its own among those at its step."""
     generator = torch.Generator().manual_seed(config.seed)
-    step, trajectories = draw_steps(scheduler.timesteps, scheduler.config.num_train_timesteps, config, generator)
+    step, trajectories = draw_steps(scheduler.timesteps, span_of(scheduler), config, generator)
     noise = torch.randn(trajectories, *shape, generator=generator).to(device, dtype)
     trajectory = assign_trajectories(step, trajectories, generator)
     negative = torch.rand(len(step), generator=generator) < 0.5

@@ -18,6 +18,8 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     DPMSolverSDEScheduler,
     DPMSolverSinglestepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -36,11 +38,12 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from pqcad_ao.diffusion.noise import Sampler, process_of
+from pqcad_ao.denoiser import Span
+from pqcad_ao.diffusion.noise import EDM, RectifiedFlow, Sampler, VariancePreserving, c_noise, process_of
 from pqcad_ao.utils.checks import check_count
 from pqcad_ao.utils.files import read_json
 
-# Each walks the variance-preserving process of Ho et al. 2020 in its own way. A file may name these, and FLOWS.
+# Each walks the variance-preserving process of Ho et al. 2020 in its own way. A file may name these, FLOWS and EDMS.
 VARIANCE_PRESERVING = (
     DDIMScheduler,
     DDPMScheduler,
@@ -80,7 +83,8 @@ STOCHASTIC = (
     FlowMatchLCMScheduler,
 )
 FLOWS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)
-FAMILY = (*VARIANCE_PRESERVING, *FLOWS)
+EDMS = (EDMEulerScheduler, EDMDPMSolverMultistepScheduler)
+FAMILY = (*VARIANCE_PRESERVING, *FLOWS, *EDMS)
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # that DDIMScheduler knows by name
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 LARGEST_SHIFT = 1.15  # mu of the largest pictures, where a scheduler does not say it
@@ -89,7 +93,7 @@ LEAST_SIGNAL = 1e-6  # power of the image in x_t
 
 
 def as_sampler(scheduler) -> Sampler:
-    """A deterministic sampler of a scheduler's noise process: DDIM, or Euler's steps of a rectified flow.
+    """A deterministic sampler of a scheduler's noise process: DDIM, or Euler's steps of a rectified flow or of EDM.
 
     Calibration walks this one and not the scheduler itself. Where x_t is at a timestep hangs on the process and hardly
     on the solver; a solver without noise of its own and without memory makes a walk that can be cut anywhere, and gone
@@ -109,12 +113,37 @@ def as_sampler(scheduler) -> Sampler:
             "If the network was trained on a DDPM noise process, pass a DDIMScheduler with its betas and "
             "prediction_type; if on a rectified flow, a FlowMatchEulerDiscreteScheduler with its shift"
         )
+    if isinstance(scheduler, EDMS):
+        return _as_edm(scheduler)
     return _as_flow(scheduler) if is_flow(scheduler) else _as_ddim(scheduler)
 
 
 def is_flow(scheduler) -> bool:
     """Whether a scheduler walks a rectified flow."""
     return isinstance(scheduler, FLOWS) or bool(scheduler.config.get("use_flow_sigmas"))
+
+
+def process_name(scheduler) -> str:
+    """The noise process that a scheduler walks, as errors say it."""
+    if isinstance(scheduler, EDMS):
+        return EDM.name
+    return RectifiedFlow.name if is_flow(scheduler) else VariancePreserving.name
+
+
+def span_of(scheduler) -> Span:
+    """What a network is called with under a scheduler, which groups of timesteps divide."""
+    if isinstance(scheduler, EDMS):
+        return c_noise(scheduler.config.sigma_min), c_noise(scheduler.config.sigma_max)
+    return scheduler.config.num_train_timesteps
+
+
+def check_counted(span: Span, doing: str) -> None:
+    """Raises ValueError: the timesteps are EDM's, for which something is not made."""
+    if not isinstance(span, int):
+        raise ValueError(
+            f"{doing} is not for networks of {EDM.name}, which are called with ln(sigma) / 4: such a network is "
+            "quantized, sampled, saved and compiled with torch.compile(backend='pqcad')"
+        )
 
 
 def draws_noise(scheduler) -> bool:
@@ -176,6 +205,19 @@ def _as_flow(scheduler) -> FlowMatchEulerDiscreteScheduler:
     )
 
 
+def _as_edm(scheduler) -> EDMEulerScheduler:
+    config, name = scheduler.config, type(scheduler).__name__
+    if config.prediction_type not in ("epsilon", "v_prediction"):
+        raise ValueError(f"{name} has prediction_type={config.prediction_type!r}: allowed are epsilon, v_prediction")
+    if not 0 < config.sigma_min < config.sigma_max < math.inf or not 0 < config.sigma_data < math.inf:
+        raise ValueError(
+            f"{name} has sigma_min={config.sigma_min}, sigma_max={config.sigma_max}, sigma_data={config.sigma_data}: "
+            "allowed are numbers above 0, sigma_min less than sigma_max"
+        )
+    known = inspect.signature(EDMEulerScheduler.__init__).parameters
+    return EDMEulerScheduler(**{option: value for option, value in config.items() if option in known})
+
+
 def settings_of(scheduler) -> str:
     """What a scheduler computes with, the same in every process (diffusers keeps a list in a set's order beside it)."""
     return repr(sorted((name, value) for name, value in scheduler.config.items() if not name.startswith("_")))
@@ -195,22 +237,23 @@ def check_signal(scheduler, timesteps: Tensor) -> None:
         )
 
 
-def matching_sampler(scheduler, num_train_timesteps: int, *, continuous: bool) -> Sampler:
+def matching_sampler(scheduler, num_train_timesteps: int, process: str) -> Sampler:
     """:func:`as_sampler` of the scheduler that a network was quantized with, for programs that hold its steps.
 
     Args:
-        continuous: whether the network was quantized for a rectified flow.
+        process: that the network was quantized for, as :func:`process_name` says it.
 
     Raises:
-        ValueError: as :func:`as_sampler`, it walks another process, or has another number of training timesteps.
+        ValueError: as :func:`as_sampler`, it walks another process, or EDM's, or has another number of training
+            timesteps.
     """
     sampler = as_sampler(scheduler)
-    if is_flow(sampler) != continuous:
-        process, other = ("a rectified flow", "a DDPM noise process")[:: 1 if continuous else -1]
+    if process_name(sampler) != process:
         raise ValueError(
-            f"the network was quantized for {process}, and {type(scheduler).__name__} walks {other}: pass the "
-            "scheduler it was quantized with"
+            f"the network was quantized for {process}, and {type(scheduler).__name__} walks {process_name(sampler)}: "
+            "pass the scheduler it was quantized with"
         )
+    check_counted(span_of(sampler), "a program with the sampler's steps")
     trained = sampler.config.num_train_timesteps
     if trained != num_train_timesteps:
         raise ValueError(

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from pqcad_ao.denoiser import GUIDANCE_SCALE, GUIDED_AGAIN, predict, take_rows
 from pqcad_ao.diffusion.correction import CorrectionTable, correction_of
 from pqcad_ao.diffusion.noise import RectifiedFlow
-from pqcad_ao.diffusion.process import FLOWS, as_sampler, clip_of, is_flow
+from pqcad_ao.diffusion.process import FLOWS, as_sampler, clip_of, process_name
 from pqcad_ao.utils.checks import NOT_FINITE
 from pqcad_ao.utils.processes import fill_in
 from pqcad_ao.utils.progress import tqdm
@@ -177,11 +177,10 @@ def _check_walk(known: Any, scheduler) -> None:
             stacklevel=4,  # of what is decorated with no_grad
         )
     clips = clip_of(scheduler)
-    if known is not None and known.continuous != is_flow(scheduler):
-        meant = "a rectified flow" if known.continuous else "a DDPM noise process"
+    if known is not None and known.process != process_name(scheduler):
         warnings.warn(
-            f"this network was quantized for {meant}, and {type(scheduler).__name__} walks another: sample with the "
-            "scheduler that quantize_ was given",
+            f"this network was quantized for {known.process}, and {type(scheduler).__name__} walks another: sample "
+            "with the scheduler that quantize_ was given",
             stacklevel=4,
         )
     elif clip is not None and clips != clip:

@@ -5,7 +5,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from pqcad_ao.diffusion.noise import Sampler, process_of
-from pqcad_ao.diffusion.process import as_sampler, check_signal, draws_noise
+from pqcad_ao.diffusion.process import as_sampler, check_counted, check_signal, draws_noise, span_of
 from pqcad_ao.utils.checks import check_count
 
 
@@ -17,10 +17,11 @@ def teachable(scheduler, num_inference_steps: int, halvings: int) -> Sampler:
 
     Raises:
         ValueError: steps that cannot be halved so often, or do not divide the training timesteps, a scheduler that
-            draws noise while it samples, another family, dynamic thresholding, a flow with a terminal shift, or epsilon
-            prediction where the signal is zero.
+            draws noise while it samples, another family or EDM's process, dynamic thresholding, a flow with a terminal
+            shift, or epsilon prediction where the signal is zero.
     """
     sampler, parts = as_sampler(scheduler), 2**halvings
+    check_counted(span_of(sampler), "distillation")
     if draws_noise(scheduler):
         raise ValueError(
             f"{type(scheduler).__name__} draws noise at every step, and a jump over two of them has no one target: "

@@ -126,7 +126,7 @@ def export_pte(
     unet, cached = network_and_plan(unet, cache)
     timestep = required_state(unet, ", or export_fp32_pte for the baseline").timestep
     _check_float(unet)
-    scheduler = matching_sampler(scheduler, timestep.num_train_timesteps, continuous=timestep.continuous)
+    scheduler = matching_sampler(scheduler, timestep.num_train_timesteps, timestep.process)
     if num_inference_steps is None and cached is not None:
         num_inference_steps = len(cached.timesteps)
     num_inference_steps = steps_to_bind(scheduler, num_inference_steps, timestep.schedule)

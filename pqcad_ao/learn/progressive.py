@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from pqcad_ao.config import PQCADConfig
+from pqcad_ao.denoiser import Span
 from pqcad_ao.diffusion.calibration import CalibrationSet, to_observe
 from pqcad_ao.graph.plan import Plan
 from pqcad_ao.learn.reweighing import Reweighing, shown
@@ -93,7 +94,7 @@ def learn(
     resolved: Plan,
     points: CalibrationSet,
     config: PQCADConfig,
-    num_train_timesteps: int,
+    span: Span,
     *,
     reach: Tensor | None = None,
     folder: str | Path | None = None,
@@ -105,7 +106,7 @@ def learn(
     Args:
         graph: with the weights' fake quantizers in it; trained in place, so its parameters must be its own.
         points: C_QC.
-        num_train_timesteps: T of the noise process.
+        span: of the noise process's timesteps.
         reach: (N,) how far an error at each point's step carries, for ``sample_weights="reach"``.
         folder, callback, progress: as for :func:`~pqcad_ao.learn.training.train_loop`.
 
@@ -115,7 +116,7 @@ def learn(
         ValueError: too few iterations for the ladders, or ``folder`` holds another run's checkpoint.
     """
     rank, _ = rank_and_world()
-    run = _Run(graph, resolved, points, config, num_train_timesteps, reach)
+    run = _Run(graph, resolved, points, config, span, reach)
 
     def describe(update: Update) -> dict[str, Any]:
         shown = "–" if update.momentum is None else f"{update.momentum:.4f}"
@@ -145,11 +146,11 @@ class _Run:
         resolved: Plan,
         points: CalibrationSet,
         config: PQCADConfig,
-        num_train_timesteps: int,
+        span: Span,
         reach: Tensor | None = None,
     ) -> None:
         self.graph, self.points, self.config = graph, points, config
-        self.num_train_timesteps, (self.rank, self.world) = num_train_timesteps, rank_and_world()
+        self.span, (self.rank, self.world) = span, rank_and_world()
         self.plan = resolved
         self.bits = {
             "weights": {row.fqn: row.weight_bits or 0 for row in resolved.quantized},
@@ -172,9 +173,9 @@ class _Run:
         self.reach = None if reach is None else reach.square() / reach.square().mean()
         self.reweighing: Reweighing | None = None
         if config.sample_weights in ("groups", "aligned"):
-            self.reweighing = Reweighing(points, self.targets, config, num_train_timesteps)
+            self.reweighing = Reweighing(points, self.targets, config, span)
             self.points, self.targets = self.reweighing.points, self.reweighing.targets
-        self.observed = to_observe(self.points, config, num_train_timesteps)
+        self.observed = to_observe(self.points, config, span)
         self.reference = self._frozen() if config.local_weight else None
         weights = self.policies.get("weights")
         fit_weights(graph, self._widths("weights", weights.bits if weights else 0))
@@ -316,7 +317,7 @@ class _Run:
     def _insert_activations(self, *, fit: bool) -> None:
         config = self.config
         quantizer = PQCADQuantizer(self.plan, "activations", groups=config.timestep_groups)
-        self.graph = insert_activations(self.graph, quantizer, self.num_train_timesteps)
+        self.graph = insert_activations(self.graph, quantizer, self.span)
         self.quantizers = list(activation_quantizers(self.graph).values())
         self.learner.graph = self.graph
         self.learner.add_scales(self.quantizers)

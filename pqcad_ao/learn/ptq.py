@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch.fx import GraphModule
 
 from pqcad_ao.config import PQCADConfig
+from pqcad_ao.denoiser import Span
 from pqcad_ao.diffusion.calibration import CalibrationSet
 from pqcad_ao.graph.capture import Capture
 from pqcad_ao.graph.plan import Plan
@@ -13,11 +14,11 @@ from pqcad_ao.prepare.annotate import PQCADQuantizer, insert_fake_quantizers
 from pqcad_ao.prepare.observe import fit_activations, fit_weights, observe, weights_in_full_precision
 
 
-def prepare(captured: Capture, resolved: Plan, config: PQCADConfig, num_train_timesteps: int) -> GraphModule:
+def prepare(captured: Capture, resolved: Plan, config: PQCADConfig, span: Span) -> GraphModule:
     """Put the plan's fake quantizers into the captured graph, with the timestep wired to the activations'."""
     graph = insert_fake_quantizers(captured.graph, PQCADQuantizer(resolved, "weights"))
     quantizer = PQCADQuantizer(resolved, "activations", groups=config.timestep_groups)
-    return insert_activations(graph, quantizer, num_train_timesteps)
+    return insert_activations(graph, quantizer, span)
 
 
 def calibrate(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pqcad_ao.config import MAX_BATCH, PQCADConfig
-from pqcad_ao.denoiser import timestep_group
+from pqcad_ao.denoiser import Span, timestep_group
 from pqcad_ao.diffusion.calibration import CalibrationSet
 from pqcad_ao.learn.weights import SampleWeights
 from pqcad_ao.passes.probes import take_gradients
@@ -31,9 +31,9 @@ class Reweighing:
         held: points and targets that are held out for each task, as many as one call takes.
     """
 
-    def __init__(self, points: CalibrationSet, targets: Tensor, config: PQCADConfig, num_train_timesteps: int) -> None:
+    def __init__(self, points: CalibrationSet, targets: Tensor, config: PQCADConfig, span: Span) -> None:
         tasks = config.weight_tasks
-        task = timestep_group(points.timesteps, tasks, num_train_timesteps)
+        task = timestep_group(points.timesteps, tasks, span)
         aside = held_out(len(task), config.weight_validation, config.seed).to(task.device)
         rows = [((task == k) & aside).nonzero().flatten()[:MAX_BATCH] for k in range(tasks)]
         self.held = [(points[here], targets[here]) for here in rows]

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from pqcad_ao.config import PQCADConfig
+from pqcad_ao.denoiser import Span
 from pqcad_ao.diffusion.calibration import CalibrationSet, to_observe
 from pqcad_ao.graph.capture import Capture
 from pqcad_ao.graph.plan import Plan, PlanRow
@@ -147,17 +148,17 @@ def sensitive(
     resolved: Plan,
     points: CalibrationSet,
     config: PQCADConfig,
-    num_train_timesteps: int,
+    span: Span,
     *,
     callback: Callable[[str, int, int], None] | None = None,
     progress: bool = True,
 ) -> Plan:
     """The plan with each layer's sensitivity, and more bits where ``config.target_bits`` allows them."""
     trial = Capture(copy.deepcopy(captured.graph), captured.x_t, captured.timesteps)
-    graph = prepare(trial, resolved, config, num_train_timesteps)
+    graph = prepare(trial, resolved, config, span)
     head = points[: config.calibration_points]
     with weights_in_full_precision(graph):
-        observe(graph, to_observe(points, config, num_train_timesteps), config.calibration_batch_size)
+        observe(graph, to_observe(points, config, span), config.calibration_batch_size)
     losses = layer_sensitivity(
         graph, resolved, head, rungs=config.target_bits is not None, callback=callback, progress=progress
     )

@@ -34,7 +34,7 @@ def unfold(
     skeleton = to_learn(reference)
     skeleton.load_state_dict(dequantized_state(model, reference))
     captured = capture(skeleton, shape, cast_floats(conditioning))
-    graph = prepare(captured, state.plan, state.config, state.timestep.num_train_timesteps)
+    graph = prepare(captured, state.plan, state.config, state.timestep.span)
     for fqn, (weights, _) in weight_quantizers(graph).items():
         bits = state.plan[fqn].weight_bits or 0
         weights.move(bits, bits, 1.0)

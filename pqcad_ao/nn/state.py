@@ -23,7 +23,7 @@ from pqcad_ao.utils.fields import at_default
 
 FORMAT = 1
 FIELDS = {"quant_method", "format", "config", "plan", "timestep_groups", "num_train_timesteps", "transitions"}
-OPTIONAL = {"schedule", "continuous", "time_scale", "clip", "guidance", "correction"}
+OPTIONAL = {"schedule", "continuous", "bounds", "time_scale", "clip", "guidance", "correction"}
 WEIGHTS = "weights"  # field of a config.json, beside those of a state: the checksum of what was saved with it
 ATTRIBUTE = "_pqcad_state"  # of a quantized network
 
@@ -111,6 +111,8 @@ def _of_time(timestep: Timestep) -> dict[str, Any]:
     fields: dict[str, Any] = {} if timestep.schedule is None else {"schedule": timestep.schedule}
     if timestep.continuous:
         fields["continuous"] = True
+    if timestep.bounds is not None:
+        fields["bounds"] = [*timestep.bounds]
     if timestep.time_scale != 1:
         fields["time_scale"] = timestep.time_scale
     if timestep.clip is not None:
@@ -130,7 +132,8 @@ def _time_from(values: dict[str, Any]) -> Timestep:
         raise ValueError(f"continuous is {continuous!r}")
     if not isinstance(time_scale, float) or not 0 < time_scale <= 1:
         raise ValueError(f"time_scale is {time_scale!r}")
-    timestep = Timestep(*counts, continuous=continuous, time_scale=time_scale)
+    bounds = None if values.get("bounds") is None else _bounds(values["bounds"])
+    timestep = Timestep(*counts, continuous=continuous, time_scale=time_scale, bounds=bounds)
     schedule, timestep.clip = values.get("schedule"), values.get("clip")
     if timestep.clip is not None and not (isinstance(timestep.clip, float) and 0 <= timestep.clip < inf):
         raise ValueError(f"clip is {timestep.clip!r}")
@@ -141,6 +144,14 @@ def _time_from(values: dict[str, Any]) -> Timestep:
         raise ValueError(f"schedule is {schedule}, expected are falling timesteps from {counts[1] - 1} to 0")
     timestep.schedule = schedule
     return timestep
+
+
+def _bounds(values: Any) -> tuple[float, float]:
+    """Raises ValueError: they are not the least and the greatest timestep of a process."""
+    sound = isinstance(values, list) and len(values) == 2 and all(isinstance(t, float) for t in values)
+    if not sound or not -inf < values[0] < values[1] < inf:
+        raise ValueError(f"bounds is {values!r}")
+    return values[0], values[1]
 
 
 def _is_schedule(schedule: Any, of: Timestep) -> bool:

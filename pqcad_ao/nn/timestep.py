@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pqcad_ao.denoiser import GUIDED_AGAIN, set_time_scale, timestep_group, timestep_position
+from pqcad_ao.denoiser import GUIDED_AGAIN, Span, extent, set_time_scale, timestep_group, timestep_position
+from pqcad_ao.diffusion.noise import EDM, RectifiedFlow, VariancePreserving
 
 ATTRIBUTE = "_pqcad_timestep"  # of a quantized network
 LOOKED_AT = 2  # first calls of a network
@@ -50,10 +51,17 @@ class Timestep:
     """
 
     def __init__(
-        self, groups: int, num_train_timesteps: int, *, continuous: bool = False, time_scale: float = 1.0
+        self,
+        groups: int,
+        num_train_timesteps: int,
+        *,
+        continuous: bool = False,
+        time_scale: float = 1.0,
+        bounds: tuple[float, float] | None = None,
     ) -> None:
         self.groups, self.num_train_timesteps = groups, num_train_timesteps
         self.continuous = continuous  # timesteps are fractions up to T, and not whole numbers up to T - 1
+        self.bounds = bounds  # least and greatest timestep of EDM's process; None of others, whose are from 0 to T
         self.time_scale = time_scale  # what the network is called with, a training timestep times this
         self.position = 1  # of the timestep among the arguments of the network's forward
         self.schedule: list | None = None  # the timesteps that the network was distilled for
@@ -61,6 +69,18 @@ class Timestep:
         self.guidance: float | None = None  # scale of the guidance that one call of it does the work of
         self.looked_at = 0  # calls, by :func:`check_scale`
         self._calls = _Calls()
+
+    @property
+    def span(self) -> Span:
+        """Of the timesteps that the groups divide."""
+        return self.num_train_timesteps if self.bounds is None else self.bounds
+
+    @property
+    def process(self) -> str:
+        """The noise process that the network was quantized for, as errors say it."""
+        if self.bounds is not None:
+            return EDM.name
+        return RectifiedFlow.name if self.continuous else VariancePreserving.name
 
     @property
     def call(self) -> Call:
@@ -100,6 +120,23 @@ def check_timesteps(
         raise ValueError(
             f"timestep {time_scale * timesteps[~sound][0].item():g}: this network takes those from 0 to "
             f"{time_scale * most:g}, which it was trained with"
+        )
+
+
+def check_bounds(bounds: tuple[float, float], timesteps: Tensor) -> None:
+    """Warn where a network is called with timesteps outside of those that it was calibrated at, by more than rounding.
+
+    It is no error: a sampler may begin with more noise than the one of the calibration.
+    """
+    low, high = bounds
+    room = ROUNDING * extent(bounds)
+    outside = timesteps[~((timesteps >= low - room) & (timesteps <= high + room))]
+    if len(outside):
+        warnings.warn(
+            f"this network was calibrated at timesteps ln(sigma) / 4 from {low:.3g} to {high:.3g} and is called with "
+            f"{outside[0].item():.3g}: its layers take the scales of the nearest group. Sample with the scheduler, of "
+            "the same sigma_min and sigma_max, that quantize_ was given",
+            stacklevel=4,
         )
 
 
@@ -169,6 +206,16 @@ def _call_argument(module: nn.Module, args: tuple, kwargs: dict[str, Any], posit
     return kwargs[name]
 
 
+def _check_called_with(state: Timestep, timesteps: Tensor) -> None:
+    if state.bounds is not None:
+        check_bounds(state.bounds, timesteps)
+        return
+    # a time just below 1 is 1 in bfloat16
+    continuous = state.continuous or state.time_scale != 1
+    check_timesteps(timesteps, state.num_train_timesteps, continuous=continuous, time_scale=state.time_scale)
+    check_scale(state, timesteps)
+
+
 def bind_timestep(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of a quantized network: a scalar or per-sample timestep becomes a group for each sample."""
     sample = _call_argument(module, args, kwargs, 0)
@@ -181,14 +228,11 @@ def bind_timestep(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     state = module._pqcad_timestep
     if state.time_scale != 1:
         timesteps = timesteps * (1 / state.time_scale)
-        if not state.continuous:
+        if not state.continuous and state.bounds is None:
             timesteps = timesteps.round()  # a whole number, but for what was lost when it was divided
     # one that is on a GPU would have to be waited for at every step; pqcad_ao's own sampler looks before it starts
     if timesteps.device.type == "cpu" and not torch.compiler.is_compiling():
-        # a time just below 1 is 1 in bfloat16
-        continuous = state.continuous or state.time_scale != 1
-        check_timesteps(timesteps, state.num_train_timesteps, continuous=continuous, time_scale=state.time_scale)
-        check_scale(state, timesteps)
+        _check_called_with(state, timesteps)
         if state.schedule is not None:
             check_schedule(state, timesteps.tolist())
         if state.guidance is not None:
@@ -199,7 +243,7 @@ def bind_timestep(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
             f"{timesteps.shape[0]} timesteps for a batch of {sample.shape[0]}: give one for all, or one for each sample"
         )
     timesteps = timesteps.expand(sample.shape[0])
-    state.call.group = timestep_group(timesteps, state.groups, state.num_train_timesteps)
+    state.call.group = timestep_group(timesteps, state.groups, state.span)
 
 
 def release_timestep(module: Any, args: tuple, output: Any) -> None:
