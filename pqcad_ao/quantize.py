@@ -140,7 +140,7 @@ def quantize_(
             points = source.points(inputs=inputs, **keeps)
             reach = None
             if config.sample_weights == "reach":
-                reach = reach_of(source.scheduler, config.calibration_steps, points.timesteps)
+                reach = reach_of(as_sampler(source.scheduler), config.calibration_steps, points.timesteps)
             resolved, learned = _learn(captured, resolved, points, inputs, config, span, reach, **keeps)
         timestep = Timestep(
             config.timestep_groups,

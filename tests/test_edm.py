@@ -205,10 +205,19 @@ def test_compiled_it_samples_the_same(quantized):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("learning", [{}, {"mode": "fixed", "iterations": 2, "learning_points": 16}])
-def test_a_pipeline_is_quantized_along_its_own_walk(learning):
+@pytest.mark.parametrize(
+    ("scheduler", "learning"),
+    [
+        (EDMEulerScheduler, {}),
+        (
+            EDMDPMSolverMultistepScheduler,
+            {"mode": "fixed", "iterations": 2, "learning_points": 16, "sample_weights": "reach"},
+        ),
+    ],
+)
+def test_a_pipeline_is_quantized_along_its_own_walk(scheduler, learning):
     pipeline = dit()
-    pipeline = DiTPipeline(pipeline.transformer, pipeline.vae, EDMEulerScheduler())
+    pipeline = DiTPipeline(pipeline.transformer, pipeline.vae, scheduler())
     config = quick(weight_bits=8, activation_bits=8, calibration_timesteps="uniform", **learning)
     call = {"class_labels": [1, 2], "guidance_scale": 1.0, "num_inference_steps": 4, "output_type": "np"}
     expected = _drawn(pipeline, call)
