@@ -227,6 +227,8 @@ def test_export_hands_on_what_was_asked_for(
     assert asked["scheduler"].config.prediction_type == "v_prediction"
     assert (found["bytes"], found["steps"], found["sqnr_db"]) == (1234, 7, {"999": 30.0, "499": 41.5})
     assert "30.0 dB at worst" in capsys.readouterr().out
+    argv[argv.index("--batch-size") + 1] = "1,4"
+    assert run_json(tmp_path, "export", *argv)["batch_size"] == asked["batch_size"] == [1, 4]
 
 
 def test_export_of_the_baseline(tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -277,6 +279,7 @@ def test_export_of_a_network_in_full_precision_is_one_line(
         (["compress", "--model", "{model}", "--out", "{model}/model_index.json"], "cannot write to"),
         (["compress", "--model", "{model}", "--out", "{tmp}/a", "--data", "x"], "--data x without --distill N"),
         (["sample", "--model", "{model}", "--out", "{tmp}/a.png", "--n", "0"], "Must be >= 1"),
+        (["export", "--model", "x", "--out", "o", "--full-precision", "--batch-size", "1,4"], "writes one batch size"),
         (["sample", "--model", "{model}", "--out", "{tmp}/a.nopicture", "--n", "1", "--steps", "1"], ".nopicture"),
         (["eval", "--model", "{model}", "--n", "2", "--steps", "1"], "takes (N, 1, 32, 32)"),
         (["eval", "--model", "{model}", "--features", "f"], "give --data DIR too"),

@@ -376,7 +376,7 @@ def test_nodes_that_cannot_share_a_call_are_named():
         ({"num_inference_steps": 0}, ValueError, "num_inference_steps=0"),
         ({"num_inference_steps": 1001}, ValueError, "from 1 to 1000, the scheduler's training timesteps"),
         ({"batch_size": 1.5}, ValueError, r"batch_size=1\.5"),
-        ({"batch_size": [1, 4]}, ValueError, r"batch_size=\[1, 4\].* of one program; for several sizes write several"),
+        ({"batch_size": [4, 4]}, ValueError, r"batch_size=\[4, 4\]: .* without repetition"),
         (
             {"sample_shape": (16, 4)},
             ValueError,

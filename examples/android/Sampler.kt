@@ -10,6 +10,7 @@ import org.pytorch.executorch.Tensor
 class Sampler(path: String) {
     private val program = Module.load(path)
     private val steps = program.execute("steps")[0].toInt()
+    // of a file for several batch sizes, the first; for a further one of 4 execute step_4, step_cached_4 and image_4
     private val batch = program.execute("batch_size")[0].toInt()
     private val sigma = program.execute("init_noise_sigma")[0].toDouble()
     // of a file with a cache plan: the step whose feature each step takes, its own where it is computed in full

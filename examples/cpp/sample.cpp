@@ -141,6 +141,7 @@ int main(int argc, char** argv) {
   std::vector<float> x(size_t(shape[0]) * shape[1] * shape[2] * shape[3]);
   for (float& value : x) value = normal(generator);
 
+  // of a file for several batch sizes, these are the first's; one of 4 has step_4, step_cached_4 and image_4
   Call step(program, "step"), image(program, "image");
   std::unique_ptr<Call> step_cached;  // where the file has a cache plan
   std::vector<int64_t> sources;       // the step whose feature each step takes; its own where it is computed in full

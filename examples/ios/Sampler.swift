@@ -15,6 +15,7 @@ final class Sampler {
     program = Module(filePath: path)
     steps = try program.execute("steps")[0].integer()
     sigma = try program.execute("init_noise_sigma")[0].double()
+    // of a file for several batch sizes, the first; for a further one of 4 execute step_4, step_cached_4 and image_4
     let batch: Int = try program.execute("batch_size")[0].integer()
     if try program.methodNames().contains("step_cached") {
       let taken: Tensor<Int64> = try program.execute("cache_sources")[0].tensor()

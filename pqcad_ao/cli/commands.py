@@ -13,7 +13,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from pqcad_ao.config import CADConfig, PQCADConfig
-from pqcad_ao.utils.options import COMMON, NONE_GIVEN, WRITTEN, Count, Device, Flag, Shared, Whole, options, resumable
+from pqcad_ao.utils.options import (
+    COMMON,
+    NONE_GIVEN,
+    WRITTEN,
+    Count,
+    Device,
+    Flag,
+    Shared,
+    Whole,
+    Wholes,
+    options,
+    resumable,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,6 +50,8 @@ Steps = Annotated[
     Count | None, Parameter(help="Sampling steps; what the network was distilled for, or 20, if not given.")
 ]
 BatchSize = Annotated[Count, Parameter(help="Images a call.")]
+Sizes = Annotated[Wholes, Parameter(help="Images a call; 1,4 writes methods for either size, which share the weights.")]
+ONE_IMAGE = [1]  # a call
 Conditioning = Annotated[
     Path | None,
     Parameter(
@@ -417,7 +431,7 @@ def export(
     model: Model,
     out: Path,
     steps: Steps = None,
-    batch_size: BatchSize = 1,
+    batch_size: Sizes = ONE_IMAGE,
     objective: Literal["speed", "size"] = "speed",
     max_bytes: Count | None = None,
     full_precision: Flag = False,
@@ -442,12 +456,17 @@ def export(
     from pqcad_ao.models import load_model
     from pqcad_ao.utils.quiet import start_executorch
 
+    size, *further = batch_size or [0]
+    if full_precision and further:
+        raise ValueError(
+            f"--full-precision writes one batch size, {len(batch_size)} are given: write --batch-size {size}"
+        )
     check_writable(out.parent)
     unet, scheduler = load_model(model)
     given = conditioned(unet, model, conditioning)
     start_executorch(torch.get_num_threads())
     if full_precision:
-        made = export_fp32_pte(unet, out, batch_size=batch_size, conditioning=given)
+        made = export_fp32_pte(unet, out, batch_size=size, conditioning=given)
     else:
         steps = steps or steps_of(unet)
         made = export_pte(
@@ -457,11 +476,11 @@ def export(
             num_inference_steps=steps,
             objective=objective,
             max_bytes=max_bytes,
-            batch_size=batch_size,
+            batch_size=batch_size if further else size,
             conditioning=given,
             seed=common.seed,
             progress=True,
         )
     print(made)
-    result = {**dataclasses.asdict(made), "path": str(made.path), "batch_size": batch_size}
+    result = {**dataclasses.asdict(made), "path": str(made.path), "batch_size": batch_size if further else size}
     return result if full_precision else {**result, "steps": steps}

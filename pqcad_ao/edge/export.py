@@ -3,7 +3,8 @@
 import copy
 import json
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,19 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from pqcad_ao import denoiser
-from pqcad_ao.cached_unet import CachedUNet, cut_at, network_and_plan
-from pqcad_ao.denoiser import Denoiser, check_conditioning, evaluation_mode
+from pqcad_ao.cached_unet import CachedUNet, network_and_plan
+from pqcad_ao.denoiser import check_conditioning, evaluation_mode
 from pqcad_ao.diffusion.cache_plan import CachePlan
 from pqcad_ao.diffusion.correction import CorrectionTable, correction_of
 from pqcad_ao.diffusion.noise import Sampler, process_of
 from pqcad_ao.diffusion.process import matching_sampler
 from pqcad_ao.diffusion.schedule import signal_and_noise, steps_to_bind, timesteps_of
+from pqcad_ao.edge.capture import Captured, as_function, capture_at, image_shape
 from pqcad_ao.edge.lower import lower, lower_sampler
 from pqcad_ao.edge.parity import ParityError, Record, check_parity, first_departure, record
 from pqcad_ao.edge.report import PTEReport
-from pqcad_ao.edge.sampler import FORMAT, PTESampler, require_executorch, tensors_of
+from pqcad_ao.edge.sampler import FORMAT, PTESampler, require_executorch
 from pqcad_ao.edge.seal import UNSEALED, seal
+from pqcad_ao.edge.sizes import check_sizes, ending
 from pqcad_ao.edge.storage import check_objective, plan_edge
 from pqcad_ao.graph.operators import layer_fqn, operator_of, packed_operator
 from pqcad_ao.nn.layers import QuantizedLayer
@@ -40,7 +42,7 @@ from pqcad_ao.passes.nearest import decompose_nearest
 from pqcad_ao.passes.pieces import decompose_pieces
 from pqcad_ao.passes.sampling_step import add_sampling_step, step_table
 from pqcad_ao.passes.to_xnnpack import to_xnnpack
-from pqcad_ao.utils.checks import check_count, check_counts
+from pqcad_ao.utils.checks import check_counts
 from pqcad_ao.utils.files import check_writable, write_whole
 from pqcad_ao.utils.progress import tqdm
 from pqcad_ao.utils.tracing import forgetting_sources, one_at_a_time
@@ -58,7 +60,7 @@ def export_pte(
     num_inference_steps: int | None = None,
     objective: str = "speed",
     max_bytes: int | None = None,
-    batch_size: int = 1,
+    batch_size: int | Sequence[int] = 1,
     conditioning: dict[str, Any] | None = None,
     sample_shape: tuple[int, int, int] | None = None,
     cache: CachePlan | Literal["own"] | None = "own",
@@ -85,6 +87,9 @@ def export_pte(
       prediction``, of the outermost blocks alone, with the plan's line for that step in them;
     - ``cache_sources``, (S,) int64: the step whose feature each step takes; its own where it is computed in full.
 
+    With several batch sizes these methods are of the first, and each further one, of 4 say, has its own: ``step_4``,
+    ``unet_4``, ``image_4``, ``step_cached_4``, ``unet_cached_4``. The constant ``batch_sizes``, (K,) int64, lists them.
+
     What depends on the timestep alone is a table in the file; weights are in it once. The program is compared with the
     network on the network's own trajectories, at every step, and on inputs outside the calibrated range, before
     anything is written under ``path``.
@@ -98,6 +103,7 @@ def export_pte(
             else 20.
         objective: ``"speed"`` stores two weights a byte where that costs a layer little time, ``"size"`` wherever it
             can. max_bytes: of the file; then layers are chosen by the time that a saved byte costs.
+        batch_size: images of a call, or a list of such numbers, whose methods share the weights in the file.
         conditioning: keyword arguments of ``unet.forward`` with a row for each sample; its tensors become inputs. With
             a ``guidance_scale`` and a ``negative`` in it, guidance with that scale is part of the program.
         sample_shape: (C, H, W), for networks whose config does not say it.
@@ -132,49 +138,44 @@ def export_pte(
     num_inference_steps = steps_to_bind(scheduler, num_inference_steps, timestep.schedule)
     correction = correction_of(unet)
     _check_walk(timesteps_of(scheduler, num_inference_steps), cached, correction, conditioning)
-    check_count("batch_size", batch_size, otherwise=": of one program; for several sizes write several files")
+    sizes = check_sizes(batch_size)
     check_counts(trajectories=trajectories)
     check_objective(objective, max_bytes)
     conditioning = check_conditioning(unet, conditioning)
-    shape = _image_shape(unet, sample_shape)
+    shape = image_shape(unet, sample_shape)
     path = check_writable(path)
     unet = _contiguous(unet)
     stages = tqdm(total=4, desc="recording trajectories", disable=not progress, leave=False)
     with evaluation_mode(unet), torch.no_grad(), forgetting_sources(), stages as bar:
         noise = torch.randn(trajectories, *shape, generator=torch.Generator().manual_seed(seed))
-        walked = (scheduler, noise, num_inference_steps, conditioning, batch_size, progress)
-        records = record(unet, *walked)
-        if cached is not None:
-            records += record(CachedUNet(unet, cached), *walked)
+        records = {}
+        for size in sizes:
+            walked = (scheduler, noise, num_inference_steps, conditioning, size, progress)
+            records[size] = record(unet, *walked)
+            if cached is not None:
+                records[size] += record(CachedUNet(unet, cached), *walked)
         bar.update()
         bar.set_description("capturing")
-        captured, inputs, names = _capture(unet, shape, batch_size, conditioning, timestep.continuous)
-        parts = _parts(captured, cached)
-        constants = _metadata(scheduler, num_inference_steps, batch_size, shape, names, correction, cached)
+        given = (conditioning, timestep.continuous, cached)
+        captured = {size: capture_at(unet, shape, size, *given) for size in sizes}
+        first = captured[sizes[0]]
+        constants = _metadata(scheduler, num_inference_steps, sizes, shape, first.names, correction, cached)
         timesteps = constants["timesteps"]
         bar.update()
         bar.set_description("lowering")
         to_save = None if max_bytes is None else 0
         while True:
-            plan = plan_edge(captured, objective, to_save)
-            rewritten = {
-                ending: _rewrite(copy.deepcopy(part), unet, timesteps, plan.packed) for ending, part in parts.items()
-            }
-            graph, arithmetic = rewritten[""]
-            networks = {ending: network for ending, (network, _) in rewritten.items()}
-            program, calls = _lower(networks, inputs, scheduler, constants, correction, cached)
+            plan = plan_edge(first.graph, objective, to_save)
+            rewritten, arithmetic = _rewrite_all(captured, unet, timesteps, plan.packed)
+            program, calls = _lower(rewritten, scheduler, constants, correction, cached)
             if max_bytes is None or len(program) <= max_bytes:
                 break
             # the plan knows the weights' bytes, the file holds more: what it is too large by has to go as well
             to_save = plan.saved + len(program) - max_bytes
         bar.update()
         bar.set_description("comparing")
-
-        def parted(record: Record) -> str:
-            return first_departure(graph, unet, record, timesteps[record.index], inputs, min_sqnr_db)
-
-        sqnr_db, rounding_db = check_parity(
-            program, unet, records, scheduler, num_inference_steps, batch_size, min_sqnr_db, parted, correction
+        sqnr_db, rounding_db = _compare(
+            program, unet, rewritten, records, scheduler, timesteps, min_sqnr_db, correction
         )
         bar.update()
     write_whole(path, program)
@@ -192,41 +193,77 @@ def _check_walk(
         correction.check(timesteps, conditioning or {}, cached=cached is not None)
 
 
-def _parts(captured: GraphModule, cached: CachePlan | None) -> dict[str, GraphModule]:
-    """The network, or both programs that it is cut into, by what their methods' names end in."""
-    if cached is None:
-        return {"": captured}
-    cut = cut_at(captured, cached)
-    return {"": cut.full, "_cached": cut.shallow}
+def _rewrite_all(
+    captured: dict[int, Captured], unet: nn.Module, schedule: Tensor, packed: Collection[str]
+) -> tuple[dict[int, Captured], dict[str, str]]:
+    """:func:`_rewrite` of every program of every batch size, and the arithmetic, which is the same at each of them."""
+    rewritten: dict[int, Captured] = {}
+    arithmetic: dict[str, str] = {}
+    for size, at in captured.items():
+        parts = {}
+        for part, graph in at.parts.items():
+            parts[part], found = _rewrite(copy.deepcopy(graph), unet, schedule, packed)
+            arithmetic = arithmetic or found  # of the first, the whole network
+        rewritten[size] = replace(at, parts=parts)
+    return rewritten, arithmetic
 
 
 @one_at_a_time
 def _lower(
-    networks: dict[str, GraphModule],
-    inputs: tuple[Any, ...],
+    rewritten: dict[int, Captured],
     scheduler: Sampler,
     constants: dict[str, Any],
     correction: CorrectionTable | None,
     cached: CachePlan | None,
 ) -> tuple[bytes, Counter[str]]:
-    """The program of a rewritten network, in full and cut, and the calls of one step in full."""
+    """The program of rewritten networks, in full and cut, and the calls of one step in full at the first size."""
     timesteps = constants["timesteps"]
     factors = step_table(scheduler, len(timesteps))
-    x_t, _, tensors = inputs
-    exported = {}
-    for ending, network in networks.items():
-        stepping = copy.deepcopy(network)
-        given = [x_t, torch.tensor([0]), timesteps[:1].clone(), *tensors]
-        if ending and cached is not None:
-            feature = stepping.graph.find_nodes(op="placeholder")[-1]
-            given.append(torch.zeros(feature.meta["val"].shape))
-            correct_feature(stepping, cached.scale, cached.shift)
-        elif cached is not None:
-            give_feature_by_rows(stepping)
-        add_sampling_step(stepping, timesteps, factors, process_of(scheduler).clip, correction)
-        exported[ending] = torch.export.export(stepping, tuple(given))
-    program, calls = lower_sampler(exported, torch.export.export(_Image(), (x_t,)), constants)
+    exported, images = {}, {}
+    for size, at in rewritten.items():
+        x_t, _, tensors = at.inputs
+        suffix = ending(list(rewritten), size)
+        for part, network in at.parts.items():
+            stepping = copy.deepcopy(network)
+            given = [x_t, torch.tensor([0]), timesteps[:1].clone(), *tensors]
+            if part and cached is not None:
+                feature = stepping.graph.find_nodes(op="placeholder")[-1]
+                given.append(torch.zeros(feature.meta["val"].shape))
+                correct_feature(stepping, cached.scale, cached.shift)
+            elif cached is not None:
+                give_feature_by_rows(stepping)
+            add_sampling_step(stepping, timesteps, factors, process_of(scheduler).clip, correction)
+            exported[part + suffix] = torch.export.export(stepping, tuple(given))
+        images[suffix] = torch.export.export(_Image(), (x_t,))
+    program, calls = lower_sampler(exported, images, constants)
     return seal(program), calls
+
+
+def _compare(
+    program: bytes,
+    unet: nn.Module,
+    rewritten: dict[int, Captured],
+    records: dict[int, list[Record]],
+    scheduler: Sampler,
+    timesteps: Tensor,
+    min_sqnr_db: float,
+    correction: CorrectionTable | None,
+) -> tuple[dict[float, float], float | None]:
+    """:func:`check_parity` at every batch size; what it returns, of the worst one at each timestep."""
+    reached: dict[float, float] = {}
+    roundings = []
+    for size, at in rewritten.items():
+
+        def parted(record: Record, at: Captured = at) -> str:
+            return first_departure(at.parts[""], unet, record, timesteps[record.index], at.inputs, min_sqnr_db)
+
+        walked = (records[size], scheduler, len(timesteps), size, min_sqnr_db)
+        found, rounding_db = check_parity(
+            program, unet, *walked, parted, correction, suffix=ending(list(rewritten), size)
+        )
+        reached = {t: min(value, reached.get(t, value)) for t, value in found.items()}
+        roundings += [] if rounding_db is None else [rounding_db]
+    return reached, min(roundings, default=None)
 
 
 class _Image(nn.Module):
@@ -263,26 +300,15 @@ def export_fp32_pte(
     _check_float(unet)
     check_counts(batch_size=batch_size)
     conditioning = check_conditioning(unet, conditioning)
-    shape = _image_shape(unet, sample_shape)
+    shape = image_shape(unet, sample_shape)
     path = check_writable(path)
     unet = _contiguous(unet)
     with evaluation_mode(unet), torch.no_grad(), forgetting_sources():
-        step, inputs, _ = _step(unet, shape, batch_size, conditioning)
-        program, calls = lower(step, inputs, stock=True)
+        function, inputs, _ = as_function(unet, shape, batch_size, conditioning)
+        program, calls = lower(function, inputs, stock=True)
     write_whole(path, program)
     delegates = calls.pop("executorch_call_delegate", 0)
     return PTEReport(path, len(program), delegates, dict(calls))
-
-
-def _image_shape(unet: nn.Module, given: tuple[int, ...] | None) -> tuple[int, ...]:
-    """(C, H, W). Raises ValueError: what the network denoises are no images."""
-    shape = denoiser.sample_shape(unet, given)
-    if len(shape) != 3:
-        raise ValueError(
-            f"sample_shape={shape}: a .pte draws images, write (channels, height, width); packed tokens take "
-            'torch.compile(network, backend="pqcad")'
-        )
-    return shape
 
 
 def _check_float(unet: nn.Module) -> None:
@@ -294,40 +320,10 @@ def _check_float(unet: nn.Module) -> None:
             )
 
 
-def _step(
-    unet: nn.Module, shape: tuple[int, ...], batch_size: int, conditioning: dict[str, Any], continuous: bool = False
-) -> tuple[Denoiser, tuple[Any, ...], list[str]]:
-    """The network as a function of tensors, inputs to export it with, and its conditioning's names."""
-    tensors, rebuild = tensors_of(conditioning)
-    tensors = {name: value[torch.arange(batch_size) % len(value)] for name, value in tensors.items()}
-    timesteps = torch.ones(batch_size, dtype=torch.float32 if continuous else torch.int64)
-    inputs = (torch.zeros(batch_size, *shape), timesteps, tuple(tensors.values()))
-    return Denoiser(unet, rebuild), inputs, list(tensors)
-
-
-@one_at_a_time
-def _capture(
-    unet: nn.Module, shape: tuple[int, ...], batch_size: int, conditioning: dict[str, Any], continuous: bool
-) -> tuple[GraphModule, tuple[Any, ...], list[str]]:
-    """The network's graph for one batch size, the inputs it was captured with, and its conditioning's names.
-
-    Raises:
-        RuntimeError: torch.export cannot capture it; the cause is chained.
-    """
-    step, inputs, names = _step(unet, shape, batch_size, conditioning, continuous)
-    try:
-        return torch.export.export(step, inputs).module(check_guards=False), inputs, names
-    except Exception as error:
-        raise RuntimeError(
-            f"torch.export cannot capture {type(unet).__name__} called as f(x_t {tuple(inputs[0].shape)}, timesteps "
-            f"({batch_size},), {', '.join(names) or 'no conditioning'}): {str(error).splitlines()[0]}"
-        ) from error
-
-
 def _metadata(
     scheduler: Sampler,
     steps: int,
-    batch_size: int,
+    sizes: list[int],
     shape: tuple[int, ...],
     names: list[str],
     correction: CorrectionTable | None,
@@ -345,7 +341,8 @@ def _metadata(
         "checksum": UNSEALED,
         "steps": steps,
         "timesteps": torch.tensor(timesteps_of(scheduler, steps)),
-        "batch_size": batch_size,
+        "batch_size": sizes[0],
+        **({"batch_sizes": torch.tensor(sizes)} if len(sizes) > 1 else {}),
         "sample_shape": torch.tensor(shape),
         "value_range": torch.tensor(VALUE_RANGE),
         "conditioning": json.dumps(names),

@@ -32,7 +32,7 @@ def lower(module: nn.Module, inputs: tuple[Any, ...], *, stock: bool = False) ->
 
 
 def lower_sampler(
-    networks: dict[str, ExportedProgram], image: ExportedProgram, constants: dict[str, Any]
+    networks: dict[str, ExportedProgram], images: dict[str, ExportedProgram], constants: dict[str, Any]
 ) -> tuple[bytes, Counter[str]]:
     """A program with the methods ``step``, ``unet`` and ``image``, and the calls that ``step`` makes, by name.
 
@@ -43,12 +43,13 @@ def lower_sampler(
         networks: ``f(x_t, step, timestep, *tensors) -> (x_{t-1}, prediction, *more)``, see
             :func:`pqcad_ao.passes.sampling_step.add_sampling_step`, by what their methods' names end in; that of ""
             is there. ``step`` returns more, ``unet`` does not.
-        image: ``f(x_0)``. constants: further methods that return a constant each.
+        images: ``f(x_0)``, by what its method's name ends in. constants: further methods that return a constant each.
     """
     from executorch.exir import EdgeProgramManager
 
-    lowered = _to_edge({**{f"both{ending}": exported for ending, exported in networks.items()}, "image": image})
-    programs = {"image": lowered.exported_program("image")}
+    both = {f"both{ending}": exported for ending, exported in networks.items()}
+    lowered = _to_edge({**both, **{f"image{ending}": exported for ending, exported in images.items()}})
+    programs = {f"image{ending}": lowered.exported_program(f"image{ending}") for ending in images}
     for ending in networks:
         whole = lowered.exported_program(f"both{ending}")
         _, _, *more = range(len(whole.graph_signature.output_specs))

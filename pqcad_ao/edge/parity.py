@@ -93,6 +93,7 @@ def check_parity(
     min_sqnr_db: float,
     parted: Callable[[Record], str],
     correction: CorrectionTable | None = None,
+    suffix: str = "",
 ) -> tuple[dict[float, float], float | None]:
     """Compare the program with the recorded predictions, step by step.
 
@@ -105,6 +106,7 @@ def check_parity(
     Args:
         program: of :func:`pqcad_ao.edge.lower.lower_sampler`. scheduler, steps: that it was made for.
         parted: says where the two part on a record; asked only if they do. correction: what the program's step applies.
+        suffix: what the names of the methods of ``batch_size`` end in.
 
     Returns:
         timestep to the program's SQNR on all images together, and the network's own at its worst step, if measured.
@@ -115,9 +117,9 @@ def check_parity(
     from executorch.runtime import Runtime
 
     loaded = Runtime.get().load_program(program)
-    methods = {False: (loaded.load_method("unet"), loaded.load_method("step"))}
+    methods = {False: (loaded.load_method(f"unet{suffix}"), loaded.load_method(f"step{suffix}"))}
     if any(record.source for record in records):
-        methods[True] = loaded.load_method("unet_cached"), loaded.load_method("step_cached")
+        methods[True] = loaded.load_method(f"unet_cached{suffix}"), loaded.load_method(f"step_cached{suffix}")
     scheduler = type(scheduler).from_config(scheduler.config)
     process_of(scheduler).set_timesteps(steps)
     timesteps = scheduler.timesteps
@@ -138,8 +140,8 @@ def check_parity(
         signal, noise = row_powers(expected[None], stepped[None])
         if not decibels(signal.item(), noise.item()) > STEP_DB:
             raise ParityError(
-                f"the program's step does not do what the scheduler does at timestep {timesteps[record.index]}. "
-                "Nothing was written"
+                f"the program's step does not do what the scheduler does at timestep {timesteps[record.index]}, in "
+                f"batches of {batch_size}. Nothing was written"
             )
         return prediction[: len(record.x_t)]
 
@@ -160,9 +162,10 @@ def check_parity(
         (typical, together), index = min(failed)
         where = next((parted(record) for record in records if record.index == index), "nowhere that was looked at")
         raise ParityError(
-            f"the lowered program departs from the network: {typical:.1f} dB for the median image and "
-            f"{together:.1f} dB for all at timestep {timesteps[index]}, where {bounds[0]:.3g} and {bounds[1]:.3g} dB "
-            f"are asked for; {len(failed)} of {steps} timesteps are below. They part {where}. Nothing was written"
+            f"the lowered program departs from the network in batches of {batch_size}: {typical:.1f} dB for the median "
+            f"image and {together:.1f} dB for all at timestep {timesteps[index]}, where {bounds[0]:.3g} and "
+            f"{bounds[1]:.3g} dB are asked for; {len(failed)} of {steps} timesteps are below. They part {where}. "
+            "Nothing was written"
         )
     sqnr_db = {t.item(): together for (_, together), t in zip(reached, timesteps, strict=True)}
     return sqnr_db, None if own is None else own[1]

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from pqcad_ao.denoiser import take_rows
 from pqcad_ao.diffusion.cache_plan import are_sources
 from pqcad_ao.diffusion.process import sampler_of
 from pqcad_ao.edge.seal import is_sealed
+from pqcad_ao.edge.sizes import ending, shared_out
 from pqcad_ao.utils.checks import is_whole
 from pqcad_ao.utils.progress import tqdm
 
@@ -24,7 +24,8 @@ class PTESampler:
     """Samples from a .pte that :func:`export_pte` wrote, in ExecuTorch's Python runtime.
 
     Attributes:
-        timesteps: (S,), the schedule. sample_shape: (C, H, W). batch_size: of one call.
+        timesteps: (S,), the schedule. sample_shape: (C, H, W).
+        batch_sizes: of a call, those that the file has methods for. batch_size: the first of them.
         conditioning: the names of the tensors that a call takes besides x_t, as ``keystr`` writes them.
         scheduler: the sampler, DDIM or a flow's Euler.
         sources: for each step the one whose deep feature it takes, its own where it is computed in full; None: the
@@ -60,6 +61,7 @@ class PTESampler:
             raise ValueError(f"{path} is damaged: its checksum is no longer there")
         if "pqcad_format" not in self._program.method_names:
             raise ValueError(f"{path} is an ExecuTorch program, but not one that pqcad_ao.export_pte wrote")
+        self._methods: dict[str, Any] = {}  # loaded when first called: each takes memory
         try:
             self._read_constants()
         except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
@@ -72,27 +74,25 @@ class PTESampler:
         self.timesteps = self._constant("timesteps").clone()
         self.sample_shape = tuple(self._constant("sample_shape").tolist())
         self.batch_size = self._constant("batch_size")
+        several = "batch_sizes" in self._program.method_names
+        self.batch_sizes = self._constant("batch_sizes").tolist() if several else [self.batch_size]
         self.conditioning = json.loads(self._constant("conditioning"))
         self.scheduler = sampler_of(self._constant("scheduler_config"))
         cached = {"cache_sources", "step_cached", "unet_cached"} & self._program.method_names
         self.sources = self._constant("cache_sources").tolist() if cached else None
         if self.sources is not None and not are_sources(self.sources, len(self.timesteps)):
             raise ValueError(f"cache_sources says {self.sources} for {len(self.timesteps)} timesteps")
-        counts = (self.batch_size, *self.sample_shape, len(self.timesteps))
-        if len(counts) != 5 or not all(is_whole(count, most=2**20) for count in counts):
+        counts = (*self.batch_sizes, *self.sample_shape, len(self.timesteps))
+        if len(self.sample_shape) != 3 or not all(is_whole(count, most=2**20) for count in counts):
             raise ValueError(f"batch_size, sample_shape and timesteps say {counts}")
+        if self.batch_sizes[:1] != [self.batch_size] or len(set(self.batch_sizes)) < len(self.batch_sizes):
+            raise ValueError(f"batch_sizes says {self.batch_sizes}, and batch_size {self.batch_size}")
 
-    @cached_property
-    def _step(self) -> Any:
-        return self._program.load_method("step")
-
-    @cached_property
-    def _step_cached(self) -> Any:
-        return self._program.load_method("step_cached")
-
-    @cached_property
-    def _unet(self) -> Any:
-        return self._program.load_method("unet")
+    def _method(self, name: str, size: int) -> Any:
+        name += ending(self.batch_sizes, size)
+        if name not in self._methods:
+            self._methods[name] = self._program.load_method(name)
+        return self._methods[name]
 
     def _constant(self, name: str) -> Any:
         return self._program.load_method(name).execute([])[0]
@@ -101,15 +101,16 @@ class PTESampler:
         """The network's raw prediction, of the method ``unet``.
 
         Args:
-            x_t: (batch_size, C, H, W) float32. step_index: of ``timesteps``. conditioning: with batch_size rows.
+            x_t: (B, C, H, W) float32, B of ``batch_sizes``. step_index: of ``timesteps``. conditioning: with B rows.
         """
         inputs = self._inputs(x_t, step_index, conditioning)
         inputs[1] = self.timesteps[step_index : step_index + 1].clone()
-        return self._unet.execute(inputs)[0].clone()
+        return self._method("unet", len(x_t)).execute(inputs)[0].clone()
 
     def step(self, x_t: Tensor, step_index: int, conditioning: dict[str, Any] | None = None) -> Tensor:
         """x_{t-1}, of the method ``step``, which computes in full; arguments as for :meth:`predict`."""
-        return self._step.execute(self._inputs(x_t, step_index, conditioning))[0].clone()
+        inputs = self._inputs(x_t, step_index, conditioning)
+        return self._method("step", len(x_t)).execute(inputs)[0].clone()
 
     def advance(
         self,
@@ -127,14 +128,16 @@ class PTESampler:
         if self.sources is not None:
             refreshes = self.sources[step_index] == step_index
             if not refreshes and feature is not None:
-                return self._step_cached.execute([*inputs, feature.contiguous()])[0].clone(), feature
-        x_next, *kept = self._step.execute(inputs)
+                cached = self._method("step_cached", len(x_t))
+                return cached.execute([*inputs, feature.contiguous()])[0].clone(), feature
+        x_next, *kept = self._method("step", len(x_t)).execute(inputs)
         return x_next.clone(), kept[0].clone() if kept and refreshes else None
 
     def _inputs(self, x_t: Tensor, step_index: int, conditioning: dict[str, Any] | None) -> list[Tensor]:
-        expected = (self.batch_size, *self.sample_shape)
-        if tuple(x_t.shape) != expected:
-            raise ValueError(f"x_t has shape {tuple(x_t.shape)}: this program was exported for {expected}")
+        expected = [(size, *self.sample_shape) for size in self.batch_sizes]
+        if tuple(x_t.shape) not in expected:
+            allowed = " and ".join(map(str, expected))
+            raise ValueError(f"x_t has shape {tuple(x_t.shape)}: this program was exported for {allowed}")
         if not 0 <= step_index < len(self.timesteps):
             raise ValueError(f"step_index={step_index}: this program has steps 0 to {len(self.timesteps) - 1}")
         given, _ = tensors_of(conditioning or {})
@@ -148,8 +151,9 @@ class PTESampler:
         """Walk the schedule from ``noise`` (N, C, H, W) to images in [-1, 1], as ``diffusion.sampling.sample`` does.
 
         With a cache plan in the file, steps take a deep feature as it says.
-        Any N will do: the last call of a step is filled up with copies of its last image. What a network's integers
-        hide, XNNPACK hides, too: NaN or infinity inside of a step may leave finite images.
+        Any N will do: images go into calls of the largest batch size that the file has, as many as fill them, then of
+        the next one, and a last call of the smallest is filled up with copies of its last image. What a network's
+        integers hide, XNNPACK hides, too: NaN or infinity inside of a step may leave finite images.
 
         Raises:
             FloatingPointError: NaN or infinity in the noise, or in x_t after a step.
@@ -161,11 +165,12 @@ class PTESampler:
         if not noise.isfinite().all():
             raise FloatingPointError("the noise that sampling starts from holds NaN or infinity")
         images = torch.empty_like(noise)
-        groups = torch.arange(len(noise)).split(self.batch_size)
-        bar = tqdm(total=len(groups) * len(self.timesteps), desc="sampling", disable=not progress, leave=False)
+        calls = shared_out(len(noise), self.batch_sizes)
+        groups = torch.arange(len(noise)).split([count for count, _ in calls])
+        bar = tqdm(total=len(calls) * len(self.timesteps), desc="sampling", disable=not progress, leave=False)
         with bar:
-            for group in groups:
-                rows = group[rows_of(len(group), self.batch_size)]
+            for group, (count, size) in zip(groups, calls, strict=True):
+                rows = group[rows_of(count, size)]
                 x_t = noise[rows]
                 chosen, feature = take_rows(conditioning or {}, rows), None
                 for index in range(len(self.timesteps)):
@@ -176,7 +181,7 @@ class PTESampler:
                             f"(timestep {int(self.timesteps[index])})"
                         )
                     bar.update()
-                images[group] = x_t[: len(group)]
+                images[group] = x_t[:count]
         return images
 
 
