@@ -15,7 +15,8 @@ from torch.fx import GraphModule, Node
 from pqcad_ao import PQCADConfig, export_pt2, export_pte, plan, quantize_
 from pqcad_ao.compile.backend import fuse
 from pqcad_ao.diffusion.process import FAMILY
-from pqcad_ao.edge.export import _capture, _rewrite
+from pqcad_ao.edge.capture import capture_at
+from pqcad_ao.edge.export import _rewrite
 from pqcad_ao.graph.operators import OPERATORS, call_site, packed_operator
 from pqcad_ao.ops.cpu.build import source
 from pqcad_ao.ops.dispatch import LEAST_CAPABILITY
@@ -118,7 +119,7 @@ def cells_of(scheme: str) -> dict[str, tuple[list[str], list[str]]]:
     config = PQCADConfig(**short, **SCHEMES[scheme])
     quantize_(network, config, scheduler=scheduler, sample_shape=SHAPE, progress=False)
     quantized = {row.fqn for row in plan(network).quantized}
-    captured, _, _ = _capture(network, SHAPE, 1, {}, continuous=False)
+    captured = capture_at(network, SHAPE, 1, {}, continuous=False, cached=None).graph
     ahead, graph = copy.deepcopy(captured), dynamo(network, torch.zeros(1, *SHAPE), torch.tensor([500]))
     fuse(ahead)
     fuse(graph)
