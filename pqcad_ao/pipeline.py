@@ -32,7 +32,7 @@ from pqcad_ao.denoiser import (
     with_rows,
 )
 from pqcad_ao.diffusion.calibration import CalibrationSet, assign_trajectories, draw_steps, points_at
-from pqcad_ao.diffusion.inputs import LayerInputs
+from pqcad_ao.diffusion.layer_inputs import LayerInputs
 from pqcad_ao.diffusion.process import span_of
 from pqcad_ao.utils.files import digest
 from pqcad_ao.utils.processes import fill_in, in_turn, of_all, rank_and_world

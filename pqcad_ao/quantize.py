@@ -17,7 +17,7 @@ from pqcad_ao.denoiser import Span, cast_floats, check_conditioning, placement, 
 from pqcad_ao.diffusion.cache_plan import drop_cache_plan
 from pqcad_ao.diffusion.calibration import CalibrationSet, calibration_set, to_observe
 from pqcad_ao.diffusion.ddim import reach_of
-from pqcad_ao.diffusion.inputs import LayerInputs
+from pqcad_ao.diffusion.layer_inputs import LayerInputs
 from pqcad_ao.diffusion.noise import Sampler
 from pqcad_ao.diffusion.process import as_sampler, clip_of, find_scheduler, is_flow, settings_of, span_of
 from pqcad_ao.graph.capture import Capture

@@ -232,7 +232,6 @@ def make_rows(
         the rows in the tables' order, the teacher's first, and the one of the model that is saved.
     """
     teacher, scheduler, half = full.unet, full.scheduler, full.steps // 2
-    # the trajectories that calibrate are the ones to learn from
     kept: dict[str, Any] = {"folder": folder, "progress": progress}
     if cad is not None:  # first: it finds out what cannot be distilled
         with stages(f"draw {cad.points} pictures to distill from"):
@@ -243,7 +242,7 @@ def make_rows(
         quantize_(calibrated.unet, replace(config, mode="ptq"), scheduler=scheduler, **kept)
     quantized = [calibrated]
     if config.learns:
-        with stages(f"progressive: learn on the same trajectories, {config.iterations} updates"):
+        with stages(f"progressive: learn on more of its trajectories, {config.iterations} updates"):
             learned = replace(full, name="pq_full", unet=copy.deepcopy(teacher))
             quantize_(learned.unet, config, scheduler=scheduler, **kept)
         quantized.append(learned)

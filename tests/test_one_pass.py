@@ -17,7 +17,7 @@ from pqcad_ao import PQCADConfig, quantize_
 from pqcad_ao.denoiser import timestep_position, unguided
 from pqcad_ao.diffusion import calibration
 from pqcad_ao.diffusion.calibration import CalibrationSet, calibration_set
-from pqcad_ao.diffusion.inputs import LayerInputs
+from pqcad_ao.diffusion.layer_inputs import LayerInputs
 from pqcad_ao.graph.capture import capture
 from pqcad_ao.graph.plan import resolve
 from pqcad_ao.learn.ptq import calibrate, prepare

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from pqcad_ao import load_quantized, plan, quantize_, save_quantized
 from pqcad_ao.denoiser import predict
-from pqcad_ao.diffusion.inputs import LayerInputs
+from pqcad_ao.diffusion.layer_inputs import LayerInputs
 from pqcad_ao.nn.state import quantized_state
 from pqcad_ao.pipeline import PipelineWalk, network_of
 from pqcad_ao.utils.tensor_files import read_tensors, write_tensors

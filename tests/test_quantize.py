@@ -23,7 +23,7 @@ import pqcad_ao
 from pqcad_ao import PQCADConfig, plan, quantize_
 from pqcad_ao.denoiser import timestep_group
 from pqcad_ao.diffusion.calibration import calibration_set
-from pqcad_ao.diffusion.inputs import LayerInputs
+from pqcad_ao.diffusion.layer_inputs import LayerInputs
 from pqcad_ao.graph.capture import capture
 from pqcad_ao.graph.operators import quantizable
 from pqcad_ao.graph.plan import resolve

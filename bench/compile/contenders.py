@@ -297,7 +297,8 @@ class Row:
     """How a contender is built, the packages without which it is skipped, and the variables that its process gets.
 
     Attributes:
-        part: of a walk's steps that it takes. A row that differs from another in its walk alone has no single step.
+        part: of a walk's steps that it takes: 1, or 2 for half of them.
+        walks_only: it differs from another row in its walk alone, so that its single steps are not timed.
     """
 
     build: Callable[[Workload], Contender]

@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from pqcad_ao.bench.compile.contenders import REFERENCE, ROWS, Contender
-from pqcad_ao.bench.compile.workload import Step, Workload, float_model, gmac_per_step, trajectory_inputs
+from pqcad_ao.bench.compile.workload import (
+    TRAJECTORY_STEPS,
+    Step,
+    Workload,
+    float_model,
+    gmac_per_step,
+    trajectory_inputs,
+)
 from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.evaluate.sqnr import sqnr_db
 from pqcad_ao.utils.machine import peak_gmacs, peak_rss_bytes, reset_peak_rss, rss_bytes, timed
@@ -46,8 +53,8 @@ def contend(spec: dict[str, Any]) -> tuple[dict[str, Any], Callable[[int], dict[
     base = rss_bytes()
     unet, scheduler = float_model(spec["model"])
     walk, row = spec["walk"], ROWS[spec["name"]]
+    inputs["steps"] = walk or TRAJECTORY_STEPS
     work = Workload(unet, scheduler, threads=spec["threads"], model=spec["model"], folder=folder, **inputs)
-    work.steps = walk or work.steps
     example = work.example
     start = time.perf_counter()
     contender = row.build(work)

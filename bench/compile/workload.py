@@ -84,7 +84,7 @@ class Workload:
     threads: int
     model: str
     folder: Path
-    steps: int = TRAJECTORY_STEPS
+    steps: int
 
     @property
     def example(self) -> tuple[Tensor, ...]:

@@ -23,7 +23,7 @@ from pqcad_ao.denoiser import (
     time_scale,
     timestep_group,
 )
-from pqcad_ao.diffusion.inputs import LayerInputs
+from pqcad_ao.diffusion.layer_inputs import LayerInputs
 from pqcad_ao.diffusion.noise import process_of
 from pqcad_ao.diffusion.process import as_sampler, check_signal, settings_of, span_of
 from pqcad_ao.diffusion.sampling import sample

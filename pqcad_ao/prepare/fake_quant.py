@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
 
 from pqcad_ao.diffusion.calibration import SAMPLES
-from pqcad_ao.diffusion.inputs import sample_of
+from pqcad_ao.diffusion.layer_inputs import sample_of
 from pqcad_ao.graph.operators import OUTPUT_FIRST, WeightLayout
 from pqcad_ao.ops.reference import per_channel
 from pqcad_ao.prepare.grids import Bound, fit_activation_grid, fit_weight_scale, weight_range

@@ -104,7 +104,7 @@ def observe(
 
 
 def input_forms(resolved: Plan) -> dict[str, tuple[list[int], int]]:
-    """What :class:`~pqcad_ao.diffusion.inputs.LayerInputs` takes, of each layer whose input a plan quantizes."""
+    """What :class:`~pqcad_ao.diffusion.layer_inputs.LayerInputs` takes, of each layer whose input a plan quantizes."""
     rows = [row for row in resolved.quantized if row.activation_bits is not None]
     return {row.fqn: (row.segments, OPERATORS[row.kind].channel_dim) for row in rows}
 
@@ -113,7 +113,8 @@ def take_inputs(graph: GraphModule, values: Mapping[str, Tensor], group: Tensor)
     """Give a graph's activation quantizers what was kept of their inputs in a walk, in place of :func:`observe`.
 
     Args:
-        values: as those of :class:`~pqcad_ao.diffusion.inputs.LayerInputs`. group: (N,) each point's timestep group.
+        values: as those of :class:`~pqcad_ao.diffusion.layer_inputs.LayerInputs`.
+        group: (N,) each point's timestep group.
 
     Raises:
         RuntimeError: a layer was not called at some of the points.

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pqcad_ao.diffusion.inputs import highest, stratified
+from pqcad_ao.diffusion.layer_inputs import highest, stratified
 from pqcad_ao.nn.timestep import timestep_group
 from pqcad_ao.prepare.fake_quant import (
     ActivationFakeQuantize,
