@@ -25,6 +25,7 @@ from pqcad_ao.evaluate.features import (
     load_classifier,
 )
 from pqcad_ao.evaluate.fid import _frechet_to, image_quality, precision_recall
+from pqcad_ao.evaluate.power import BORDERS, power_by_band
 from pqcad_ao.evaluate.sqnr import decibels, sqnr_db, trajectory_sqnr
 
 DATA = Path(os.environ.get("PQCAD_DATA", Path(__file__).parents[1] / ".." / "shared" / "data")) / "fashion_mnist"
@@ -470,3 +471,25 @@ def test_trajectory_sqnr_by_timestep():
     assert trajectory_sqnr(Ramp(0.1), Ramp(0.1), inputs)["sqnr_db"] == math.inf
     with pytest.raises(ValueError, match="no inputs"):
         trajectory_sqnr(Ramp(0.0), Ramp(0.1), [])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 99), st.integers(1, 3), st.integers(1, 3), st.integers(1, 33), st.integers(1, 33))
+def test_the_bands_share_out_an_images_variance(seed, count, channels, height, width):
+    images = torch.randn(count, channels, height, width, generator=torch.Generator().manual_seed(seed)) + seed
+    power = power_by_band(images)
+    assert sum(power) == pytest.approx(images.double().var((2, 3), correction=0).mean().item(), rel=1e-9, abs=1e-12)
+    assert power == pytest.approx(power_by_band(images.flip(3)), rel=1e-9, abs=1e-12)
+    assert power == pytest.approx(power_by_band(images.transpose(2, 3)), rel=1e-9, abs=1e-12)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 16), st.integers(0, 16), st.floats(0.1, 3))
+def test_a_wave_is_in_the_band_of_its_frequency(down, right, height):
+    angle = 2 * math.pi * (down * torch.arange(32.0, dtype=torch.float64)[:, None] + right * torch.arange(32.0)) / 32
+    wave = height * torch.cos(angle).expand(2, 1, 32, 32)
+    band = sum(math.hypot(down, right) / 32 > border for border in BORDERS)
+    expected = [0.0] * 4
+    if (down, right) != (0, 0):
+        expected[band] = wave[0].square().mean().item()
+    assert power_by_band(wave) == pytest.approx(expected, abs=1e-9)

@@ -39,8 +39,8 @@ Rows = Annotated[
 def table(result: dict[str, Any]) -> str:
     """Each row in Markdown: mean ± standard deviation over its seeds; of a single seed, FID with its 95 % interval.
 
-    The ratio is to full precision of the same seed, at all the steps; of a single seed, with the interval that both
-    rows' give as if they were independent.
+    Ratios are to full precision of the same seed, at all the steps; of a single seed, FID's with the interval that both
+    rows' give as if they were independent. That of the power is for each band, from coarse to fine.
     """
     alike: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in result["rows"]:
@@ -56,10 +56,19 @@ def table(result: dict[str, Any]) -> str:
     def of(rows: list[dict[str, Any]], key: str) -> list[float]:
         return [row[key] for row in rows if row.get(key) is not None]
 
+    def with_full(rows: list[dict[str, Any]], key: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        pairs = [(row, full[row["seed"], row["n"]]) for row in rows if (row["seed"], row["n"]) in full]
+        return [pair for pair in pairs if all(key in one for one in pair)]
+
+    def power_over_full(rows: list[dict[str, Any]]) -> str:
+        powers = [zip(one["power"], other["power"], strict=True) for one, other in with_full(rows, "power")]
+        bands = [[ours / full for ours, full in band if full] for band in zip(*powers, strict=True)]
+        return " ".join(f"{mean(ratios):.2f}" if ratios else "–" for ratios in bands) or "–"
+
     def over_full(rows: list[dict[str, Any]]) -> str:
         if rows[0]["name"] == "fp_full":
             return "1"
-        pairs = [(row, full[row["seed"], row["n"]]) for row in rows if (row["seed"], row["n"]) in full]
+        pairs = with_full(rows, "fid")
         ratios = [row["fid"] / other["fid"] for row, other in pairs]
         parts = [_half_width(one) / one["fid"] for pair in pairs for one in pair]
         return spread(ratios, 2, ratios[0] * hypot(*parts) if len(ratios) == 1 else None)
@@ -73,6 +82,7 @@ def table(result: dict[str, Any]) -> str:
             spread(of(rows, "kid"), 3),
             spread(of(rows, "precision"), 3),
             spread(of(rows, "recall"), 3),
+            power_over_full(rows),
             spread(of(rows, "sqnr_db"), 1),
             spread(of(rows, "seconds"), 0),
             spread([100 * share for share in of(rows, "trained_share")], 0),
@@ -82,7 +92,7 @@ def table(result: dict[str, Any]) -> str:
         )
         for rows in alike.values()
     ]
-    measures = ("FID", "over full precision", "KID", "precision", "recall", "a step, dB")
+    measures = ("FID", "over full precision", "KID", "precision", "recall", "power by band", "a step, dB")
     costs = ("seconds to make", "% learned", "Adam, MiB", "GMAC a step")
     headers = ("row", "steps", *measures, *costs, "seeds")
     return tabulate(lines, headers, tablefmt="github", disable_numparse=True)

@@ -30,6 +30,7 @@ from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.distill import check_distillation, distill_
 from pqcad_ao.evaluate.features import RealFeatures, embedded_features
 from pqcad_ao.evaluate.fid import image_quality
+from pqcad_ao.evaluate.power import power_by_band
 from pqcad_ao.evaluate.sqnr import trajectory_sqnr
 from pqcad_ao.graph.capture import capture
 from pqcad_ao.graph.work import multiply_adds
@@ -80,8 +81,9 @@ def bench_quality(
         say: receives a line for each result.
 
     Returns:
-        ``rows``, one for each name and seed (name, title, fid, fid_ci, kid, precision, recall, n, steps, seed, sqnr_db,
-        the device, processor and threads that it was sampled on, and what making its network took); this run's
+        ``rows``, one for each name and seed (name, title, fid, fid_ci, kid, precision, recall, ``power`` of
+        :func:`~pqcad_ao.evaluate.power.power_by_band`, n, steps, seed, sqnr_db, the device, processor and threads that
+        it was sampled on, and what making its network took); this run's
         versions, threads and processor; and ``pictures``, each row's title to its first images of the first seed.
 
     Raises:
@@ -270,6 +272,7 @@ class _Sampling:
             "name": name,
             "title": row.title,
             **quality,
+            "power": power_by_band(images),
             "steps": steps,
             "seed": seed,
             "sampled": "compiled" if self.compiled else "eager",
