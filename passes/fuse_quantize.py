@@ -47,13 +47,13 @@ def fuse_quantize(graph: GraphModule) -> int:
 
 
 def _share(graph: GraphModule, nodes: Order) -> None:
-    """Let whoever reads a quantizer's repetition read the quantizer."""
+    """Let whoever reads a repetition of a quantizer, or of a SiLU such as the time projections', read the first."""
     known: dict[Any, Node] = {}
     for node in list(graph.graph.nodes):
-        if node.target not in QUANTIZE:
+        if node.target not in QUANTIZE | SILU:
             continue
         arguments = tuple(tuple(value) if isinstance(value, list) else value for value in bind(node).values())
-        first = known.setdefault(arguments, node)
+        first = known.setdefault((node.target, arguments), node)
         if first is not node and nodes.calm(first, node):
             node.replace_all_uses_with(first)
             graph.graph.erase_node(node)

@@ -10,8 +10,10 @@ from torch.fx import GraphModule
 
 from pqcad_ao.graph.operators import OPERATORS
 from pqcad_ao.ops import reference
+from pqcad_ao.ops.cpu import loader
 from pqcad_ao.ops.dispatch import gpu_kernels, has_gpu_kernels
 from pqcad_ao.passes.attention_kernel import attention_kernel
+from pqcad_ao.passes.chains import gather_chains
 from pqcad_ao.passes.fuse_addends import fuse_addends
 from pqcad_ao.passes.fuse_quantize import QUANTIZE, fuse_quantize
 from pqcad_ao.passes.identities import drop_identities
@@ -53,6 +55,8 @@ def pqcad(graph: GraphModule, example_inputs: list[Any], *, options: dict[str, A
     quantizers, decompositions = fuse(graph, attention), None
     if quantizers and any(has_gpu_kernels(device) for device in devices(graph)):
         decompositions = for_gpu(graph)
+    elif quantizers and devices(graph) == {torch.device("cpu")} and loader.load():
+        gather_chains(graph)
     if not quantizers:
         products = sum(node.target in PRODUCTS for node in graph.graph.nodes)
         if products:

@@ -28,17 +28,22 @@ ones, and where there are none PyTorch multiplies dequantized weights (``pqcad_a
     softmax(query keyᵀ · scale) value of (B, heads, L, D), (B, heads, S, D) and (B, heads, S, D); the result's memory is
     (B, L, heads, D). The CPU's kernel rounds the factors of both products (query · scale and key; softmax and value) to
     bfloat16; the rest is float32.
+``pqcad::chain``
+    Calls of the operators above as one, which costs less than each of them by itself. inputs: what they read. program:
+    what ``pqcad_ao.ops.chain`` writes. Returns those of the values (the inputs, then each call's result) that are in
+    ``results``, of the calls' results only.
 """
 
 import functools
 import importlib.util
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
 from torch.utils._pytree import tree_leaves
 
-from pqcad_ao.ops import dequantized, reference
+from pqcad_ao.ops import chain, dequantized, reference
 from pqcad_ao.ops.cpu import loader
 
 LEAST_CAPABILITY = (8, 0)  # int8 products of m16n8k32 and bfloat16
@@ -75,6 +80,11 @@ torch.library.define(
 torch.library.define(
     "pqcad::attention",
     "(Tensor query, Tensor key, Tensor value, float scale) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.define(
+    "pqcad::chain",
+    "(Tensor[] inputs, str program, int[] results) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -125,8 +135,8 @@ def _check_devices(*arguments) -> None:
         raise ValueError(f"tensors on {' and '.join(devices)}: move the network and its inputs to one device")
 
 
-def _default(name: str):
-    """Register the default kernel: the device's own where there is one, else PyTorch's or the reference.
+def _default(name: str, exact: Callable):
+    """Register the default kernel: the device's own where there is one, else PyTorch's or ``exact``, the reference.
 
     Once the CPU's kernels are registered, the dispatcher no longer comes here for tensors on the CPU.
     """
@@ -141,11 +151,12 @@ def _default(name: str):
             return getattr(gpu_kernels(), name)(input, *args, **kwargs)
         if name in ("conv2d", "linear") and device.type == "cpu":
             return getattr(dequantized, name)(input, *args, **kwargs)
-        return getattr(reference, name)(input, *args, **kwargs)
+        return exact(input, *args, **kwargs)
 
 
-for _name in ("conv2d", "linear", "weight_only_linear", "quantize", "norm_silu_quantize", "attention"):
-    _default(_name)
+for _name in chain.OPERATORS:
+    _default(_name, getattr(reference, _name))
+_default("chain", chain.run)
 
 
 @torch.library.register_fake("pqcad::conv2d")
@@ -201,3 +212,8 @@ def _(inputs, weight, bias, norm_groups, eps, silu, scale, low, segments, bits, 
 def _(query, key, value, scale):
     batch, heads, length, channels = query.shape
     return query.new_empty(batch, length, heads, channels).transpose(1, 2)
+
+
+@torch.library.register_fake("pqcad::chain")
+def _(inputs, program, results):
+    return chain.run(inputs, program, results)

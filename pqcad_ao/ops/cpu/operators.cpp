@@ -7,6 +7,7 @@
 
 #ifndef PQCAD_NO_PRIMITIVES
 #include "attention.h"
+#include "chain.h"
 #include "direct.h"
 #include "quantize.h"
 #include "tensor.h"
@@ -239,6 +240,23 @@ Tensor attention_op(const Tensor& query, const Tensor& key, const Tensor& value,
   return as_type(output, query.scalar_type());
 }
 
+std::vector<Tensor> chain(const std::vector<Tensor>& inputs, const std::string& program, Sizes results) {
+  Program p(inputs, program);
+  Latest<decltype(norm_silu_quantize)> normed;
+  while (p.goes_on()) {
+    switch (const int64_t number = p.number()) {  // places in OPERATORS of ops/chain.py
+      case 0: p.call(conv2d); break;
+      case 1: p.call(linear); break;
+      case 2: p.call(weight_only_linear); break;
+      case 3: p.call(quantize_op); break;
+      case 4: p.call(norm_silu_quantize, &normed); break;
+      case 5: p.call(attention_op); break;
+      default: refuse("a chain calls operator ", number, ": there are 0 to 5");
+    }
+  }
+  return p.results(results);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pqcad, CPU, m) {
@@ -248,6 +266,7 @@ STABLE_TORCH_LIBRARY_IMPL(pqcad, CPU, m) {
   m.impl("quantize", TORCH_BOX(&quantize_op));
   m.impl("norm_silu_quantize", TORCH_BOX(&norm_silu_quantize));
   m.impl("attention", TORCH_BOX(&attention_op));
+  m.impl("chain", TORCH_BOX(&chain));
 }
 extern "C" const char* pqcad_cpu_kernels() { return INSTRUCTIONS; }
 #else
