@@ -15,7 +15,9 @@ from zipfile import ZipFile
 
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
+from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from diffusers.training_utils import EMAModel
+from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -28,6 +30,7 @@ from pqcad_ao.recipes.settings import load_settings
 from pqcad_ao.utils.files import write_whole
 from pqcad_ao.utils.progress import tqdm
 from pqcad_ao.utils.runs import only_run_in
+from pqcad_ao.utils.tensor_files import write_tensors
 
 
 def target(scheduler: DDIMScheduler, x_0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -56,6 +59,16 @@ def averaged_copy(unet: UNet2DModel, ema: EMAModel) -> UNet2DModel:
     return averaged
 
 
+def write_half(unet: UNet2DModel, scheduler: DDIMScheduler, folder: str | Path) -> None:
+    """Write a network in half precision and its scheduler, which ``load_model`` reads: three files, each one whole."""
+    unet_dir, scheduler_dir = Path(folder, "unet"), Path(folder, "scheduler")
+    for place, configured in ((unet_dir / CONFIG_NAME, unet), (scheduler_dir / SCHEDULER_CONFIG_NAME, scheduler)):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(place, configured.to_json_string().encode())
+    weights = {name: value.detach().half().cpu().contiguous() for name, value in unet.state_dict().items()}
+    write_tensors(unet_dir / SAFETENSORS_WEIGHTS_NAME, weights)
+
+
 def initial_weights(unet: UNet2DModel, folder: str | Path) -> dict[str, Tensor]:
     """The weights of the network in a folder of diffusers layout.
 
@@ -77,6 +90,7 @@ def train(
     device: str = "cpu",
     stop_after: int | None = None,
     start: str | Path | None = None,
+    half: str | Path | None = None,
 ) -> list[float]:
     """Train and return the loss of every step done in this call.
 
@@ -88,7 +102,9 @@ def train(
             ``save_model`` leaves it.
         stop_after: leave after this step with a checkpoint written, as if interrupted.
         start: a folder of diffusers layout whose weights are the first ones, where ``out`` has no checkpoint: the
-            averaged weights of an earlier run, which are a fifth of its checkpoint.
+            averaged weights of an earlier run, which are a quarter of its checkpoint.
+        half: a folder that receives the averaged model in half precision, too, with each checkpoint: an eighth of one,
+            to take away and ``start`` from.
 
     Raises:
         FloatingPointError: the loss is not finite; the last checkpoint is kept. ValueError: no images, an unknown
@@ -96,11 +112,17 @@ def train(
             ``out``.
     """
     with only_run_in(out):
-        return _train(config, images, Path(out), device, stop_after, start)
+        return _train(config, images, Path(out), device, stop_after, start, half)
 
 
 def _train(  # noqa: C901, PLR0912, PLR0915  (a recipe's loop is read in one piece)
-    config: DictConfig, images: Tensor, out: Path, device: str, stop_after: int | None, start: str | Path | None
+    config: DictConfig,
+    images: Tensor,
+    out: Path,
+    device: str,
+    stop_after: int | None,
+    start: str | Path | None,
+    half: str | Path | None,
 ) -> list[float]:
     """As :func:`train`, in a folder that is this run's."""
     if not len(images):
@@ -144,7 +166,10 @@ def _train(  # noqa: C901, PLR0912, PLR0915  (a recipe's loop is read in one pie
             ) from error
 
     def save(step: int) -> None:
-        save_model(averaged_copy(unet, ema), scheduler, out)
+        averaged = averaged_copy(unet, ema)
+        save_model(averaged, scheduler, out)
+        if half is not None:
+            write_half(averaged, scheduler, half)
         state = {"unet": unet.state_dict(), "optimizer": optimizer.state_dict()}
         state |= {"ema": ema.state_dict(), "step": step}
         state |= {"generator": generator.get_state(), "rng": torch.get_rng_state()}
@@ -207,12 +232,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True, help="where checkpoints, grids and the trained model go")
     parser.add_argument("--config", default="fashion_mnist", help="a name in recipes/configs or a YAML file")
     parser.add_argument("--start", help="a folder of diffusers layout: go on from its weights")
+    parser.add_argument("--half", help="a folder that receives the model in half precision, too, with each checkpoint")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("overrides", nargs="*", help="such as train.steps=100 train.bf16=false")
     args = parser.parse_args(argv)
     config = load_settings(args.config, args.overrides)
     images, _ = load_images(args.data, "train", image_size=config.data.image_size, channels=config.unet.in_channels)
-    train(config, images, args.out, device=args.device, start=args.start)
+    train(config, images, args.out, device=args.device, start=args.start, half=args.half)
 
 
 if __name__ == "__main__":

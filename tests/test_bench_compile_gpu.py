@@ -1,6 +1,7 @@
 """The GPU's benchmark, run on the CPU with a tiny network: what it records, and what it refuses."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from pqcad_ao.bench.compile import card
 from pqcad_ao.bench.compile import gpu as bench
 from pqcad_ao.cli.command import main
 from pqcad_ao.models import load_model
+from pqcad_ao.utils.files import write_json
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def measured(least_dir, tmp_path_factory):
             rounds=2,
             iterations=2,
             rows=rows,
-            json_path=file,
+            kept=partial(write_json, file),
             progress=False,
         )
     finally:

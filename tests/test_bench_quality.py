@@ -16,7 +16,7 @@ from pqcad_ao.cli.command import app
 from pqcad_ao.data import to_uint8
 from pqcad_ao.diffusion import trajectories
 from pqcad_ao.diffusion.sampling import sample
-from pqcad_ao.evaluate.features import RealFeatures
+from pqcad_ao.evaluate.features import FeatureClassifier, RealFeatures
 from pqcad_ao.models import load_model
 from pqcad_ao.utils.options import command_line
 
@@ -211,7 +211,7 @@ def test_a_row_is_a_line_of_json_with_the_options_asked_for(least_dir, tmp_path,
         given.update(options)
         generator = torch.Generator().manual_seed(0)
         features = Pixels(), RealFeatures.from_features(torch.randn(64, 4, generator=generator))
-        return measure_rows(model, features=features, **options)
+        return measure_rows(model, **{**options, "features": features})
 
     monkeypatch.setattr(measure, "bench_quality", measured)
     asked = [
@@ -232,11 +232,17 @@ def test_a_row_is_a_line_of_json_with_the_options_asked_for(least_dir, tmp_path,
     assert cli.main([*asked, *changed, "--lines"]) == 0
     assert given["cad_options"] == {"learning_rate": 6e-4, "direct": True}
     assert given["options"] == {"activation_ladder": [8, 6]}
+    assert given["features"] is None
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(line["name"], line["n"], line["device"]) for line in lines] == [
         ("fp_full", 6, "cpu"),
         ("fp_half", 6, "cpu"),
     ]
+    network = FeatureClassifier(3, channels=(4, 8)).eval()
+    network.save(tmp_path / "classifier.safetensors")
+    RealFeatures.from_features(torch.randn(9, 8)).save(tmp_path / "features_test.safetensors")
+    assert cli.main([*asked, "--features", str(tmp_path), "--lines"]) == 0
+    assert (given["features"][0].architecture["in_channels"], given["features"][1].n) == (3, 9)
 
 
 def test_sets_of_rows_have_names():

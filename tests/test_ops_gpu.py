@@ -407,6 +407,14 @@ def test_a_gpu_that_is_too_old_is_said_and_not_used(monkeypatch):
     has_gpu_kernels.cache_clear()
 
 
+def test_rocm_is_taken_for_no_hopper(monkeypatch):
+    """Its capabilities are numbers of its own: (9, 4) is an MI300, which has no copy engine."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    assert forms.has_copy_engine(torch.device("cuda", 0))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not forms.has_copy_engine(torch.device("cuda", 0))
+
+
 def test_without_triton_the_graph_stays(monkeypatch):
     gpu_kernels.cache_clear()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

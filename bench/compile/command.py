@@ -1,5 +1,6 @@
 """The options of ``pqcad bench compile`` and what they run."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +39,20 @@ def bench_compile(
         ValueError: as the benchmark, or options that the chosen device does not have.
     """
     from pqcad_ao.bench.compile import cpu, drawing, gpu
+    from pqcad_ao.utils.files import write_json
 
-    asked = {"batches": batches, "iterations": iterations, "rows": rows, "json_path": common.json, "walk": walk}
-    given = {name: value for name, value in asked.items() if value is not None}
+    asked = {"batches": batches, "iterations": iterations, "rows": rows}
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    given |= {"rounds": rounds, "seed": common.seed}
     if device == "cpu":
-        result = cpu.bench_compile(
-            model, rounds=rounds, threads=common.threads, seed=common.seed, plot_path=plot, **given
-        )
+        files = {"json_path": common.json, "plot_path": plot}
+        result = cpu.bench_compile(model, threads=common.threads, walk=walk, **files, **given)
         print(drawing.table(result))
         return result
     if plot or common.threads or walk:
         raise ValueError("--plot, --threads and --walk belong to --device cpu")
-    result = gpu.bench_compile_gpu(model, device=device, rounds=rounds, seed=common.seed, **given)
+    if common.json:
+        given["kept"] = partial(write_json, common.json)
+    result = gpu.bench_compile_gpu(model, device=device, **given)
     print(gpu.table(result))
     return result

@@ -1,19 +1,17 @@
 """One UNet step of this project and of its peers on a GPU, side by side: ``pqcad bench compile --device cuda``.
 
 All contenders live in one process and are timed in turn (A B C, A B C, ...), each as its users would run it: bfloat16,
-channels last, compiled for its batch size with CUDA graphs. What was measured is written after each contender, so that
-a run that is cut loses nothing.
+channels last, compiled for its batch size with CUDA graphs. What was measured is handed on after each contender, so
+that a run that is cut loses nothing.
 """
 
 import copy
 import functools
 import gc
-import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -31,7 +29,6 @@ from pqcad_ao.denoiser import sample_shape
 from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.evaluate.sqnr import sqnr_db
 from pqcad_ao.quantize import quantize_
-from pqcad_ao.utils.files import write_whole
 from pqcad_ao.utils.machine import check_device, describe, timed
 from pqcad_ao.utils.progress import tqdm
 
@@ -108,7 +105,7 @@ def bench_compile_gpu(
     iterations: int = 10,
     rows: Sequence[str] | None = None,
     seed: int = 0,
-    json_path: str | Path | None = None,
+    kept: Callable[[dict[str, Any]], None] = lambda result: None,
     progress: bool = True,
     timing: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, Any]:
@@ -120,7 +117,7 @@ def bench_compile_gpu(
         batches: sizes, in the order in which a contender is compiled for them.
         rounds: turns of each contender. iterations: timed steps in a turn, after one that is not timed.
         rows: names from ``ROWS``; None: all.
-        json_path: written after each contender.
+        kept: receives the result so far, after each contender.
         timing: a context around all that is timed; whoever shares the card stops the others there.
 
     Returns:
@@ -146,8 +143,7 @@ def bench_compile_gpu(
     with torch._dynamo.config.patch(recompile_limit=8 + len(trials)):
         for name, batch in tqdm(trials, desc="contenders", disable=not progress):
             bench.add(name, batch)
-            if json_path is not None:
-                write_whole(Path(json_path), (json.dumps(bench.result, indent=2, allow_nan=False) + "\n").encode())
+            kept(bench.result)
     return bench.result
 
 

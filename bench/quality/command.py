@@ -112,6 +112,7 @@ def bench_quality(
     seeds: Whole = 1,
     work: Path = Path("quality-work"),
     device: Device = "cpu",
+    features: Path | None = None,
     compile: Flag = False,
     grid: Path | None = None,
     lines: Flag = False,
@@ -131,11 +132,14 @@ def bench_quality(
         n: images behind each FID.
         seeds: as many, counted from --seed.
         work: folder that keeps what was made; the same command goes on where it was killed.
+        features: folder that pqcad_ao.recipes.train_classifier wrote, for pictures of other kinds than the embedded
+            feature network's.
         compile: sample through torch.compile: for many images.
         grid: a picture (PNG) that receives the first images of every row.
         lines: print each row as a line of JSON in place of the table.
     """
     from pqcad_ao.bench.quality import measure
+    from pqcad_ao.evaluate.features import features_in
     from pqcad_ao.pages.pictures import save_samples
 
     with resumable(work):
@@ -150,6 +154,7 @@ def bench_quality(
             options=pq,
             cad_options=cad,
             threads=common.threads,
+            features=None if features is None else features_in(features),
             compiled=compile,
             progress=True,
             say=(lambda line: None) if lines else print,

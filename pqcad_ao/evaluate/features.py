@@ -192,10 +192,19 @@ class RealFeatures:
             raise ValueError(f"{path} is damaged ({error})") from error
 
 
+def features_in(folder: str | Path) -> tuple[nn.Module, RealFeatures]:
+    """The feature network and its statistics of real images that ``pqcad_ao.recipes.train_classifier`` wrote.
+
+    Raises:
+        FileNotFoundError: they are not there. ValueError: damaged.
+    """
+    folder = Path(folder)
+    return load_classifier(folder / "classifier.safetensors"), RealFeatures.load(folder / "features_test.safetensors")
+
+
 def embedded_features() -> tuple[nn.Module, RealFeatures]:
     """The Fashion-MNIST feature network that is part of this package, and its statistics of the 10,000 test images."""
-    folder = asset_path("fashion_mnist")
-    return load_classifier(folder / "classifier.safetensors"), RealFeatures.load(folder / "features_test.safetensors")
+    return features_in(asset_path("fashion_mnist"))
 
 
 def _check_images(images: Tensor) -> None:

@@ -29,8 +29,13 @@ def choose(calls: Sequence[Sequence[Any]]) -> list[str]:
         return []
     device = calls[0][0].device
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    engine = torch.cuda.get_device_capability(device) >= COPY_ENGINE
+    engine = has_copy_engine(device)
     return [form_of(call, processors, engine) for call in calls]
+
+
+def has_copy_engine(device: torch.device) -> bool:
+    """Whether a GPU brings blocks by itself. ROCm counts its capabilities in another way, and has no such engine."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= COPY_ENGINE
 
 
 def form_of(arguments: Sequence[Any], processors: int, copy_engine: bool) -> str:
