@@ -41,7 +41,8 @@ from pqcad_ao.quantize import quantize_
 from pqcad_ao.recipes.forms import compiled_forms, exporting, load_step, median_ms
 from pqcad_ao.utils.checks import check_count, check_counts
 from pqcad_ao.utils.files import write_json
-from pqcad_ao.utils.machine import busy, describe
+from pqcad_ao.utils.load import busy
+from pqcad_ao.utils.machine import describe
 from pqcad_ao.utils.quiet import start_executorch
 
 TRAJECTORY_ROWS = 8  # images whose trajectories carry the SQNR

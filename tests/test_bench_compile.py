@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
 
 from pqcad_ao.bench.compile import contenders, cpu, drawing, worker, workload
 from pqcad_ao.models import save_model
-from pqcad_ao.utils import machine
+from pqcad_ao.utils import load, machine
 
 COMMON = {"batches": (2,), "rounds": 2, "iterations": 2, "threads": 1, "progress": False}
 MEASURED = {
@@ -30,6 +30,7 @@ MEASURED = {
     "arithmetic": str,
     "backend": str,
     "idle_cpu_s": float,
+    "others_cores": float,
 }
 
 
@@ -289,7 +290,7 @@ def test_description_of_the_machine(monkeypatch):
     assert found["versions"]["diffusers"]
     monkeypatch.setattr(machine, "PACKAGES", ("no-such-package",))
     assert machine.versions()["no-such-package"] is None
-    assert machine.check_threads(None) == machine.available_cores()
+    assert machine.check_threads(None) == load.available_cores()
 
 
 def test_timed_counts_calls():

@@ -42,7 +42,7 @@ def test_rows_take_turns_and_a_rivals_fault_is_a_line(monkeypatch, tmp_path):
         if function is measure._alone:
             return {"load_ms": 1.0, "peak_rss_bytes": 9, "peak_rss_above_start_bytes": 5_000_000, "sqnr_db": 20.0}
         if function is measure._race:
-            return {"xnnpack_int8": [2.0, 4.0, 2.0], "pqcad_speed": [1.0, 1.0, 1.5]}
+            return {"xnnpack_int8": [2.0, 4.0, 2.0], "pqcad_speed": [1.0, 1.0, 1.5]}, 99.5
         return 3.5 if function is measure._fid else None
 
     monkeypatch.setattr(measure, "alone", alone)
@@ -55,6 +55,7 @@ def test_rows_take_turns_and_a_rivals_fault_is_a_line(monkeypatch, tmp_path):
     assert coreml["skipped"] == "ImportError: No module named 'coremltools'"
     assert json.loads((tmp_path / "r.json").read_text())["versions"]["torch"] == torch.__version__
     text = command.table(result)
+    assert "other programs kept 99.5 cores busy" in text
     assert "2 index_select" in text
     assert "skipped: ImportError" in text
     assert "eager_w4a4: FID 3.500" in text

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from pqcad_ao.utils import machine, progress
+from pqcad_ao.utils import load, progress
 from pqcad_ao.utils.assets import asset_path
 from pqcad_ao.utils.checks import check_count, check_counts, is_whole
 from pqcad_ao.utils.files import whole_file, write_whole
@@ -105,11 +105,56 @@ def test_the_embedded_assets_are_there():
 
 
 def test_a_busy_machine_says_so(monkeypatch):
-    monkeypatch.setattr(machine, "available_cores", lambda: 4)
-    for load, expected in ((0.3, False), (1.3, False), (1.5, True), (9.0, True)):
-        monkeypatch.setattr(machine.psutil, "getloadavg", lambda load=load: (load, 0.0, 0.0))
-        assert bool(machine.busy()) == expected
-    assert "kept 9.0 of 4 cores busy" in machine.busy()
+    monkeypatch.setattr(load, "available_cores", lambda: 4)
+    for found, expected in ((0.3, False), (1.3, False), (1.5, True), (9.0, True)):
+        monkeypatch.setattr(load.psutil, "getloadavg", lambda found=found: (found, 0.0, 0.0))
+        assert bool(load.busy()) == expected
+    assert "kept 9.0 of 4 cores busy" in load.busy()
+
+
+@pytest.mark.parametrize(
+    ("used", "turns", "kept", "most"),
+    [
+        ([0.1, 0.0, 0.0], 1, 0, 0.1),  # others are not felt
+        ([3.0, 0.1, 0.0], 2, 1, 0.1),  # the first turn is taken again
+        ([3.0, 2.0, 2.5], 3, 1, 2.0),  # each was disturbed: the least counts, and says so
+    ],
+)
+def test_a_disturbed_turn_is_taken_again(monkeypatch, used, turns, kept, most):
+    """On a clock of its own: a turn takes a second, in which this program and others use what is said of the cores."""
+    clock = {"now": 0.0, "busy": 0.0, "own": 0.0}
+
+    def turn():
+        number = int(clock["own"] / 1.5)
+        clock["now"] += 1.0
+        clock["own"] += 1.5
+        clock["busy"] += 1.5 + used[number]
+        return number
+
+    monkeypatch.setattr(load, "available_cores", lambda: 4)
+    monkeypatch.setattr(load, "_busy_s", lambda: clock["busy"])
+    monkeypatch.setattr(load, "_used_s", lambda processes: clock["own"])
+    monkeypatch.setattr(load.time, "perf_counter", lambda: clock["now"])
+    monkeypatch.setattr(load.time, "sleep", lambda seconds: None)
+    assert load.undisturbed(turn) == (kept, pytest.approx(most))
+    assert clock["now"] == turns
+
+
+def test_own_work_disturbs_nobody():
+    """Of the real clocks: what this process and a child of it use is no other program's."""
+    child = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        own = [load.psutil.Process(), load.psutil.Process(child.pid)]
+        before, busy = load._used_s(own), load._busy_s()
+        end = load.time.perf_counter() + 0.5
+        while load.time.perf_counter() < end:
+            pass
+        used = load._used_s(own) - before
+        assert used > 0.3  # of about a second, on a machine that may be busy
+        assert load._busy_s() - busy > used - 0.1
+    finally:
+        child.kill()
+        child.wait()
 
 
 WORK = """

@@ -3,7 +3,8 @@
 Every contender lives in a process of its own, so that its memory is its own, and the parent lets them run in turn
 (A B C, A B C, ...), one at a time, so that a change in the machine's load meets them all. Contenders that wait burn
 no CPU: libgomp's and TBB's threads sleep some milliseconds after their last work, libiomp's after 200, and the parent
-pauses longer than that between turns; what a waiting process did burn is in the result as ``idle_cpu_s``.
+pauses longer than that between turns; what a waiting process did burn is in the result as ``idle_cpu_s``. A turn that
+other programs disturbed is taken again, and what they used of the machine in those that count is in the result, too.
 ``OMP_WAIT_POLICY=PASSIVE`` is left unset, as it would slow the contenders that are built on OpenMP and not the others.
 """
 
@@ -12,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,7 +24,8 @@ from pqcad_ao.bench.compile.worker import MACHINE, Failed, Worker
 from pqcad_ao.bench.compile.workload import float_model
 from pqcad_ao.utils.checks import check_count
 from pqcad_ao.utils.files import check_writable, write_json
-from pqcad_ao.utils.machine import check_threads, describe, loadavg
+from pqcad_ao.utils.load import loadavg, undisturbed
+from pqcad_ao.utils.machine import check_threads, describe
 from pqcad_ao.utils.progress import tqdm
 
 PAUSE = 0.25  # seconds between turns; OpenMP threads of libiomp spin for 0.2 after their last work
@@ -99,8 +102,9 @@ def bench_compile(
         ``compile_s`` (from the float network to the first output, calibration included), ``ready_s`` (of that, the
         first call of what ``torch.compile`` returned, or loading the package; None: not measured),
         ``sqnr_db_vs_fp32`` (over batches from sampling trajectories; None: no difference), ``arithmetic``, ``backend``,
-        ``idle_cpu_s`` (CPU time burnt while others ran), ``operators_ms`` (of a profiled step, by operator; empty for
-        OpenVINO); or ``skipped``
+        ``idle_cpu_s`` (CPU time burnt while others ran), ``others_cores`` (that programs beside the benchmark kept busy
+        in the most disturbed of its turns), ``operators_ms`` (of a profiled step, by operator; empty for OpenVINO); or
+        ``skipped``
         with the reason. ``roofline`` holds for each batch ``gmac`` and the
         machine's measured ``peak_gmacs_fp32``, ``peak_gmacs_bf16``, ``peak_gmacs_int8`` (None: no such kernel), with
         the ``ms`` that ``gmac`` would take at each.
@@ -173,12 +177,14 @@ class _Batch:
     Attributes:
         rows: by name; a row that could not be measured says why in ``skipped``.
         turns: by name, the milliseconds of each turn's steps.
+        others: by name, the cores that other programs kept busy in the most disturbed of its turns.
     """
 
     def __init__(self, spec: dict[str, Any], names: list[str], workers: ExitStack, bar: tqdm) -> None:
         self.spec, self.names, self.bar = spec, names, bar
         self.rows = {name: {"name": name, "batch": spec["batch"]} for name in names}
         self.turns: dict[str, list[list[float]]] = {name: [] for name in names}
+        self.others = dict.fromkeys(names, 0.0)
         self._ends, self._workers = workers, dict[str, Worker]()
 
     @property
@@ -212,14 +218,17 @@ class _Batch:
             if "skipped" in self.rows[name]:
                 continue
             with self._or_skip(name):
-                self.turns[name].append(self._workers[name].ask({"run": iterations})["ms"])
+                worker = self._workers[name]
+                given, others = undisturbed(partial(worker.ask, {"run": iterations}), [worker.process.pid])
+                self.turns[name].append(given["ms"])
+                self.others[name] = max(self.others[name], others)
             time.sleep(PAUSE)
 
     def stop(self) -> None:
         """Ask every worker what it needed in all."""
         for name in self.running:
             with self._or_skip(name):
-                self.rows[name] |= self._workers[name].ask({"stop": True})
+                self.rows[name] |= self._workers[name].ask({"stop": True}) | {"others_cores": self.others[name]}
 
     @contextmanager
     def _or_skip(self, name: str) -> Iterator[None]:

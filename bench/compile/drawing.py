@@ -5,6 +5,8 @@ from typing import Any
 
 from tabulate import tabulate
 
+from pqcad_ao.utils.load import felt
+
 
 def timed(result: dict[str, Any]) -> str:
     """What a row's milliseconds are of."""
@@ -62,7 +64,10 @@ def table(result: dict[str, Any]) -> str:
     lines.append(
         f"{result['model']} on {machine['name']}, {result['threads']} threads, load average {load} at the start"
     )
-    if load > 0.5:
+    disturbed = {row["name"]: row["others_cores"] for row in result["rows"] if felt(row.get("others_cores", 0.0))}
+    for name, others in disturbed.items():
+        lines.append(f"{name} was disturbed: other programs kept up to {others:.1f} cores busy, each time again")
+    if load > 0.5 or disturbed:
         lines.append("the machine was not idle: ratios from this run mean more than its milliseconds")
     return "\n".join(lines)
 

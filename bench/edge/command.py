@@ -5,6 +5,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from pqcad_ao.utils.load import felt
 from pqcad_ao.utils.options import COMMON, Names, Shared, Whole
 
 
@@ -32,6 +33,8 @@ def table(result: dict[str, Any]) -> str:
         )
     head = ["", "MB", "load ms", "ms", "/ int8", "MB of memory", "calls", "outside", "dB to fp32", "FID"]
     text = tabulate(lines, head, floatfmt=".2f")
+    if felt(others := result.get("others_cores") or 0.0):
+        text += f"\nthe machine was not idle, each time again: other programs kept {others:.1f} cores busy meanwhile"
     if "eager" in result:
         text += "\n" + ", ".join(f"{kind}: FID {value:.3f}" for kind, value in result["eager"].items())
     return text

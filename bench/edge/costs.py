@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pqcad_ao.bench.edge.runtime import Program, alone, take_turns
 from pqcad_ao.utils import machine
 from pqcad_ao.utils.files import check_writable, write_json
+from pqcad_ao.utils.load import available_cores
 
 
 def measure_costs(json_path: str | Path, rounds: int = 25) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def measure_costs(json_path: str | Path, rounds: int = 25) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         layers = [alone(_stack_costs, channels, size, folder, rounds) for channels, size in shapes]
     nanoseconds = {key: median(row[key] for row in layers) for key in ("multiply_accumulate", "number")}
-    threads = machine.available_cores()
+    threads = available_cores()
     result = {"nanoseconds": nanoseconds, "layers": layers} | machine.describe(threads)
     write_json(target, result)
     return result
@@ -63,7 +64,7 @@ def _stack_costs(channels: int, size: int, folder: str, rounds: int) -> dict[str
             options: dict[str, Any] = {"sample_shape": shape, "num_inference_steps": 2, "trajectories": 1}
             export_pte(network, path, scheduler=scheduler, progress=False, **options, **budget)
             paths[layers, objective] = path
-    programs = {key: Program(path, machine.available_cores()) for key, path in paths.items()}
+    programs = {key: Program(path, available_cores()) for key, path in paths.items()}
     turns = take_turns(programs, [torch.randn(1, *shape), torch.tensor([0])], rounds)
     layer = {kind: 1e6 * (median(turns[5, kind]) - median(turns[1, kind])) / 4 for kind in ("bytes", "size")}
     places = size * size

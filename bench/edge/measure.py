@@ -8,6 +8,7 @@ import re
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,6 +28,7 @@ from pqcad_ao.nn.state import quantized_state
 from pqcad_ao.utils import machine
 from pqcad_ao.utils.checks import check_count
 from pqcad_ao.utils.files import check_writable, write_json
+from pqcad_ao.utils.load import undisturbed
 from pqcad_ao.utils.tensor_files import write_tensors
 
 
@@ -80,7 +82,7 @@ def bench_edge(
             if ROWS[name].runs and "skipped" not in row:
                 paths[name] = str(path)
             made.append(row)
-        turns = alone(_race, paths, rounds, job) if paths else {}
+        turns, result["others_cores"] = alone(_race, paths, rounds, job) if paths else ({}, None)
         for row in made:
             if row["name"] in turns:
                 row |= _times(turns[row["name"]], turns.get("xnnpack_int8"))
@@ -168,10 +170,11 @@ def _alone(path: str, job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _race(paths: dict[str, str], rounds: int, job: dict[str, Any]) -> dict[str, list[float]]:
-    """Milliseconds of every call; the files take turns."""
+def _race(paths: dict[str, str], rounds: int, job: dict[str, Any]) -> tuple[dict[str, list[float]], float]:
+    """Milliseconds of every call, the files taking turns; and the cores that other programs kept busy meanwhile."""
     programs = {name: Program(path, job["threads"]) for name, path in paths.items()}
-    return take_turns(programs, [load_file(job["records"])["x_t"][0, :1].contiguous(), torch.tensor([0])], rounds)
+    inputs = [load_file(job["records"])["x_t"][0, :1].contiguous(), torch.tensor([0])]
+    return undisturbed(partial(take_turns, programs, inputs, rounds))
 
 
 def _fid(kind: str, path: str, job: dict[str, Any], n: int) -> float:

@@ -91,7 +91,8 @@ def run(command: Callable[..., dict[str, Any]], arguments: dict[str, Any], commo
     import pqcad_ao.registered  # noqa: F401  (as importing the package does elsewhere)
     from pqcad_ao.pages.report import write_report
     from pqcad_ao.utils.files import write_json
-    from pqcad_ao.utils.machine import busy, describe
+    from pqcad_ao.utils.load import busy
+    from pqcad_ao.utils.machine import describe
 
     quiet_dependencies()
     for file in (common.json, common.report):

@@ -26,7 +26,7 @@ from pqcad_ao.nn.timestep import Timestep
 from pqcad_ao.passes.cache_split import cache_split
 from pqcad_ao.plan import planned
 from pqcad_ao.prepare.annotate import PQCADQuantizer, insert_fake_quantizers
-from pqcad_ao.utils.machine import busy
+from pqcad_ao.utils.load import busy
 
 ROWS = 8  # of the calls that are timed
 UPDATES = 3  # that are made; the first is not timed

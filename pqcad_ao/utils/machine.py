@@ -1,6 +1,5 @@
-"""What a measurement ran on: versions, processor and its peak, threads, load, and the memory of this process."""
+"""What a measurement ran on: versions, processor and its peak, threads, and the memory of this process."""
 
-import os
 import platform
 import time
 from collections.abc import Callable, Collection
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pqcad_ao.utils.checks import check_count
+from pqcad_ao.utils.load import available_cores, loadavg
 
 PACKAGES = ("pqcad_ao", "torch", "torchao", "diffusers", "executorch", "openvino", "nncf", "numpy")
 
@@ -36,7 +36,6 @@ COMPILED_FOR = frozenset(
     | {"avx512_bitalg", "avx512_vpopcntdq", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8"}
     | {"amx_bf16", "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2"}
 )
-BUSY = 0.35  # of the cores, from which other programs are felt
 
 
 def versions() -> dict[str, str | None]:
@@ -49,11 +48,6 @@ def versions() -> dict[str, str | None]:
             installed[package] = None
     installed["torch"] = torch.__version__  # with the build, which not every wheel's metadata says
     return installed
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_threads(threads: int | None) -> int:
@@ -109,19 +103,6 @@ def cpu() -> dict[str, Any]:
         "cores": available_cores(),
         "features": [feature for feature in FEATURES if feature in flags],
     }
-
-
-def loadavg() -> list[float]:
-    """Runnable processes averaged over 1, 5 and 15 minutes."""
-    return [round(value, 2) for value in psutil.getloadavg()]
-
-
-def busy() -> str | None:
-    """What keeps this machine from honest timings, to be asked before own work begins; None where nothing does."""
-    load, cores = loadavg()[0], available_cores()
-    if load <= BUSY * cores:
-        return None
-    return f"other programs kept {load:.1f} of {cores} cores busy over the last minute: times measured here say little"
 
 
 def describe(threads: int) -> dict[str, Any]:
