@@ -48,20 +48,18 @@ def undisturbed(turn: Callable[[], T], processes: Iterable[int] = ()) -> tuple[T
         system's ticks of about 10 ms: of a turn that is not much longer it is a rough number.
     """
     own = [psutil.Process(), *map(psutil.Process, processes)]
-    best: tuple[T, float] | None = None
-    for number in range(TRIES):
-        if number:
+    tried: list[tuple[T, float]] = []
+    while len(tried) < TRIES:
+        if tried:
             time.sleep(WAIT)
         busy, used, begin = _busy_s(), _used_s(own), time.perf_counter()
         value = turn()
         wall = time.perf_counter() - begin
         others = max(0.0, (_busy_s() - busy) - (_used_s(own) - used)) / wall
-        if best is None or others < best[1]:
-            best = value, others
+        tried.append((value, others))
         if not felt(others):
             break
-    assert best is not None
-    return best
+    return min(tried, key=lambda one: one[1])
 
 
 def _busy_s() -> float:
