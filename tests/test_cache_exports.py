@@ -247,6 +247,6 @@ def test_a_pt2_without_the_plan_and_one_that_lost_a_program(
         build({"full": programs["full"]}, *args)
 
     monkeypatch.setattr(package, "_build", one)
-    with pytest.raises(ValueError, match="or is damaged: 'shallow'"):
+    with pytest.raises(ValueError, match=r"or is damaged: [^\n]*'shallow'[^\n]*$"):
         export_pt2(small, tmp_path / "b.pt2", **options)
     assert not (tmp_path / "b.pt2").exists()

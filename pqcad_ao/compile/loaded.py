@@ -77,7 +77,8 @@ class PT2UNet:
                 programs = ("model",) if self.plan is None else ("full", "shallow")
                 self._models = [_program(path, name) for name in programs]
         except (OSError, BadZipFile, zlib.error, RuntimeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no package that pqcad_ao.export_pt2 wrote, or is damaged: {error}") from error
+            reason = str(error).partition("\n")[0]  # PyTorch lists every file of the package behind it
+            raise ValueError(f"{path} is no package that pqcad_ao.export_pt2 wrote, or is damaged: {reason}") from error
         if missing:
             raise ValueError(f"{path} was compiled for a processor with {', '.join(missing)}: export it on this one")
 
