@@ -134,14 +134,18 @@ def quantize_(
         captured, resolved = planned(network, config, filter_fn, source.shape, source.conditioning)
         given = (source.shape, source.conditioning, settings_of(source.scheduler), prompts)
         with shared_run(folder, network.state_dict(), config, *given):
-            inputs = None
-            if not config.learns and not config.clusters:  # it is known beforehand which points are looked at
-                inputs = LayerInputs(input_forms(resolved))
-            points = source.points(inputs=inputs, **keeps)
-            reach = None
-            if config.sample_weights == "reach":
-                reach = reach_of(as_sampler(source.scheduler), config.calibration_steps, points.timesteps)
-            resolved, learned = _learn(captured, resolved, points, inputs, config, span, reach, **keeps)
+            if config.learns or config.target_bits is not None or input_forms(resolved):
+                inputs = None
+                if not config.learns and not config.clusters:  # it is known beforehand which points are looked at
+                    inputs = LayerInputs(input_forms(resolved))
+                points = source.points(inputs=inputs, **keeps)
+                reach = None
+                if config.sample_weights == "reach":
+                    reach = reach_of(as_sampler(source.scheduler), config.calibration_steps, points.timesteps)
+                resolved, learned = _learn(captured, resolved, points, inputs, config, span, reach, **keeps)
+            else:  # weights alone are rounded without a look at any point
+                learned = Learned(prepare(captured, resolved, config, span))
+                fit_grids(learned.graph, resolved, callback=callback, progress=keeps["progress"])
         timestep = Timestep(
             config.timestep_groups,
             source.scheduler.config.num_train_timesteps,

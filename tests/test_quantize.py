@@ -181,6 +181,17 @@ def test_weights_only_in_eight_bits_is_nearly_exact():
         assert sqnr(reference(x, t), model(x, t)) > 40
 
 
+def test_weights_alone_are_rounded_without_a_walk():
+    def stages(config: PQCADConfig) -> set[str]:
+        found = set()
+        _quantize(Small(), config, callback=lambda stage, done, total: found.add(stage))
+        return found
+
+    assert "trajectories" in stages(quick())
+    assert "trajectories" not in stages(quick(activation_bits=None))
+    assert "trajectories" in stages(quick(activation_bits=None, target_bits=5))
+
+
 def test_calibration_sees_full_precision_inputs_only():
     """A layer's grid does not depend on how coarsely the layers before it are quantized."""
     model = Small()
