@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -227,6 +228,16 @@ def test_inputs_come_from_trajectories(tiny_dir):
     again = workload.trajectory_inputs(unet, scheduler, 2, seed=0)
     assert torch.equal(again["check"][0][0], inputs["check"][0][0])
     assert not torch.equal(inputs["calibration"][0][0], inputs["check"][0][0])
+
+
+def test_a_network_denoises_samples_of_another_size(tiny_dir, tmp_path):
+    unet, scheduler = workload.float_model(f"{tiny_dir}@16")
+    inputs = workload.trajectory_inputs(unet, scheduler, 2, seed=0)
+    assert all(x_t.shape == (2, 1, 16, 16) for x_t, _ in inputs["check"])
+    with pytest.raises(ValueError, match=r"samples of 9x9: this UNet halves them down to 1/2, give a multiple"):
+        workload.float_model(f"{tiny_dir}@9")
+    named = shutil.copytree(tiny_dir, tmp_path / "at@16")
+    assert workload.float_model(str(named))[0].config.sample_size == 8  # a folder of this name comes first
 
 
 def test_conditional_network_gets_text_states():

@@ -26,7 +26,7 @@ def bench_compile(
         pqcad bench compile --model sd15 --device cuda
 
     Args:
-        model: demo, ddpm-cifar10 or sd15 (random weights), or a folder with a diffusers UNet.
+        model: demo, ddpm-cifar10 or sd15 (random weights), or a folder with a diffusers UNet; demo@64: of 64x64 pixels.
         batches: sizes with commas between; 1,8 if not given, on a GPU 1,16,64,256.
         device: cpu, or cuda for the GPU's own contenders.
         rounds: turns of each contender.

@@ -80,7 +80,7 @@ def bench_compile(
 
     Args:
         model: ``demo``, ``ddpm-cifar10`` (random weights: for speed and size, never for quality), or a folder that
-            holds a full-precision diffusers UNet.
+            holds a full-precision diffusers UNet; with ``@64`` behind it, for samples of 64x64.
         batches: batch sizes, one after the other.
         rounds: turns of each contender.
         iterations: timed steps in a turn, after one that is not timed.

@@ -25,16 +25,31 @@ TEXT_TOKENS = 77
 def float_model(model: str) -> tuple[nn.Module, DDIMScheduler]:
     """The float32 network that the rows start from, and its scheduler.
 
+    Args:
+        model: as for :func:`~pqcad_ao.models.load_model`; with ``@64`` behind it, for samples of 64x64.
+
     Raises:
         ValueError: an unknown name, a folder without a UNet, or a UNet that is quantized already or takes inputs that
-            cannot be made up.
+            cannot be made up; a size that its halvings do not divide.
     """
-    unet, scheduler = load_model(model)
+    name, at, size = model.rpartition("@")
+    sized = at and size.isdecimal() and not Path(model).exists()
+    unet, scheduler = load_model(name if sized else model)
+    if sized:
+        _resize(unet, int(size))
     if quantized_state(unet) is not None or getattr(unet, "is_quantized", False):
         raise ValueError(f"model={model!r} is quantized: give the full-precision network, the rows quantize it")
     sample_shape(unet)
     random_conditioning(unet, 1, torch.Generator())
     return unet.float(), scheduler
+
+
+def _resize(unet: Any, size: int) -> None:
+    """Let a UNet denoise samples of another size: its weights fit any that its halvings divide."""
+    halved = 2 ** (len(unet.config.block_out_channels) - 1)
+    if size == 0 or size % halved:
+        raise ValueError(f"samples of {size}x{size}: this UNet halves them down to 1/{halved}, give a multiple of that")
+    unet.register_to_config(sample_size=size)
 
 
 def random_conditioning(unet: nn.Module, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
