@@ -103,9 +103,8 @@ def bench_compile(
         first call of what ``torch.compile`` returned, or loading the package; None: not measured),
         ``sqnr_db_vs_fp32`` (over batches from sampling trajectories; None: no difference), ``arithmetic``, ``backend``,
         ``idle_cpu_s`` (CPU time burnt while others ran), ``others_cores`` (that programs beside the benchmark kept busy
-        in the most disturbed of its turns), ``operators_ms`` (of a profiled step, by operator; empty for OpenVINO); or
-        ``skipped``
-        with the reason. ``roofline`` holds for each batch ``gmac`` and the
+        in the most disturbed of its turns), ``operators_ms`` (of a profiled step, by operator; empty outside PyTorch);
+        or ``skipped`` with the reason. ``roofline`` holds for each batch ``gmac`` and the
         machine's measured ``peak_gmacs_fp32``, ``peak_gmacs_bf16``, ``peak_gmacs_int8`` (None: no such kernel), with
         the ``ms`` that ``gmac`` would take at each.
 

@@ -34,6 +34,7 @@ from pqcad_ao.utils.machine import peak_gmacs, peak_rss_bytes, reset_peak_rss, r
 MACHINE = "machine"  # the worker that is no contender
 PROFILED = 3  # steps behind the breakdown by operator
 OPERATORS = 8  # named in it
+OUTSIDE = ("ncnn", "onnxruntime", "openvino")  # backends whose operators PyTorch's profiler does not see
 
 
 def prepare(spec: dict[str, Any]) -> tuple[dict[str, Any], Callable[[int], dict[str, Any]]]:
@@ -71,7 +72,7 @@ def contend(spec: dict[str, Any]) -> tuple[dict[str, Any], Callable[[int], dict[
         if spec["name"] == REFERENCE:
             torch.save(outputs, folder / "reference.pt")
         sqnr = sqnr_db(torch.stack(torch.load(folder / "reference.pt")), torch.stack(outputs))
-        operators = {} if contender.backend.startswith("openvino") else operator_ms(contender.call, example)
+        operators = {} if contender.backend.startswith(OUTSIDE) else operator_ms(contender.call, example)
     del unet, work, inputs, outputs
     release_memory()
     facts = {

@@ -14,7 +14,18 @@ from torch import Tensor
 from pqcad_ao.utils.checks import check_count
 from pqcad_ao.utils.load import available_cores, loadavg
 
-PACKAGES = ("pqcad_ao", "torch", "torchao", "diffusers", "executorch", "openvino", "nncf", "numpy")
+PACKAGES = (
+    "pqcad_ao",
+    "torch",
+    "torchao",
+    "diffusers",
+    "executorch",
+    "openvino",
+    "nncf",
+    "ncnn",
+    "onnxruntime",
+    "numpy",
+)
 
 # Instruction sets that decide how fast low-precision arithmetic can be, by their names in /proc/cpuinfo.
 FEATURES = (
