@@ -10,10 +10,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
-from torch.nn import functional
-
-from pqcad_ao.passes.inline import buffer
 
 aten = torch.ops.aten
 
@@ -52,7 +48,7 @@ class ShiftedConv:
     def weight(self, weight: Tensor) -> Tensor:
         """The linear's (outputs, inputs) weight for the convolution's (O, I, kh, kw)."""
         if self.steps:
-            return weight.flatten(1)
+            return weight.permute(0, 2, 3, 1).flatten(1)
         return weight.permute(3, 0, 2, 1).flatten(2).flatten(0, 1)  # (kw · O, kh · I)
 
     def inputs(self, channels: int) -> int:
@@ -68,25 +64,47 @@ class ShiftedConv:
         covering = [j for j, shift in enumerate(self.shifts()) if shift == 0 and self.places[1] == self.output[1]]
         return covering[0] if covering else None
 
-    def gathering(self, graph: GraphModule, before: Node, channels: int) -> Node | None:
-        """For a stride: the kernel that copies every place of a window to a channel of its own (a depthwise im2col)."""
-        if not self.steps:
-            return None
-        height, width = self.kernel_size
-        hot = torch.eye(height * width).view(-1, 1, height, width).repeat(channels, 1, 1, 1)
-        return buffer(graph, before, f"places_{channels}_{height}x{width}", hot)
-
-    def gather(self, values: Tensor, gathering: Tensor | None, channels: int) -> Tensor:
-        """(B, C, H, W) to the linear's inputs as channels, (B, K, *places)."""
-        if gathering is not None:
-            geometry = (self.stride, self.padding, self.dilation)
-            return functional.conv2d(values, gathering, None, *geometry, channels)
-        if self.padding[0]:
-            values = aten.constant_pad_nd.default(values, [0, 0, self.padding[0], self.padding[0]])
-        if self.kernel_size[0] == 1:
-            return values
+    def gather(self, values: Tensor, channels: int) -> list[Tensor]:
+        """(B, C, H, W) to the linear's inputs as channels: (B, ..., *places) that are to lie beside each other."""
+        if self.steps:
+            return [self._places_of_windows(values, channels)]
+        top, (height, _) = self.padding[0], self.places
+        padded = aten.constant_pad_nd.default(values, [0, 0, top, top]) if top else values
         starts = [i * self.dilation[0] for i in range(self.kernel_size[0])]
-        return torch.cat([aten.slice.Tensor(values, 2, start, start + self.places[0]) for start in starts], 1)
+        return [
+            values if (start, height) == (top, self.image[0]) else aten.slice.Tensor(padded, 2, start, start + height)
+            for start in starts
+        ]
+
+    def _places_of_windows(self, values: Tensor, channels: int) -> Tensor:
+        """(B, C, H, W) to (B, kh · kw · C, *output): every place of a window as channels of its own (im2col).
+
+        In channels-last layout as many rows as a stride takes lie behind each other, and so do columns: a stride is the
+        first part of them.
+        """
+        (down, across), (height, width), (top, left) = self.stride, self.kernel_size, self.padding
+        taps_down, taps_across = (
+            [i * d for i in range(k)] for k, d in zip(self.kernel_size, self.dilation, strict=True)
+        )
+        # of both, as many whole strides as the last window reaches into
+        rows = (self.output[0] + taps_down[-1] // down) * down
+        columns = (self.output[1] + taps_across[-1] // across) * across
+        missing = [left, columns - left - self.image[1], top, rows - top - self.image[0]]
+        if min(missing) < 0:
+            values = aten.slice.Tensor(aten.slice.Tensor(values, 2, 0, rows - top), 3, 0, columns - left)
+        if max(missing) > 0:
+            values = aten.constant_pad_nd.default(values, [max(count, 0) for count in missing])
+        row = columns * channels
+        image = aten.reshape.default(aten.permute.default(values, [0, 2, 3, 1]), [-1, rows // down, down * row])
+        parts = []
+        for i in taps_down:
+            part = aten.slice.Tensor(image, 1, i // down, i // down + self.output[0])
+            part = aten.slice.Tensor(part, 2, i % down * row, (i % down + 1) * row)
+            part = aten.reshape.default(part, [-1, columns // across, across * channels])
+            for j in taps_across:
+                window = aten.slice.Tensor(part, 1, j // across, j // across + self.output[1])
+                parts.append(aten.slice.Tensor(window, 2, j % across * channels, (j % across + 1) * channels))
+        return to_image(torch.cat(parts, 2), height * width * channels, self.output)
 
     def scatter(self, results: Tensor, outputs: int) -> Tensor:
         """(B, kw · O, *places) of every column to (B, O, *output)."""

@@ -117,11 +117,10 @@ def _write_shifted(
     weight_scale, bias = _beside_each_other(graph, node, name, arguments["weight_scale"], arguments["bias"], shifted)
     quantized = _int8_weights(graph, node, name, parts, weight_scale, True)
     ones = _ones(graph, node, [*shape[:2], *shifted.places], 1)
-    gathering = [shifted.gathering(graph, node, channels) for channels in segments]
     late = None
     if bias is not None and shifted.unshifted() is None:
         late, bias = buffer(graph, node, f"{name}_bias", value_of(graph, bias).detach().view(1, -1, 1, 1)), None
-    inline(graph, node, _shifted_product, x, *grid, ones, shifted, gathering, quantized, bias, late, len(weight))
+    inline(graph, node, _shifted_product, x, *grid, ones, shifted, quantized, bias, late, len(weight))
 
 
 def _integers(graph: GraphModule, arguments: dict[str, Any], channels: int) -> Tensor:
@@ -198,11 +197,11 @@ def _segments(x, scales, low, bits, segments, channel_dim, rank):
         start += channels
 
 
-def _with_ends(values, ones, scale, first, bits, channel_dim, count):
-    """``values`` of a grid, with its ends as ``count`` further channels."""
+def _with_ends(parts, ones, scale, first, bits, channel_dim, count):
+    """``parts`` of a grid beside each other, with its ends as ``count`` further channels."""
     ends = [first * scale, (first + span(bits)) * scale]
     ends = torch.cat([*ends, *ends[: count - 2]], channel_dim)
-    return torch.cat([values, ends * ones], channel_dim)
+    return torch.cat([*parts, ends * ones], channel_dim)
 
 
 def _measured(values):
@@ -222,23 +221,21 @@ def _int8_product(x, scales, low, bits, segments, channel_dim, rank, ones, produ
     total = None
     grid = _segments(x, scales, low, bits, segments, channel_dim, rank)
     for weight, count, (values, scale, first) in zip(weights, ends, grid, strict=True):
-        values = _measured(_with_ends(values, ones, scale, first, bits, channel_dim, count))
+        values = _measured(_with_ends([values], ones, scale, first, bits, channel_dim, count))
         weight = _dequantized(weight, weight_scale, zero_point, limits)
         part = product(values, weight, bias if total is None else None, *options)
         total = part if total is None else total + part
     return total
 
 
-def _shifted_product(
-    x, scales, low, bits, segments, channel_dim, rank, ones, shifted, gathering, quantized, bias, late, outputs
-):
+def _shifted_product(x, scales, low, bits, segments, channel_dim, rank, ones, shifted, quantized, bias, late, outputs):
     weights, weight_scale, zero_point, limits, ends = quantized
     total = None
     grid = _segments(x, scales, low, bits, segments, channel_dim, rank)
     for index, (values, scale, first) in enumerate(grid):
         channels, count = segments[index], ends[index]
-        values = shifted.gather(values, gathering[index], channels)
-        values = _with_ends(values, ones, scale, first, bits, channel_dim, count)
+        parts = shifted.gather(values, channels)
+        values = _with_ends(parts, ones, scale, first, bits, channel_dim, count)
         tokens = _measured(to_tokens(values, shifted.inputs(channels) + count, shifted.places))
         weight = _dequantized(weights[index], weight_scale, zero_point, limits)
         part = functional.linear(tokens, weight, bias if total is None else None)

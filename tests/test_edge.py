@@ -27,12 +27,13 @@ from pqcad_ao.denoiser import predict
 from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.edge import export, parity
 from pqcad_ao.edge.export import PTEReport, export_fp32_pte, export_pte
-from pqcad_ao.edge.lower import layers_of_calls
+from pqcad_ao.edge.lower import layers_of_calls, lower
 from pqcad_ao.edge.parity import ParityError
 from pqcad_ao.edge.sampler import PTESampler
 from pqcad_ao.edge.seal import MARK, seal
 from pqcad_ao.models import load_model
 from pqcad_ao.nn.state import quantized_state
+from pqcad_ao.passes.group_norm import decompose_group_norm
 from pqcad_ao.utils import files
 from pqcad_ao.utils.assets import asset_path
 from pqcad_ao.utils.files import write_whole
@@ -116,6 +117,69 @@ def test_methods_of_the_program(exported):
         program.load_method("unet").execute([noise(2), torch.tensor([500])])
     with pytest.raises(RuntimeError):
         program.load_method("step").execute([noise(2), torch.tensor([STEPS])])
+
+
+def test_bytes_of_a_file_by_kind(exported):
+    """What lies between its segments, and by how many letters each of them is named, twice."""
+    from executorch.exir._serialize._flatbuffer import _program_flatbuffer_to_json
+    from executorch.exir._serialize._program import _get_extended_header
+
+    program = exported.path.read_bytes()
+    header = _get_extended_header(program)
+    description = json.loads(_program_flatbuffer_to_json(program[: header.program_size]))
+    sizes = [segment["size"] for segment in description["segments"]]
+    assert len(sizes) > 20
+    assert len(program) - header.program_size - sum(sizes) < 16 * (len(sizes) + 1)
+    names = [data["key"] for data in description["named_data"]]
+    assert {len(name) for name in names} == {16}
+    weights = sum(layer.bytes for layer in exported.plan.layers)
+    held = sum(sizes[data.get("segment_index", 0)] for data in description["named_data"])
+    assert weights < held < weights + 1000, "scales and biases come on top"
+
+
+@torch.no_grad()
+def test_nothing_is_transposed_inside_of_a_norm(monkeypatch):
+    from executorch.backends.xnnpack import xnnpack_preprocess
+
+    graphs = []
+    whole = xnnpack_preprocess.serialize_xnnpack_binary
+    monkeypatch.setattr(
+        xnnpack_preprocess, "serialize_xnnpack_binary", lambda graph, data: graphs.append(graph) or whole(graph, data)
+    )
+    network = nn.Sequential(nn.Conv2d(4, 8, 3), nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 3)).eval()
+    x = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+    rewritten = decompose_group_norm(torch.export.export(network, (x,)).module(check_guards=False))
+    lower(rewritten, (x,))
+    (graph,) = graphs
+    kinds = [type(node.xnode_union).__name__ for node in graph.xnodes]
+    # of the image on its way in and out, and of weight, bias and the numbers that come from outside, ones
+    assert kinds.count("XNNStaticTranspose") == 5
+
+
+class OneNumberAtATime(nn.Module):
+    """What XNNPACK multiplies by a number, and what it hands on as it came: a filter, to another operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.arange(1.0, 4).view(3, 1, 1, 1))
+
+    def forward(self, x: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        number = self.table.index_select(0, index)
+        filtered = nn.functional.conv2d(x * number, number.view(1, 1, 1, 1))
+        return filtered, number.view(1, 1, 1, 1), number.permute(1, 0, 2, 3)
+
+
+@torch.no_grad()
+def test_a_number_that_a_call_hands_on_is_not_its_input():
+    from executorch.runtime import Runtime
+
+    x, network = noise(1), OneNumberAtATime()
+    program, _ = lower(network, (x, torch.tensor([0])))
+    method = Runtime.get().load_program(program).load_method("forward")
+    for index in range(3):
+        found = method.execute([x, torch.tensor([index])])
+        for value, expected in zip(found, network(x, torch.tensor([index])), strict=True):
+            torch.testing.assert_close(value, expected)
 
 
 @pytest.mark.slow

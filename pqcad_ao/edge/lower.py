@@ -4,7 +4,7 @@ import copy
 import operator
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -17,6 +17,11 @@ from torch.utils._pytree import tree_flatten
 
 from pqcad_ao.graph.arguments import bind
 from pqcad_ao.utils.tracing import one_at_a_time
+
+# Of a file's segments, of which each weight and each vector of scales is one: as XNNPACK asks for, where ExecuTorch
+# takes 128.
+ALIGNMENT = 16
+NAME = 16  # hexadecimal digits by which XNNPACK finds its weights
 
 
 @one_at_a_time
@@ -45,7 +50,7 @@ def lower_sampler(
             is there. ``step`` returns more, ``unet`` does not.
         images: ``f(x_0)``, by what its method's name ends in. constants: further methods that return a constant each.
     """
-    from executorch.exir import EdgeProgramManager
+    from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig
 
     both = {f"both{ending}": exported for ending, exported in networks.items()}
     lowered = _to_edge({**both, **{f"image{ending}": exported for ending, exported in images.items()}})
@@ -56,7 +61,8 @@ def lower_sampler(
         programs[f"step{ending}"] = _only(whole, "step", "timestep", [0, *more])
         programs[f"unet{ending}"] = _only(whole, "timestep", "step", [1])
     calls = calls_of(programs["step"])  # what follows rewrites the graphs
-    return EdgeProgramManager(programs, constants, lowered.compile_config).to_executorch().buffer, calls
+    config = ExecutorchBackendConfig(segment_alignment=ALIGNMENT)
+    return EdgeProgramManager(programs, constants, lowered.compile_config).to_executorch(config).buffer, calls
 
 
 def _to_edge(programs: dict[str, ExportedProgram], stock: bool = False) -> Any:
@@ -67,7 +73,10 @@ def _to_edge(programs: dict[str, ExportedProgram], stock: bool = False) -> Any:
     for program in programs.values():
         for node in program.graph.nodes:
             node.meta.pop("from_node", None)  # provenance, copied deeply by each of ExecuTorch's passes
-    with nullcontext() if stock else without_transposes():
+    with ExitStack() as changes:
+        if not stock:
+            changes.enter_context(without_transposes())
+            changes.enter_context(with_short_names())
         partitioner = XnnpackPartitioner() if stock else layered_partitioner()
         try:
             return to_edge_transform_and_lower(programs, partitioner=[partitioner])
@@ -185,6 +194,9 @@ def without_transposes() -> Iterator[None]:
     class SameMemory(XNNPACKPass):
         def call(self, graph_module: GraphModule) -> PassResult:
             for last in list(graph_module.graph.nodes):
+                if last.target in moves and _moves_one_number(last):
+                    last.replace_all_uses_with(bind(last)["input"])
+                    continue
                 source = _same_memory(last, moves, tagged)
                 if source is None:
                     continue
@@ -210,6 +222,15 @@ def without_transposes() -> Iterator[None]:
 
     with patch.object(xnnpack_preprocess, "XNNPACKPassManager", Manager):
         yield
+
+
+def _moves_one_number(move: Node) -> bool:
+    """Whether a move comes to nothing since it is of one number, in four dimensions, which lies alike in every layout.
+
+    What a call returns is left as it is: XNNPACK returns neither what it was given nor a value twice.
+    """
+    alike = all("val" in n.meta and tuple(n.meta["val"].shape) == (1, 1, 1, 1) for n in (move, bind(move)["input"]))
+    return alike and all(user.op != "output" for user in move.users)
 
 
 def _same_memory(last: Node, moves: tuple[Any, ...], tagged: Any) -> Node | None:
@@ -241,6 +262,37 @@ def _same_memory(last: Node, moves: tuple[Any, ...], tagged: Any) -> Node | None
         if lying.reshape(-1).equal(torch.arange(value.numel())):
             return source
     return None
+
+
+@contextmanager
+def with_short_names() -> Iterator[None]:
+    """Let XNNPACK name its weights by fewer digits of their digest, and not number its nodes.
+
+    ExecuTorch 1.4 names each by 64 or 70 characters, which stand in the file twice. Different weights of equal names
+    are refused.
+    """
+    from executorch.backends.xnnpack import xnnpack_preprocess
+
+    def short(name: str) -> str:
+        return name.removeprefix("scale_")[:NAME]
+
+    class NamedDataStore(xnnpack_preprocess.NamedDataStore):
+        def add_named_data(self, key: str, *args: Any, **options: Any) -> None:
+            super().add_named_data(short(key), *args, **options)
+
+    def serialize(graph: Any, data: bytearray) -> bytes:
+        for constant in graph.constant_data:
+            constant.named_key = short(constant.named_key)
+        for node in graph.xnodes:
+            node.debug_handle = 0  # of a graph that is not in the file; zeros take no bytes
+        return whole(graph, data)
+
+    whole = xnnpack_preprocess.serialize_xnnpack_binary
+    with (
+        patch.object(xnnpack_preprocess, "NamedDataStore", NamedDataStore),
+        patch.object(xnnpack_preprocess, "serialize_xnnpack_binary", serialize),
+    ):
+        yield
 
 
 def _as_tagged(memory: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
