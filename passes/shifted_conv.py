@@ -1,9 +1,9 @@
 """A convolution as a linear over every place of the image, which XNNPACK can multiply with weights of four bits.
 
 XNNPACK's convolutions read weights of a byte each; its linears also read two weights a byte. With stride 1 the rows
-that a kernel covers are laid beside each other as channels (on the way in), and its columns are results of their own,
-shifted and added (on the way out): fewer numbers move than in im2col. Everything is written on (B, C, H, W) tensors
-except the linear itself, so that nothing has to be transposed in XNNPACK's channels-last layout.
+that a kernel covers are laid beside each other as channels (on the way in), and each of its columns is a linear of its
+own, whose results are shifted and added (on the way out): fewer numbers move than in im2col. Everything is written on
+(B, C, H, W) tensors except the linears, so that nothing has to be transposed in XNNPACK's channels-last layout.
 """
 
 from dataclasses import dataclass
@@ -45,11 +45,11 @@ class ShiftedConv:
         """Height and width of what the linear sees: the columns are not shifted yet."""
         return self.output if self.steps else (self.output[0], self.image[1])
 
-    def weight(self, weight: Tensor) -> Tensor:
-        """The linear's (outputs, inputs) weight for the convolution's (O, I, kh, kw)."""
+    def weights(self, weight: Tensor) -> list[Tensor]:
+        """For every column the linear's (outputs, inputs) weight, of the convolution's (O, I, kh, kw)."""
         if self.steps:
-            return weight.permute(0, 2, 3, 1).flatten(1)
-        return weight.permute(3, 0, 2, 1).flatten(2).flatten(0, 1)  # (kw · O, kh · I)
+            return [weight.permute(0, 2, 3, 1).flatten(1)]
+        return list(weight.permute(3, 0, 2, 1).flatten(2))
 
     def inputs(self, channels: int) -> int:
         """The linear's inputs for that many channels."""
@@ -106,17 +106,14 @@ class ShiftedConv:
                 parts.append(aten.slice.Tensor(window, 2, j % across * channels, (j % across + 1) * channels))
         return to_image(torch.cat(parts, 2), height * width * channels, self.output)
 
-    def scatter(self, results: Tensor, outputs: int) -> Tensor:
-        """(B, kw · O, *places) of every column to (B, O, *output)."""
-        shifts, width, wanted = self.shifts(), self.places[1], self.output[1]
-        if len(shifts) == 1 and shifts[0] == 0 and width == wanted:
-            return results
+    def scatter(self, results: list[Tensor]) -> Tensor:
+        """(B, O, *places) of every column to (B, O, *output)."""
+        width, wanted = self.places[1], self.output[1]
         total: Tensor | None = None
-        for column, shift in enumerate(shifts):
+        for part, shift in zip(results, self.shifts(), strict=True):
             start, stop = max(shift, 0), min(shift + wanted, width)
             if start >= stop:
                 continue  # it lies in the padding altogether
-            part = aten.slice.Tensor(results, 1, column * outputs, (column + 1) * outputs)
             if (start, stop) != (0, width):
                 part = aten.slice.Tensor(part, 3, start, stop)
             if stop - start < wanted:

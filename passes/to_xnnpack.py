@@ -2,9 +2,9 @@
 
 XNNPACK has no int8 product with constant scales and a float32 result, and requantizing every result to 8 bits would
 move values across the thresholds of the 4-bit grid that reads them. It does have one whose input scale is measured at
-run time, (max - min) / 255. That is exact for values on a grid of 16 levels if both ends of the grid are among them:
-level k then is the integer 17·k. So each layer's input is rounded to its grid in float32 and given two more channels,
-one full of the lowest level and one of the highest, for which the weights are zero.
+run time, (max - min) / 255. So each layer's input is clamped to the ends of its grid, and given two more channels for
+which the weights are zero, one full of -128 steps of the grid and one of 127: what is measured then is the grid's own
+step, and XNNPACK rounds to it as ``pqcad::quantize`` does.
 
 Linears read weights of two a byte; convolutions do where they are written as linears (:mod:`.shifted_conv`).
 """
@@ -75,11 +75,6 @@ def can_pack(node: Node) -> bool:
     return arguments["weight_bits"] <= 4 and arguments.get("groups", 1) == 1
 
 
-def span(bits: int) -> int:
-    """Steps between the pinned ends of a ``bits``-bit grid: the smallest divisor of 255 that is at least 2^bits - 1."""
-    return next(steps for steps in (1, 3, 5, 15, 17, 51, 85, 255) if steps >= 2**bits - 1)
-
-
 def _rewrite(graph: GraphModule, node: Node, fqn: str, pack: bool) -> str:
     """Write one layer in XNNPACK's operators, in place; the arithmetic it runs in then."""
     arguments, operator, name = bind(node), packed_operator(node), fqn.replace(".", "_")
@@ -109,18 +104,20 @@ def _rewrite(graph: GraphModule, node: Node, fqn: str, pack: bool) -> str:
 def _write_shifted(
     graph: GraphModule, node: Node, name: str, x: Node, grid: tuple[Any, ...], weight: Tensor, arguments: dict[str, Any]
 ) -> None:
-    """Write a convolution as a linear with weights of two a byte, in place."""
+    """Write a convolution as linears with weights of two a byte, in place."""
     shape, segments = list(x.meta["val"].shape), arguments["segments"]
     sizes = (arguments[name] for name in ("kernel_size", "stride", "padding", "dilation"))
     shifted = ShiftedConv(*map(tuple, (*sizes, shape[2:])))
-    parts = [shifted.weight(part) for part in weight.split(segments, 1)]
-    weight_scale, bias = _beside_each_other(graph, node, name, arguments["weight_scale"], arguments["bias"], shifted)
-    quantized = _int8_weights(graph, node, name, parts, weight_scale, True)
+    parts = [shifted.weights(part) for part in weight.split(segments, 1)]
+    columns = [
+        _int8_weights(graph, node, f"{name}_{column}", list(of_column), arguments["weight_scale"], True)
+        for column, of_column in enumerate(zip(*parts, strict=True))
+    ]
     ones = _ones(graph, node, [*shape[:2], *shifted.places], 1)
-    late = None
+    late, bias = None, arguments["bias"]
     if bias is not None and shifted.unshifted() is None:
         late, bias = buffer(graph, node, f"{name}_bias", value_of(graph, bias).detach().view(1, -1, 1, 1)), None
-    inline(graph, node, _shifted_product, x, *grid, ones, shifted, quantized, bias, late, len(weight))
+    inline(graph, node, _shifted_product, x, *grid, ones, shifted, columns, bias, late, len(weight))
 
 
 def _integers(graph: GraphModule, arguments: dict[str, Any], channels: int) -> Tensor:
@@ -153,24 +150,6 @@ def _ones(graph: GraphModule, node: Node, shape: list[int], channel_dim: int) ->
     return buffer(graph, node, "ones_" + "x".join(map(str, shape)), torch.ones(shape))
 
 
-def _beside_each_other(
-    graph: GraphModule, node: Node, name: str, weight_scale: Node, bias: Node | None, shifted: ShiftedConv
-) -> tuple[Node, Node | None]:
-    """Scales and bias of a linear that holds every column of a kernel; the bias belongs to the unshifted one."""
-    columns = len(shifted.shifts())
-    if columns == 1:
-        return weight_scale, bias
-    scales = value_of(graph, weight_scale).detach().repeat(columns)
-    weight_scale = buffer(graph, node, f"{name}_weight_scales", scales)
-    centre = shifted.unshifted()
-    if bias is not None and centre is not None:
-        values = value_of(graph, bias).detach()
-        spread = values.new_zeros(columns, len(values))
-        spread[centre] = values
-        bias = buffer(graph, node, f"{name}_biases", spread.flatten())
-    return weight_scale, bias
-
-
 def _quantized_input(source: Node, fqn: str) -> tuple[Node, Node, Node, int]:
     """The activation before it was quantized, its grid's (B, segments) scales and lowest integers, and its bits."""
     if source.target is not torch.ops.pqcad.quantize.default:
@@ -185,21 +164,21 @@ def _with_zeros(weight: Tensor, count: int) -> Tensor:
 
 
 def _segments(x, scales, low, bits, segments, channel_dim, rank):
-    """For each segment of the channels: its values on its grid, the grid's scale and lowest integer (1×...×1)."""
+    """For each segment of the channels: its values clamped to its grid, and that grid's scale (1×...×1)."""
     start = 0
     for index, channels in enumerate(segments):
         scale = scales[:1, index : index + 1].view([1] * rank)
         first = low[:1, index : index + 1].view([1] * rank).to(torch.float32)
         part = x if len(segments) == 1 else aten.slice.Tensor(x, channel_dim, start, start + channels)
-        offset = ROUNDER - first
-        steps = functional.hardtanh(part * scale.reciprocal() + offset, ROUNDER, ROUNDER + 2**bits - 1)
-        yield (steps - offset) * scale, scale, first
+        yield torch.minimum(torch.maximum(part, first * scale), (first + (2**bits - 1)) * scale), scale
         start += channels
 
 
-def _with_ends(parts, ones, scale, first, bits, channel_dim, count):
-    """``parts`` of a grid beside each other, with its ends as ``count`` further channels."""
-    ends = [first * scale, (first + span(bits)) * scale]
+def _with_ends(parts, ones, scale, channel_dim, count):
+    """``parts`` beside each other, with ``count`` further channels between whose ends 255 steps of a grid lie."""
+    lowest = -128 * scale
+    # of float32: no rounding but that of 255 · scale, so that what is measured is the scale again
+    ends = [lowest, 255 * scale + lowest]
     ends = torch.cat([*ends, *ends[: count - 2]], channel_dim)
     return torch.cat([*parts, ends * ones], channel_dim)
 
@@ -220,31 +199,37 @@ def _int8_product(x, scales, low, bits, segments, channel_dim, rank, ones, produ
     weights, weight_scale, zero_point, limits, ends = quantized
     total = None
     grid = _segments(x, scales, low, bits, segments, channel_dim, rank)
-    for weight, count, (values, scale, first) in zip(weights, ends, grid, strict=True):
-        values = _measured(_with_ends([values], ones, scale, first, bits, channel_dim, count))
+    for weight, count, (values, scale) in zip(weights, ends, grid, strict=True):
+        values = _measured(_with_ends([values], ones, scale, channel_dim, count))
         weight = _dequantized(weight, weight_scale, zero_point, limits)
         part = product(values, weight, bias if total is None else None, *options)
         total = part if total is None else total + part
     return total
 
 
-def _shifted_product(x, scales, low, bits, segments, channel_dim, rank, ones, shifted, quantized, bias, late, outputs):
-    weights, weight_scale, zero_point, limits, ends = quantized
-    total = None
+def _shifted_product(x, scales, low, bits, segments, channel_dim, rank, ones, shifted, columns, bias, late, outputs):
+    """One linear for each column of the kernel, all of which read the same values; the bias is the unshifted one's."""
+    totals = [None] * len(columns)
     grid = _segments(x, scales, low, bits, segments, channel_dim, rank)
-    for index, (values, scale, first) in enumerate(grid):
-        channels, count = segments[index], ends[index]
-        parts = shifted.gather(values, channels)
-        values = _with_ends(parts, ones, scale, first, bits, channel_dim, count)
+    for index, (values, scale) in enumerate(grid):
+        count, channels = columns[0][-1][index], segments[index]
+        values = _with_ends(shifted.gather(values, channels), ones, scale, channel_dim, count)
         tokens = _measured(to_tokens(values, shifted.inputs(channels) + count, shifted.places))
-        weight = _dequantized(weights[index], weight_scale, zero_point, limits)
-        part = functional.linear(tokens, weight, bias if total is None else None)
-        total = part if total is None else total + part
-    image = to_image(total, len(shifted.shifts()) * outputs, shifted.places)
-    result = shifted.scatter(image, outputs)
+        for column, (weights, weight_scale, zero_point, limits, _) in enumerate(columns):
+            weight = _dequantized(weights[index], weight_scale, zero_point, limits)
+            own = bias if column == shifted.unshifted() and index == 0 else None
+            part, total = functional.linear(tokens, weight, own), totals[column]
+            totals[column] = part if total is None else total + part
+    result = shifted.scatter([to_image(total, outputs, shifted.places) for total in totals])
     return result if late is None else result + late
 
 
 def _float_product(x, scales, low, bits, segments, channel_dim, rank, product, weight, bias, options):
-    ((values, _, _),) = _segments(x, scales, low, bits, segments, channel_dim, rank)
-    return product(values, weight, bias, *options)
+    ((values, scale),) = _segments(x, scales, low, bits, segments, channel_dim, rank)
+    return product(_rounded(values, scale), weight, bias, *options)
+
+
+def _rounded(values, scale):
+    """The nearest multiples of a grid's scale."""
+    rounder = 0 * scale + ROUNDER
+    return (values * scale.reciprocal() + rounder - rounder) * scale

@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from networks import SHAPE, Plain, Small, cosine_scheduler, quick, sqnr
 from torch import nn
 from torch.nn import functional as F
@@ -20,7 +22,7 @@ from pqcad_ao.passes.group_norm import decompose_group_norm
 from pqcad_ao.passes.identities import drop_identities
 from pqcad_ao.passes.layer_norm import decompose_layer_norm
 from pqcad_ao.passes.pieces import SPLITS, decompose_pieces
-from pqcad_ao.passes.to_xnnpack import ROUNDER, _segments, span, to_xnnpack
+from pqcad_ao.passes.to_xnnpack import ROUNDER, _measured, _rounded, _segments, _with_ends, to_xnnpack
 
 aten = torch.ops.aten
 SCHEDULE = torch.tensor([999, 400, 3])
@@ -193,17 +195,20 @@ def test_xnnpack_form_refuses_another_quantization(quantized):
         to_xnnpack(graph)
 
 
-def test_pinned_ranges_divide_into_255_steps():
-    assert [span(bits) for bits in range(2, 9)] == [3, 15, 15, 51, 85, 255, 255]
-    assert all(255 % span(bits) == 0 and span(bits) >= 2**bits - 1 for bits in range(2, 9))
-
-
-def test_rounding_in_float32_is_torchs_and_saturates():
-    scales, low = torch.ones(1, 1), torch.full((1, 1), -8, dtype=torch.int16)
-    x = torch.cat([torch.arange(-9, 9, 0.25), torch.tensor([1e9, -1e9, 1e30, -1e30, 0.0, 0.5 - 1e-7])])[None]
-    ((values, scale, first),) = _segments(x, scales, low, 4, [x.shape[1]], 1, 2)
-    assert torch.equal(values, x.round().clamp(-8, 7))
-    assert (scale.item(), first.item()) == (1, -8)
+@given(st.floats(2.0**-20, 2.0**20, width=32), st.integers(2, 8), st.integers(-128, 127), st.integers(0, 2**31))
+@settings(max_examples=300, deadline=None)
+def test_values_are_rounded_to_the_grid_as_the_operator_does(scale, bits, first, seed):
+    """By what XNNPACK measures between the pinned ends, and in float32."""
+    first = min(first, 128 - 2**bits)
+    scales, low = torch.tensor([[scale]]), torch.tensor([[first]], dtype=torch.int16)
+    x = torch.randn(1, 64, generator=torch.Generator().manual_seed(seed)) * scale * 2**bits
+    x = torch.cat([x, torch.tensor([[1e30, -1e30, 0.0, (first + 0.5) * scale, first * scale]])], 1)
+    integers = torch.ops.pqcad.quantize(x, scales, low, [x.shape[1]], bits, 1)
+    ((values, found),) = _segments(x, scales, low, bits, [x.shape[1]], 1, 2)
+    measured = _measured(_with_ends([values], torch.ones(1, 1), found, 1, 2))
+    assert measured[0, -1] > measured[0, -2], "the ends are the last channels"
+    for rounded in (measured[:, :-2], _rounded(values, found)):
+        torch.testing.assert_close(rounded, integers * scales, rtol=1e-5, atol=0)
     assert ROUNDER + 2**8 < 2**24, "the grid's integers stay exact"
 
 

@@ -128,13 +128,13 @@ def _measure(node: Node) -> EdgeLayer:
     if not can_pack(node):
         return EdgeLayer(fqn, weight_bits, per_byte, None, ms, 0.0, False, "")
     columns = kernel[1] if list(arguments["stride"]) == [1, 1] else 1
-    packed = columns * outputs * ((size // columns * inputs + 2) // 2 + 8 * (columns - 1) // columns)
+    packed = columns * outputs * ((size // columns * inputs + 2) // 2)
     moved = places * (inputs + outputs) if size > 1 else 0
     return EdgeLayer(fqn, weight_bits, per_byte, packed, ms, moved * steps["number"] * 1e-6, False, "")
 
 
 def _has_choice(row: EdgeLayer) -> bool:
-    return row.byte_weights is not None and row.packed_weights is not None and row.packed_weights < row.byte_weights
+    return row.byte_weights is not None and row.packed_weights is not None
 
 
 def _is_cheap(row: EdgeLayer) -> bool:
@@ -159,8 +159,6 @@ def _cheapest(measured: list[EdgeLayer], to_save: int) -> set[str]:
 def _decide(row: EdgeLayer, chosen: bool, objective: str, to_save: int | None) -> EdgeLayer:
     if row.packed_weights is None:
         reason = "grouped" if row.bits <= 4 else f"weights of {row.bits} bits"
-    elif row.byte_weights is not None and not _has_choice(row):
-        reason = "so few weights that two a byte take no less"
     elif row.byte_weights is None or row.extra_ms == 0:
         chosen, reason = True, "two weights a byte cost nothing here"
     else:
