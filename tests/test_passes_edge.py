@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from pqcad_ao.passes.group_norm import decompose_group_norm
 from pqcad_ao.passes.identities import drop_identities
 from pqcad_ao.passes.layer_norm import decompose_layer_norm
 from pqcad_ao.passes.pieces import SPLITS, decompose_pieces
+from pqcad_ao.passes.share_equal import share_equal
 from pqcad_ao.passes.to_xnnpack import ROUNDER, _measured, _rounded, _segments, _with_ends, to_xnnpack
 
 aten = torch.ops.aten
@@ -381,3 +383,35 @@ def test_a_feature_is_corrected_by_the_line_of_its_step(quantized):
         corrected = feature * scale[step].view(1, -1, 1, 1) + shift[step].view(1, -1, 1, 1)
         inputs = (x_t, torch.tensor([step]), {})
         assert torch.equal(graph(*inputs, feature), before(*inputs, corrected))
+
+
+@torch.no_grad()
+def test_what_is_computed_twice_is_computed_once():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("plane", torch.arange(4.0))
+
+        def forward(self, x):
+            first, second = (x[:, 1:] + 1).sigmoid() * self.plane, (x[:, 1:] + 1).sigmoid() * self.plane
+            return first + 2 * second - (x[:, 2:] + 1).sum(), torch.rand_like(x), torch.rand_like(x)
+
+    x = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    graph = torch.export.export(Twice(), (x,)).module(check_guards=False)
+    share_equal(graph)
+    counts = Counter(node.target for node in graph.graph.nodes)
+    assert (counts["plane"], counts[aten.sigmoid.default], counts[aten.add.Tensor]) == (1, 1, 3)
+    assert counts[aten.rand_like.default] == 2
+    assert torch.equal(graph(x)[0], Twice()(x)[0])
+
+
+@torch.no_grad()
+def test_what_a_graph_changes_in_place_is_not_shared():
+    class Changed(nn.Module):
+        def forward(self, x):
+            first, second = x + 1, x + 1
+            return first.mul_(2) + second
+
+    x = torch.ones(2)
+    graph = torch.export.export(Changed(), (x,)).module(check_guards=False)
+    assert torch.equal(share_equal(graph)(x), torch.full((2,), 6.0))

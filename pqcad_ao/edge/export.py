@@ -41,6 +41,7 @@ from pqcad_ao.passes.layer_norm import decompose_layer_norm
 from pqcad_ao.passes.nearest import decompose_nearest
 from pqcad_ao.passes.pieces import decompose_pieces
 from pqcad_ao.passes.sampling_step import add_sampling_step, step_table
+from pqcad_ao.passes.share_equal import share_equal
 from pqcad_ao.passes.to_xnnpack import to_xnnpack
 from pqcad_ao.utils.checks import check_counts
 from pqcad_ao.utils.files import check_writable, write_whole
@@ -380,6 +381,7 @@ def _rewrite(
     for fqn, (bits, product) in weight_only.items():
         text = "float32 products of the dequantized weights" if product in left else f"a table of {len(schedule)} rows"
         arithmetic[fqn] = f"W{bits}: {text}"
+    share_equal(graph)
     return GraphModule(graph, graph.graph), arithmetic  # with the parameters that are still read, and no others
 
 
