@@ -293,6 +293,26 @@ def test_sums_of_many_pixels_are_exact_however_threads_share_them_out(size, thre
 
 
 @needs_kernels
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("segments", [[20], [13, 7]])
+def test_sums_that_are_written_past_the_cache_are_exact(size, threads, segments):
+    """Whole registers of over a megabyte: both threads' have arrived when the operator returns."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = integers(generator, 4, 2, 20, 65, 67), pack(integers(generator, 4, 48, 20 * size**2), 4)
+    form = ([size] * 2, [1, 1], [size // 2] * 2, [1, 1], 1)
+    addend = integers(generator, 8, 2, 48, 65, 67).float()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        ones = torch.ones(48), torch.ones(2, len(segments))
+        output = torch.ops.pqcad.conv2d(x, weight, *ones, None, 4, segments, *form, torch.float32, 4, addend)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(output, sum(reference.conv2d_accumulators(x, weight, 4, segments, *form)) + addend)
+
+
+@needs_kernels
 def test_results_of_other_types():
     (x, *rest) = [
         torch.zeros(1, 8, 4, 4, dtype=torch.int8),

@@ -178,6 +178,9 @@ void masks() {
   store((int8_t*)own.at + 5, to_bytes(floats.own), of_lanes);
   plain::store((int8_t*)expected.at + 5, plain::to_bytes(floats.expected), plain::first_lanes(lanes));
   same("store of a byte a lane", own, expected);
+  stream(own.floats(), floats.own), plain::stream(expected.floats(), floats.expected);
+  finish_streams();
+  same("stream", own, expected);
 }
 
 }  // namespace

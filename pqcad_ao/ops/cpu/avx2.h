@@ -72,6 +72,10 @@ inline void store(int8_t* to, LaneBytes v, LaneMask mask) {
 
 inline void prefetch(const void* at) { _mm_prefetch((const char*)at, _MM_HINT_T1); }
 
+inline bool streams() { return false; }  // a register is no line of the cache
+inline void stream(float* to, Floats v) { store(to, v); }
+inline void finish_streams() {}
+
 // ------------------------------------------------------------------------------------------------------- bytes
 
 #if defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))

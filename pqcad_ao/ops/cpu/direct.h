@@ -76,6 +76,7 @@ void direct_block(const Problem& p, const Panel& panel, const PaddedInput& x, co
   const int64_t pixels = p.OH * p.OW, taps = (int64_t)x.taps.size(), first = p.groups > 1 ? panel.group : 0,
                 last = p.groups > 1 ? panel.group + 1 : (int64_t)p.parts.size();
   alignas(BYTES) int32_t sums[MR * NR * LANES];
+  alignas(BYTES) float between[MR * NR * LANES];
   for (int64_t q = from; q < to; q += MR) {
     const uint8_t* base[MR];
     int64_t sample[MR], b = q / pixels, y = q % pixels / p.OW, z = q % p.OW;
@@ -99,7 +100,7 @@ void direct_block(const Problem& p, const Panel& panel, const PaddedInput& x, co
         const Ints offset = load_ints(comp + ((s - first) * NR + j) * LANES);
         for (int i = 0; i < used; i++) {
           put.of_sample(sample[i]);
-          put(load_ints(sums + (i * NR + j) * LANES) - offset, q + i);
+          put(load_ints(sums + (i * NR + j) * LANES) - offset, q + i, between + (i * NR + j) * LANES);
         }
       }
     }
@@ -118,6 +119,7 @@ void of_panel(const Problem& p, const Panel& panel, const PaddedInput& x, int64_
   with_width(panel.width, [&](auto width) {
     with_dot(1 << (p.bits - 1), [&](auto dot) { direct_block<width, dot>(p, panel, x, w, comp, first * TILE, end); });
   });
+  finish_streams();
 }
 
 void direct(const Problem& p) {

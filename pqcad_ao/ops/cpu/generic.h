@@ -82,6 +82,12 @@ inline void store(int8_t* to, const LaneBytes& v, LaneMask mask) { std::memcpy(t
 
 inline void prefetch(const void*) {}  // into the second level of the cache; a hint
 
+// A whole register to memory of its alignment, past the cache where `streams` says that it is faster; other threads see
+// it after `finish_streams`.
+inline bool streams() { return true; }
+inline void stream(float* to, const Floats& v) { store(to, v); }
+inline void finish_streams() {}
+
 // ------------------------------------------------------------------------------------------------------- bytes
 
 // The greatest magnitude of weights that `dot` takes; it takes greater ones with activations of 1. Those of four bits

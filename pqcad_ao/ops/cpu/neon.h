@@ -69,6 +69,10 @@ inline void store(int8_t* to, LaneBytes v, LaneMask mask) {
 
 inline void prefetch(const void* at) { __builtin_prefetch(at, 0, 2); }
 
+inline bool streams() { return false; }  // a register is no line of the cache
+inline void stream(float* to, Floats v) { store(to, v); }
+inline void finish_streams() {}
+
 // ------------------------------------------------------------------------------------------------------- bytes
 
 constexpr int DOT_WEIGHTS = 128;

@@ -22,6 +22,8 @@ struct Part {        // channels with a scale of their own (a segment), or the c
   int64_t first, length, padded, offset;  // in the input; padded to 8; where the padded ones begin in scratch
 };
 
+constexpr int64_t NEAR = 1 << 20;  // bytes that stay near a core, in its second level, beside what else it works on
+
 struct Problem {
   const int8_t* input;   // (B, H, W, C)
   const uint8_t* weight; // (O, row) packed along (kh, kw, in)
@@ -37,6 +39,12 @@ struct Problem {
   int64_t in_group() const { return C / groups; }
   int64_t out_group() const { return O / groups; }
   int64_t segments() const { return groups > 1 ? 1 : (int64_t)parts.size(); }
+
+  // Whether outputs are written past the cache: whole registers, and more of them than are there when they are read.
+  bool streamed() const {
+    return streams() && O % LANES == 0 && (uintptr_t)output % BYTES == 0 &&
+           B * OH * OW * O * (int64_t)sizeof(float) > NEAR;
+  }
 };
 
 struct Panel {  // output channels that are worked on together

@@ -18,7 +18,7 @@
 
 namespace {
 
-constexpr int64_t CHUNK = 2 << 20;  // bytes of transformed input that are kept at once
+constexpr int64_t CHUNK = NEAR;  // bytes of transformed input that are kept at once
 constexpr int64_t FEW = 8;  // tiles whose transform takes less time than a second thread's start
 constexpr int64_t MANY = 128;  // tiles for which a thread widens all weights, and waits for no other
 constexpr int MIDDLE = 5;  // the plane in row 1 and column 1 of the sixteen: sums alone, and it enters all four outputs
@@ -190,9 +190,10 @@ void plane_product(const uint8_t* v, const int8_t* u, int64_t K, int64_t tiles, 
   }
 }
 
-// Outputs of one segment of a block: A^T m A without what the offsets of the inputs added.
+// Outputs of one segment of a block: A^T m A without what the offsets of the inputs added. between: [tile][4][columns],
+// what the segments before it have summed up.
 void transform_output(const Problem& p, const Panel& panel, const Tiles& tiles, const int32_t* m,
-                      const int32_t* of_output, int64_t first, int64_t count, int64_t segment) {
+                      const int32_t* of_output, float* between, int64_t first, int64_t count, int64_t segment) {
   const int NR = panel.width;
   for (int j = 0; j < NR; j++) {
     Ints of_all[5], offset[4];
@@ -218,8 +219,9 @@ void transform_output(const Problem& p, const Panel& panel, const Tiles& tiles, 
       }
       for (int i = 0; i < 2 && y + i < p.OH; i++) {
         const int64_t pixel = (b * p.OH + y + i) * p.OW + x;
-        put((e[i][0] + e[i][1] + e[i][2] - offset[2 * i]) >> 2, pixel);
-        if (x + 1 < p.OW) put((e[i][1] - e[i][2] - e[i][3] - offset[2 * i + 1]) >> 2, pixel + 1);
+        float* kept = between + ((4 * q + 2 * i) * NR + j) * LANES;
+        put((e[i][0] + e[i][1] + e[i][2] - offset[2 * i]) >> 2, pixel, kept);
+        if (x + 1 < p.OW) put((e[i][1] - e[i][2] - e[i][3] - offset[2 * i + 1]) >> 2, pixel + 1, kept + NR * LANES);
       }
     }
   }
@@ -245,7 +247,8 @@ void of_tiles(const Problem& p, const Tiles& tiles, const std::vector<Panel>& pa
         for (auto& part : p.parts) of_panel += 16 * weight_plane(part, panel);
         int8_t* u = weights.of<int8_t>(of_panel);
         int32_t* of_output = sums.of<int32_t>((parts * 5 + 16) * columns);
-        int32_t* m = products.of<int32_t>(16 * product_plane(panel));
+        int32_t* m = products.of<int32_t>(16 * product_plane(panel) + (parts > 1 ? 4 * TILE * columns : 0));
+        float* between = (float*)(m + 16 * product_plane(panel));
         if (current != task / blocks) {
           current = task / blocks;
           int32_t* comp = of_output + parts * 5 * columns;
@@ -267,9 +270,10 @@ void of_tiles(const Problem& p, const Tiles& tiles, const std::vector<Panel>& pa
                 plane_product<width, dot>(of_part, w, part.padded, count, m + n * product_plane(panel));
               });
           });
-          transform_output(p, panel, tiles, m, of_output + s * 5 * columns, from, count, s);
+          transform_output(p, panel, tiles, m, of_output + s * 5 * columns, between, from, count, s);
         }
       }
+      finish_streams();
     });
   }
 }
