@@ -28,9 +28,10 @@ SHORT = {"iterations": 12, "window": 1, "weight_ladder": [], "activation_ladder"
 
 
 def rows(sensitivities: list[float]) -> list[PlanRow]:
+    """Layers of one parameter, and of two in every third."""
     roles = ("body", "attention", "time_projection")
     return [
-        PlanRow(f"block.{i}", "linear", roles[i % 3], [1], 1, 4, 4, [1], "", sensitivity=value)
+        PlanRow(f"block.{i}", "linear", roles[i % 3], [1], 1 + i % 3 // 2, 4, 4, [1], "", value)
         for i, value in enumerate(sensitivities)
     ]
 
@@ -49,9 +50,13 @@ def test_sensitive_layers_are_as_many_as_the_share_says_and_more_with_a_larger_o
     few, many = (set(choose(["sensitive"], rows(values), share)) for share in (smaller, larger))
     assert few <= many
     assert smaller * len(values) - 1e-6 <= len(few) < smaller * len(values) + 1
-    left = {row.fqn: row.sensitivity for row in rows(values)}
-    assert all(left[inside] >= left[outside] for inside in few for outside in left.keys() - few)
+    worth = {row.fqn: row.sensitivity / row.parameters for row in rows(values)}
+    assert all(worth[inside] >= worth[outside] for inside in few for outside in worth.keys() - few)
     assert choose(["sensitive"], rows(values), smaller) == choose(["sensitive"], rows(values), smaller)
+
+
+def test_a_layer_is_as_sensitive_as_each_of_its_parameters():
+    assert list(choose(["sensitive"], rows([0.5, 0.1, 0.9]), 0.3)) == ["block.0"]  # 0.9 is of twice as many
 
 
 def test_words_roles_and_globs_are_united_in_the_plans_order():

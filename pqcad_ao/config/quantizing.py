@@ -77,7 +77,7 @@ class PQCADConfig(AOBaseConfig):
         trainable: which layers learn weights, biases and weight scales; None: all, and everything else of the network.
             Roles, globs over names, ``"time"`` (both of its roles), ``"sensitive"`` and ``"norms"``, those before the
             layers that learn. Activation scales learn in all layers.
-        sensitive_share: part of the quantized layers that ``"sensitive"`` names, the most sensitive ones.
+        sensitive_share: part of the quantized layers that ``"sensitive"`` names, most sensitive for each parameter.
         local_weight: of the local loss: how far each learning layer's output is from full precision's, over its power.
         global_weight: of the loss of the network's prediction.
         time_rounding: first round the time projections' weights for the timesteps that are walked, and let their biases
@@ -249,8 +249,8 @@ class PQCADConfig(AOBaseConfig):
         """Selective finetuning after QuEST (arXiv 2402.03666): time projections, attention and the most sensitive
         layers learn, under a local loss each and the global one. The measure of sensitivity, the closed form of the
         time projections and the rates are ours; activation scales are one for each timestep group, not each channel."""
-        trainable = ["time", "attention", "sensitive"]
-        return cls(**{"mode": "fixed", "trainable": trainable, "local_weight": 1.0, "time_rounding": True, **options})
+        trainable = {"trainable": ["time", "attention", "sensitive"], "sensitive_share": 0.4}
+        return cls(**{"mode": "fixed", **trainable, "local_weight": 1.0, "time_rounding": True, **options})
 
     @classmethod
     def paper(cls, **options: Any) -> "PQCADConfig":

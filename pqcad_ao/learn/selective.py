@@ -27,7 +27,8 @@ def choose(words: Sequence[str], rows: Sequence[PlanRow], share: float) -> dict[
 
     Args:
         words: ``"time"`` (both of its roles), ``"sensitive"`` (the ⌈share · layers⌉ of the largest measured
-            sensitivity, ties by name), a role, or a glob over names; ``"norms"`` goes along with chosen layers.
+            sensitivity for each parameter, ties by name), a role, or a glob over names; ``"norms"`` goes along with
+            chosen layers.
         rows: of the layers that there are to choose from.
 
     Raises:
@@ -52,7 +53,8 @@ def _named(word: str, rows: Sequence[PlanRow], share: float) -> set[str]:
     if word == "time":
         return {row.fqn for row in rows if row.role in TIME}
     if word == "sensitive":
-        ranked = sorted(rows, key=lambda row: (-(row.sensitivity or 0.0), row.fqn))
+        # for each parameter, for that is what learning a layer costs: a large layer must be worth as much as many small
+        ranked = sorted(rows, key=lambda row: (-(row.sensitivity or 0.0) / row.parameters, row.fqn))
         return {row.fqn for row in ranked[: math.ceil(round(share * len(rows), 9))]}
     if word in ROLES:
         return {row.fqn for row in rows if row.role == word}
