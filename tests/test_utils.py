@@ -146,11 +146,10 @@ def test_own_work_disturbs_nobody():
     try:
         own = [load.psutil.Process(), load.psutil.Process(child.pid)]
         before, busy = load._used_s(own), load._busy_s()
-        end = load.time.perf_counter() + 0.5
-        while load.time.perf_counter() < end:
+        end = load.time.perf_counter() + 60  # on a busy machine both wait for their turn
+        while (used := load._used_s(own) - before) < 0.5 and load.time.perf_counter() < end:
             pass
-        used = load._used_s(own) - before
-        assert used > 0.3  # of about a second, on a machine that may be busy
+        assert used >= 0.5
         assert load._busy_s() - busy > used - 0.1
     finally:
         child.kill()
