@@ -231,5 +231,4 @@ def _float_product(x, scales, low, bits, segments, channel_dim, rank, product, w
 
 def _rounded(values, scale):
     """The nearest multiples of a grid's scale."""
-    rounder = 0 * scale + ROUNDER
-    return (values * scale.reciprocal() + rounder - rounder) * scale
+    return (values * scale.reciprocal() + ROUNDER - ROUNDER) * scale

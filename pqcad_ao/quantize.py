@@ -4,11 +4,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
-from torch import Tensor, nn
+from torch import nn
 from torchao.quantization.transform_module import register_quantize_module_handler
 
 from pqcad_ao import denoiser
@@ -123,7 +123,7 @@ def quantize_(
     denoiser.set_time_scale(network, time_scale)
     keeps: dict[str, Any] = {"folder": folder, "callback": callback, "progress": progress and rank_and_world()[0] == 0}
     with _moved(model, network, device):
-        source: _Trajectories | PipelineWalk
+        source: _Source
         if isinstance(model, DiffusionPipeline):
             _check_brought(model, scheduler=scheduler, sample_shape=sample_shape, conditioning=conditioning)
             source = PipelineWalk(model, prompts, call, config)
@@ -134,18 +134,7 @@ def quantize_(
         captured, resolved = planned(network, config, filter_fn, source.shape, source.conditioning)
         given = (source.shape, source.conditioning, settings_of(source.scheduler), prompts)
         with shared_run(folder, network.state_dict(), config, *given):
-            if config.learns or config.target_bits is not None or input_forms(resolved):
-                inputs = None
-                if not config.learns and not config.clusters:  # it is known beforehand which points are looked at
-                    inputs = LayerInputs(input_forms(resolved))
-                points = source.points(inputs=inputs, **keeps)
-                reach = None
-                if config.sample_weights == "reach":
-                    reach = reach_of(as_sampler(source.scheduler), config.calibration_steps, points.timesteps)
-                resolved, learned = _learn(captured, resolved, points, inputs, config, span, reach, **keeps)
-            else:  # weights alone are rounded without a look at any point
-                learned = Learned(prepare(captured, resolved, config, span))
-                fit_grids(learned.graph, resolved, callback=callback, progress=keeps["progress"])
+            resolved, learned = _learn(captured, resolved, source, config, span, **keeps)
         timestep = Timestep(
             config.timestep_groups,
             source.scheduler.config.num_train_timesteps,
@@ -184,20 +173,32 @@ class _Trajectories:
         return calibration_set(*given, share=rank_and_world(), **keeps)
 
 
+_Source: TypeAlias = _Trajectories | PipelineWalk
+
+
 def _learn(
     captured: Capture,
     resolved: Plan,
-    points: CalibrationSet,
-    inputs: LayerInputs | None,
+    source: _Source,
     config: PQCADConfig,
     span: Span,
-    reach: Tensor | None,
     *,
     folder: str | Path | None,
     callback: Callable[[str, int, int], None] | None,
     progress: bool,
 ) -> tuple[Plan, Learned]:
     """The plan with what was measured on the calibration set, and the graph with every grid fitted or learned."""
+    forms = input_forms(resolved)
+    if not (config.learns or config.target_bits is not None or forms):  # weights alone: no point is looked at
+        graph = prepare(captured, resolved, config, span)
+        fit_grids(graph, resolved, callback=callback, progress=progress)
+        return resolved, Learned(graph)
+    # without learning it is known beforehand which points are looked at
+    inputs = None if config.learns or config.clusters else LayerInputs(forms)
+    points = source.points(inputs=inputs, folder=folder, callback=callback, progress=progress)
+    reach = None
+    if config.sample_weights == "reach":
+        reach = reach_of(as_sampler(source.scheduler), config.calibration_steps, points.timesteps)
     if config.learns:
         points = CalibrationSet(points.x_t.float(), points.timesteps, cast_floats(points.conditioning))
     if config.learns or config.target_bits is not None:

@@ -32,11 +32,12 @@ def float_model(model: str) -> tuple[nn.Module, DDIMScheduler]:
         ValueError: an unknown name, a folder without a UNet, or a UNet that is quantized already or takes inputs that
             cannot be made up; a size that its halvings do not divide.
     """
-    name, at, size = model.rpartition("@")
-    sized = at and size.isdecimal() and not Path(model).exists()
-    unet, scheduler = load_model(name if sized else model)
-    if sized:
+    name, _, size = model.rpartition("@")
+    if name and size.isdecimal() and not Path(model).exists():
+        unet, scheduler = load_model(name)
         _resize(unet, int(size))
+    else:
+        unet, scheduler = load_model(model)
     if quantized_state(unet) is not None or getattr(unet, "is_quantized", False):
         raise ValueError(f"model={model!r} is quantized: give the full-precision network, the rows quantize it")
     sample_shape(unet)
