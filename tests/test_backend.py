@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 from torch.nn import functional as F
 
-from pqcad_ao import quantize_
+from pqcad_ao import plan, quantize_
 from pqcad_ao.compile import backend
 from pqcad_ao.compile.backend import fuse, pqcad
 from pqcad_ao.compile.loaded import load_pt2
-from pqcad_ao.compile.package import export_pt2
+from pqcad_ao.compile.package import _one_schedule, export_pt2
 from pqcad_ao.denoiser import Denoiser
 from pqcad_ao.diffusion.sampling import sample
 from pqcad_ao.graph.arguments import bind
@@ -510,6 +510,16 @@ def test_loading_a_package_asks_no_compiler(package, monkeypatch):
     """PyTorch's own way tries what it can do, which takes a second in each process, and longer in the first."""
     monkeypatch.setattr("torch._inductor.cpu_vec_isa.valid_vec_isa_list", lambda: pytest.fail("a compiler was tried"))
     load_pt2(package[1])
+
+
+@torch.no_grad()
+def test_a_package_bound_to_a_schedule_calls_its_operators_in_chains():
+    model = quantized(Small())
+    programs = _one_schedule(model, None, noise(2), {}, torch.tensor([999, 499]), "float32")
+    targets = [node.target for node in programs["model"].graph.nodes]
+    assert torch.ops.pqcad.chain.default in targets
+    own = [target for target in targets if str(target).startswith("pqcad.")]
+    assert len(own) < len(plan(model).quantized)
 
 
 @pytest.mark.slow

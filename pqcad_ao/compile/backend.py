@@ -55,8 +55,8 @@ def pqcad(graph: GraphModule, example_inputs: list[Any], *, options: dict[str, A
     quantizers, decompositions = fuse(graph, attention), None
     if quantizers and any(has_gpu_kernels(device) for device in devices(graph)):
         decompositions = for_gpu(graph)
-    elif quantizers and devices(graph) == {torch.device("cpu")} and loader.load():
-        gather_chains(graph)
+    elif quantizers:
+        chain_on_cpu(graph)
     if not quantizers:
         products = sum(node.target in PRODUCTS for node in graph.graph.nodes)
         if products:
@@ -82,10 +82,16 @@ def fuse(graph: GraphModule, attention: Attention = "float32") -> int:
     return quantizers
 
 
+def chain_on_cpu(graph: GraphModule) -> None:
+    """Let a fused graph call its operators in chains, in place, where they are the CPU's compiled kernels."""
+    if devices(graph) == {torch.device("cpu")} and loader.load():
+        gather_chains(graph)
+
+
 def devices(graph: GraphModule) -> set[torch.device]:
-    """Where a graph's tensors were while it was traced."""
+    """Where a graph's tensors were while it was traced; what passes know by its shape alone is nowhere."""
     values = (traced(node) for node in graph.graph.nodes)
-    return {value.device for value in values if isinstance(value, Tensor)}
+    return {value.device for value in values if isinstance(value, Tensor) and not value.is_meta}
 
 
 def for_gpu(graph: GraphModule) -> dict[Any, Callable]:

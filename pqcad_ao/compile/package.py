@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from pqcad_ao import denoiser
 from pqcad_ao.cached_unet import CachedUNet, ShallowStep, cut_at, network_and_plan
-from pqcad_ao.compile.backend import Attention, fuse
+from pqcad_ao.compile.backend import Attention, chain_on_cpu, fuse
 from pqcad_ao.compile.loaded import load_pt2
 from pqcad_ao.config import MAX_BATCH
 from pqcad_ao.denoiser import (
@@ -236,6 +236,7 @@ def _one_schedule(
         fuse(program, attention)
         join_linears(program)
         program = GraphModule(program, program.graph)  # with the parameters that are still read, and no others
+        chain_on_cpu(program)
         programs[name] = _exported(program, (x_t, torch.zeros(1, dtype=torch.int64), *more), lines)
     return programs
 
