@@ -78,6 +78,30 @@ SOLVED = {
     "fp_half_unipc": Row("full precision, UniPC, half the steps", None, part=2, solver="UniPCMultistepScheduler"),
 }
 ROWS |= SOLVED
+
+
+def _bit_by_bit(weight_bits: int, activation_bits: int, **options: Any) -> dict[str, Row]:
+    """The same updates at the final bits, and down ladders that begin two bits above them."""
+    name, bits = f"w{weight_bits}a{activation_bits}", {"weight_bits": weight_bits, "activation_bits": activation_bits}
+    ladders = {
+        "weight_ladder": [weight_bits + 2, weight_bits + 1],
+        "activation_ladder": [] if activation_bits == 8 else [activation_bits + 2, activation_bits + 1],
+    }
+    return {
+        f"low_fixed_{name}": Row(f"fixed {name.upper()}, learned", {**bits, **options, "mode": "fixed"}),
+        f"low_pq_{name}": Row(f"progressive {name.upper()}, from two bits above", {**bits, **options, **ladders}),
+    }
+
+
+# Where bits are fewest, and where updates and points are: whether learning bit by bit pays there.
+LOW = {
+    **_bit_by_bit(3, 3),
+    **_bit_by_bit(3, 4),
+    **_bit_by_bit(2, 4, weight_share=0.5),
+    **_bit_by_bit(2, 8, weight_share=0.5),
+    "low_fixed_fast": Row("fixed W4A4, fast preset", {**A4, "mode": "fixed"}, preset="fast"),
+}
+ROWS |= LOW
 # What each part of distillation adds. All take the same number of updates.
 ABLATIONS = {
     "cad_ddim": _distilled("W4A4 distilled: the sampler's own steps", reference_solver="ddim", reference_substeps=1),
@@ -177,4 +201,5 @@ SETS = {
         *(*SELECTIVE, *WEIGHTED, *CHOSEN, *CACHED, *CORRECTED),
     ],
     "ablations": ["fp_full", "pqcad_half", *ABLATIONS],
+    "low": ["fp_full", *LOW, "pq_fast"],
 }
