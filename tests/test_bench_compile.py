@@ -51,7 +51,7 @@ def _rows(result):
 def test_result_of_a_run(tiny_dir, tmp_path, monkeypatch):
     """One run for all of the contract, as every worker imports torch."""
     monkeypatch.setitem(
-        contenders.ROWS, "openvino_int8", contenders.Row(contenders.build_openvino_int8, ("no_such_package",))
+        contenders.ROWS, "openvino_int8", contenders.Row(contenders.build_openvino_fp32, ("no_such_package",))
     )
     path, picture = tmp_path / "result.json", tmp_path / "result.png"
     names = ["openvino_int8", "openvino_fp32"]
@@ -90,9 +90,11 @@ SQNR_FLOOR = {
     "torch_compile_fp32": 60,
     "torch_compile_bf16": 20,
     "torchao_int8": 10,
+    "torchao_int8_f32": 10,
     "openvino_fp32": 60,
     "openvino_bf16": 15,
     "openvino_int8": 10,
+    "openvino_int8_f32": 10,
     "onnxruntime_int8": 10,
     "ncnn_fp32": 60,
     "ncnn_int8": 10,

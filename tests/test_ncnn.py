@@ -109,3 +109,17 @@ def test_the_prediction_is_the_network_s(name, floor, size, tiny_dir, tmp_path):
     assert sqnr_db(torch.stack(expected), torch.stack(given)) > floor
     assert contender.resident_weight_bytes < size * contenders.module_bytes(unet)
     assert "image by image" in contender.backend
+
+
+def test_a_network_reads_the_inputs_it_is_given(tmp_path):
+    """Not what lies where they were: numpy gives the memory of small arrays that are gone to the next ones."""
+    pytest.importorskip("ncnn")
+    from pqcad_ao.bench.compile.ncnn_network import NcnnNetwork
+
+    param, weights = tmp_path / "net.param", tmp_path / "net.bin"
+    param.write_text("7767517\n2 3\nInput in0 0 1 in0\nSplit split 1 2 in0 out0 other\n")
+    weights.write_bytes(b"")
+    network = NcnnNetwork(param, weights, threads=1)
+    for size in (1, 4, 8, 16, 32):
+        batch = torch.randn(3, 3, size, size)
+        torch.testing.assert_close(network(batch), batch, rtol=0, atol=0)

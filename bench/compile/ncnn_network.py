@@ -73,8 +73,9 @@ class NcnnNetwork:
 
         extractor = self.net.create_extractor()
         for index, value in enumerate(inputs):
-            # copies: ncnn wants dense rows and planes, and reads them when this function is gone
-            extractor.input(f"in{index}", ncnn.Mat(np.atleast_1d(value[0].numpy()).copy()).clone())
+            dense = np.atleast_1d(value[0].numpy()).copy()  # ncnn wants dense rows and planes
+            # a Mat only points to what it was made of, which has to live until it is cloned: hence the name
+            extractor.input(f"in{index}", ncnn.Mat(dense).clone())
         return extractor
 
     def _extract(self, extractor, blob: str) -> np.ndarray:
