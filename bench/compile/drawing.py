@@ -77,15 +77,16 @@ def plot(result: dict[str, Any], path: str | Path) -> None:
     from matplotlib.figure import Figure
 
     sizes = [line["batch"] for line in result["roofline"]]
-    figure = Figure(figsize=(4.5 * (len(sizes) + 1), 4), layout="constrained")
-    axes = figure.subplots(1, len(sizes) + 1, squeeze=False)
     measured = [row for row in result["rows"] if "skipped" not in row]
+    names = {row["name"] for row in measured}
+    figure = Figure(figsize=(5 * (len(sizes) + 1), 1.5 + 0.25 * len(names)), layout="constrained")
+    axes = figure.subplots(1, len(sizes) + 1, squeeze=False)
 
     def bars(axis, rows: list[dict[str, Any]], values: list[float], texts: list[str], title: str) -> None:
         colors = ["tab:orange" if row["name"].startswith("pqcad") else "tab:blue" for row in rows]
         drawn = axis.barh([row["name"] for row in rows], values, color=colors)
         axis.bar_label(drawn, texts, padding=3, fontsize=8)
-        axis.set_xlim(0, 1.45 * max(values))
+        axis.set_xlim(0, 1.55 * max(values))
         axis.invert_yaxis()
         axis.set_title(title, fontsize=10)
 
@@ -96,7 +97,7 @@ def plot(result: dict[str, Any], path: str | Path) -> None:
         for kind, style in (("fp32", "--"), ("int8", ":")):
             if line[f"ms_at_peak_{kind}"]:
                 axis.axvline(line[f"ms_at_peak_{kind}"], color="gray", linestyle=style, label=f"{kind} peak")
-        axis.legend(fontsize=8, loc="lower right")
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2)  # below, as bars fill it
     rows = [row for row in measured if row["batch"] == sizes[0]]
     megabytes = [row["resident_weight_bytes"] / 1e6 for row in rows]
     bars(axes[0, -1], rows, megabytes, [f"{value:.1f}" for value in megabytes], "resident weights, MB")
