@@ -513,13 +513,17 @@ def test_loading_a_package_asks_no_compiler(package, monkeypatch):
 
 
 @torch.no_grad()
-def test_a_package_bound_to_a_schedule_calls_its_operators_in_chains():
+@pytest.mark.parametrize("chained", [True, False])
+def test_a_package_bound_to_a_schedule_calls_its_operators_in_chains(chained, monkeypatch):
+    """Where all values are small: larger ones would scatter over the heap."""
     model = quantized(Small())
+    if not chained:
+        monkeypatch.setattr(backend, "LARGEST_CHAINED", 16)
     programs = _one_schedule(model, None, noise(2), {}, torch.tensor([999, 499]), "float32")
     targets = [node.target for node in programs["model"].graph.nodes]
-    assert torch.ops.pqcad.chain.default in targets
+    assert (torch.ops.pqcad.chain.default in targets) == chained
     own = [target for target in targets if str(target).startswith("pqcad.")]
-    assert len(own) < len(plan(model).quantized)
+    assert (len(own) < len(plan(model).quantized)) == chained
 
 
 @pytest.mark.slow
