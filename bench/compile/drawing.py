@@ -78,8 +78,8 @@ def plot(result: dict[str, Any], path: str | Path) -> None:
 
     sizes = [line["batch"] for line in result["roofline"]]
     measured = [row for row in result["rows"] if "skipped" not in row]
-    names = {row["name"] for row in measured}
-    figure = Figure(figsize=(5 * (len(sizes) + 1), 1.5 + 0.25 * len(names)), layout="constrained")
+    height = 1.5 + 0.25 * len({row["name"] for row in measured})
+    figure = Figure(figsize=(5 * (len(sizes) + 1), height), layout="constrained")
     axes = figure.subplots(1, len(sizes) + 1, squeeze=False)
 
     def bars(axis, rows: list[dict[str, Any]], values: list[float], texts: list[str], title: str) -> None:

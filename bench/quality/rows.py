@@ -93,7 +93,7 @@ def _bit_by_bit(weight_bits: int, activation_bits: int, **options: Any) -> dict[
     }
 
 
-# Where bits are fewest, and where updates and points are: whether learning bit by bit pays there.
+# Does learning bit by bit pay where bits are fewest, or updates and points (the fast preset)?
 LOW = {
     **_bit_by_bit(3, 3),
     **_bit_by_bit(3, 4),

@@ -23,6 +23,7 @@ from pqcad_ao.passes.to_triton import to_triton
 from pqcad_ao.utils.checks import check_word
 
 Attention = Literal["float32", "bfloat16"]  # what a float32 network's attention multiplies, on the CPU
+LARGEST_CHAINED = 1 << 20  # bytes of a value
 PRODUCTS = {function for row in OPERATORS.values() if row.quantized for function in row.functionals}
 
 
@@ -83,9 +84,6 @@ def fuse(graph: GraphModule, attention: Attention = "float32") -> int:
     return quantizers
 
 
-LARGEST_CHAINED = 1 << 20  # bytes of a value
-
-
 def chain_on_cpu(graph: GraphModule) -> None:
     """Let a fused graph call its operators in chains, in place, where they are the CPU's compiled kernels.
 
@@ -99,11 +97,11 @@ def chain_on_cpu(graph: GraphModule) -> None:
 
 def _largest(graph: GraphModule) -> float:
     """Bytes of the largest value that a graph computes; infinite where a size is not known."""
-    computed = (traced(node) for node in graph.graph.nodes if node.op.startswith("call_"))
-    shapes = [value for value in computed if isinstance(value, Tensor)]
-    if any(not isinstance(size, int) for value in shapes for size in value.shape):
+    values = (traced(node) for node in graph.graph.nodes if node.op.startswith("call_"))
+    sizes = [value.numel() * value.element_size() for value in values if isinstance(value, Tensor)]
+    if not all(isinstance(size, int) for size in sizes):
         return math.inf
-    return max((value.numel() * value.element_size() for value in shapes), default=0)
+    return max(sizes, default=0)
 
 
 def devices(graph: GraphModule) -> set[torch.device]:
